@@ -1,0 +1,7 @@
+"""Transformer² (https://huggingface.co/papers/2501.06252) for PEFT. Importing this package registers SVF with PEFT."""
+
+from .tuner import SVFConfig, SVFLayer, SVFModel, SVFRuntimeConfig
+
+__version__ = "0.1.0"
+
+__all__ = ["SVFConfig", "SVFLayer", "SVFModel", "SVFRuntimeConfig"]

@@ -1,0 +1,200 @@
+"""A content-addressed cache of singular bases on disk.
+
+A base model is decomposed once. The key of an entry is a hash of the weight itself (bytes, shape, dtype), so a renamed,
+copied or re-sharded checkpoint hits, and any change of a weight misses. Entries are safetensors files, written under a
+temporary name and renamed, and guarded by a lock: of two processes that want the same weight one computes, the other
+waits and reads. The cache only ever saves time: if an entry is damaged it is computed again, if the folder cannot be
+written the work goes on without it, and each of these is a warning.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from huggingface_hub.constants import HF_HOME
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .basis import SingularBasis, singular_basis
+
+ENVIRONMENT_VARIABLE = "PEFT_SVF_CACHE"
+# part of the key: a change of algorithm or file layout must miss
+FORMAT = "peft_svf.basis.v1"
+
+
+def default_cache_dir() -> Path:
+    """`$PEFT_SVF_CACHE`, or `peft_svf` under the Hugging Face home."""
+    return Path(os.environ.get(ENVIRONMENT_VARIABLE) or Path(HF_HOME) / "peft_svf").expanduser()
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """One decomposed weight on disk: `shape` is the weight's `[out, in]`, `size` is in bytes."""
+
+    key: str
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str
+    size: int
+
+
+class BasisCache:
+    """Singular bases by content of the weight.
+
+    Args:
+        cache_dir (`str` or `os.PathLike`, *optional*): Where the entries live; default [`default_cache_dir`].
+    """
+
+    def __init__(self, cache_dir: str | os.PathLike[str] | None = None) -> None:
+        self.directory = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
+        self._writable = True
+
+    def __repr__(self) -> str:
+        return f"BasisCache({str(self.directory)!r})"
+
+    def load_or_compute(self, weight: torch.Tensor, *, name: str = "weight") -> SingularBasis:
+        """The full basis of `weight` (`[out, in]`), from disk if it is there.
+
+        Raises:
+            ValueError: As [`singular_basis`], naming `name`.
+        """
+        key = weight_key(weight)
+        if (hit := self._read(key, weight)) is not None:
+            return hit
+        with self._lock(key):
+            # another process may have written it while this one waited
+            if (hit := self._read(key, weight)) is not None:
+                return hit
+            basis = singular_basis(weight, name=name)
+            self._write(key, weight, basis)
+        return basis
+
+    def entries(self) -> list[CacheEntry]:
+        """What is in the cache, damaged files left out."""
+        found = []
+        for path in sorted(self.directory.glob("*.safetensors")):
+            with contextlib.suppress(OSError, SafetensorError, KeyError), safe_open(path, framework="pt") as file:
+                about = file.metadata() or {}
+                shape = tuple(int(n) for n in about["shape"].split("x"))
+                found.append(CacheEntry(path.stem, path, shape, about["dtype"], path.stat().st_size))
+        return found
+
+    def clear(self) -> int:
+        """Delete all entries, left-over temporary files and locks. Returns the number of bytes freed."""
+        freed = 0
+        for pattern in ("*.safetensors", "*.tmp", ".locks/*.lock"):
+            for path in self.directory.glob(pattern):
+                with contextlib.suppress(FileNotFoundError):
+                    size = path.stat().st_size
+                    path.unlink()
+                    freed += size
+        return freed
+
+    def _path(self, key: str) -> Path:
+        return self.directory / f"{key}.safetensors"
+
+    def _read(self, key: str, weight: torch.Tensor) -> SingularBasis | None:
+        path = self._path(key)
+        try:
+            with safe_open(path, framework="pt") as file:
+                checksum = (file.metadata() or {}).get("sha256")
+                basis = SingularBasis(file.get_tensor("vectors"), file.get_tensor("spectrum"))
+        except FileNotFoundError:
+            return None
+        except (OSError, SafetensorError) as error:
+            if path.exists():
+                warnings.warn(f"Singular basis {path} could not be read ({error}); computing it again.", stacklevel=2)
+            return None
+        if checksum != _checksum(basis) or basis.vectors.shape[0] != min(weight.shape):
+            warnings.warn(f"Singular basis {path} is damaged (checksum differs); computing it again.", stacklevel=2)
+            return None
+        return SingularBasis(basis.vectors.to(weight.device), basis.spectrum)
+
+    def _write(self, key: str, weight: torch.Tensor, basis: SingularBasis) -> None:
+        if not self._writable:
+            return
+        about = {
+            "format": FORMAT,
+            "shape": "x".join(map(str, weight.shape)),
+            "dtype": str(weight.dtype).removeprefix("torch."),
+            "sha256": _checksum(basis),
+        }
+        tensors = {"vectors": basis.vectors.cpu(), "spectrum": basis.spectrum}
+        temporary = None
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(prefix=key[:16], suffix=".tmp", dir=self.directory)
+            os.close(handle)
+            save_file(tensors, temporary, metadata=about)
+            os.replace(temporary, self._path(key))
+        except (OSError, SafetensorError) as error:
+            self._give_up_writing(error)
+            if temporary is not None:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary)
+
+    @contextlib.contextmanager
+    def _lock(self, key: str) -> Iterator[None]:
+        lock = None
+        if self._writable:
+            try:
+                locks = self.directory / ".locks"
+                locks.mkdir(parents=True, exist_ok=True)
+                lock = FileLock(locks / f"{key}.lock")
+                lock.acquire()
+            except OSError as error:
+                self._give_up_writing(error)
+                lock = None
+        try:
+            yield
+        finally:
+            if lock is not None:
+                lock.release()
+
+    def _give_up_writing(self, error: Exception) -> None:
+        # once: with a full disk or a read-only folder each of a model's weights would fail alike
+        if self._writable:
+            warnings.warn(
+                f"Singular bases cannot be kept in {self.directory} ({error}); going on without, they will be computed "
+                f"again next time. Set {ENVIRONMENT_VARIABLE} to a folder that can be written.",
+                stacklevel=2,
+            )
+        self._writable = False
+
+
+def weight_key(weight: torch.Tensor) -> str:
+    """Hash of a weight's values in logical (row-major) order, its shape and its dtype. Hex, 64 characters."""
+    digest = hashlib.sha256(f"{FORMAT}|{tuple(weight.shape)}|{weight.dtype}|".encode())
+    digest.update(_bytes(weight))
+    return digest.hexdigest()
+
+
+def list_cache(cache_dir: str | os.PathLike[str] | None = None) -> list[CacheEntry]:
+    """The decomposed weights in a cache folder."""
+    return BasisCache(cache_dir).entries()
+
+
+def clear_cache(cache_dir: str | os.PathLike[str] | None = None) -> int:
+    """Empty a cache folder; returns the number of bytes freed."""
+    return BasisCache(cache_dir).clear()
+
+
+def _checksum(basis: SingularBasis) -> str:
+    digest = hashlib.sha256(f"{tuple(basis.vectors.shape)}|{basis.vectors.dtype}|".encode())
+    digest.update(_bytes(basis.vectors))
+    digest.update(_bytes(basis.spectrum))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    # as uint8: numpy has no bfloat16
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data

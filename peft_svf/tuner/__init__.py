@@ -1,0 +1,10 @@
+"""SVF as a PEFT method, laid out as PEFT lays out its own."""
+
+from .config import SVFConfig, SVFRuntimeConfig
+from .layer import Linear, SVFLayer
+from .model import SVFModel
+from .registration import register
+
+register(SVFConfig, SVFModel)
+
+__all__ = ["Linear", "SVFConfig", "SVFLayer", "SVFModel", "SVFRuntimeConfig"]

@@ -1,0 +1,141 @@
+"""`SVFConfig`: what to adapt, with PEFT's names for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, Optional, Union
+
+from peft.config import PeftConfig
+
+from .registration import SVF_PEFT_TYPE
+
+
+@dataclass
+class SVFRuntimeConfig:
+    """Choices of this process, never saved with the adapter (as PEFT's `LoraRuntimeConfig`).
+
+    Args:
+        base_check (`"error"`, `"warn"` or `"ignore"`): What to do when a loaded adapter was made for another base model,
+            that is, when the spectrum of a weight differs from the one recorded in the adapter.
+        cache_dir (`str`, *optional*): Where singular bases are kept. Default: `$PEFT_SVF_CACHE`, or `peft_svf` under the
+            Hugging Face home.
+        use_cache (`bool`): Whether to keep and reuse singular bases on disk.
+    """
+
+    base_check: Literal["error", "warn", "ignore"] = field(
+        default="error", metadata={"help": "What to do if the adapter was made for another base model."}
+    )
+    cache_dir: Optional[str] = field(default=None, metadata={"help": "Folder of the singular bases."})
+    use_cache: bool = field(default=True, metadata={"help": "Whether to keep singular bases on disk."})
+
+    def __post_init__(self) -> None:
+        if self.base_check not in ("error", "warn", "ignore"):
+            raise ValueError(f"`base_check` must be 'error', 'warn' or 'ignore', got {self.base_check!r}.")
+
+
+@dataclass
+class SVFConfig(PeftConfig):
+    """
+    Configuration of an [`SVFModel`]: singular value fine-tuning, https://huggingface.co/papers/2501.06252.
+
+    Every adapted weight gets one trainable vector δ with one entry per singular value, and acts as
+    `W(z) = U diag(σ ⊙ (1 + δ)) Vᵀ`.
+
+    Args:
+        r (`int`, *optional*):
+            Number of singular values to adapt, the largest ones first. `None`, and any number beyond
+            `k = min(out_features, in_features)` of a weight, adapts all `k`.
+        target_modules (`Union[list[str], str]`, *optional*):
+            The names of the modules to adapt. A string is a regex that must match the whole name; a list holds names or
+            ends of names; `"all-linear"` is every linear and Conv1D layer but the output layer. `None` chooses by
+            architecture, as LoRA does.
+        exclude_modules (`Union[list[str], str]`, *optional*):
+            The names of the modules to leave out, matched in the same way.
+        layers_to_transform (`Union[list[int], int]`, *optional*):
+            Indices of the layers to adapt; all if `None`.
+        layers_pattern (`Union[list[str], str]`, *optional*):
+            Name of the `nn.ModuleList` that the indices refer to, if it is not found by itself.
+        modules_to_save (`list[str]`, *optional*):
+            Modules to train and save in full besides δ, such as a fresh classification head.
+        fan_in_fan_out (`bool`):
+            Whether the weights are stored as `[in, out]`. Set by itself for `nn.Linear` and transformers' `Conv1D`.
+        bias (`str`):
+            `"none"`, `"all"` or `"svf_only"`: which biases are trained and saved.
+        init_weights (`bool`):
+            `True`: δ = 0, the base model exactly. `False`: random δ, for tests.
+        base_fingerprint (`dict[str, list[float]]`, *optional*):
+            σ_1, σ_mid, σ_k and ‖W‖_F of each adapted weight. Filled in when the adapter is attached, saved with it, and
+            compared when it is attached again.
+        runtime_config ([`SVFRuntimeConfig`]):
+            Choices of this process; not saved.
+    """
+
+    r: Optional[int] = field(
+        default=None, metadata={"help": "Number of leading singular values to adapt; None for all."}
+    )
+    target_modules: Optional[Union[list[str], str]] = field(
+        default=None,
+        metadata={
+            "help": (
+                "List of module names or regex expression of the module names to adapt, or 'all-linear'. If not "
+                "specified, modules are chosen according to the model architecture."
+            )
+        },
+    )
+    exclude_modules: Optional[Union[list[str], str]] = field(
+        default=None, metadata={"help": "List of module names or regex expression of the module names to leave out."}
+    )
+    layers_to_transform: Optional[Union[list[int], int]] = field(
+        default=None, metadata={"help": "The indices of the layers to adapt; all layers if None."}
+    )
+    layers_pattern: Optional[Union[list[str], str]] = field(
+        default=None, metadata={"help": "The name of the nn.ModuleList that `layers_to_transform` refers to."}
+    )
+    modules_to_save: Optional[list[str]] = field(
+        default=None, metadata={"help": "Modules to train and save in full, such as a classification head."}
+    )
+    fan_in_fan_out: bool = field(
+        default=False, metadata={"help": "Whether the weights are stored as (fan_in, fan_out), as Conv1D does."}
+    )
+    bias: Literal["none", "all", "svf_only"] = field(
+        default="none", metadata={"help": "Which biases to train: 'none', 'all' or 'svf_only'."}
+    )
+    init_weights: bool = field(
+        default=True, metadata={"help": "True starts at the base model exactly; False is random, for tests."}
+    )
+    base_fingerprint: Optional[dict[str, list[float]]] = field(
+        default=None,
+        repr=False,
+        metadata={"help": "Spectrum of each adapted weight; filled in and compared when attached."},
+    )
+    runtime_config: SVFRuntimeConfig = field(
+        default_factory=SVFRuntimeConfig, metadata={"help": "Choices of this process; not saved."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = SVF_PEFT_TYPE
+        # What the adapter was made for, as opposed to what `base_fingerprint` says once it is attached: a config object
+        # may be used for several models in turn, a saved adapter may not.
+        self.expected_fingerprint = dict(self.base_fingerprint or {})
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+        if self.r is not None and (isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1):
+            raise ValueError(f"`r` must be a positive integer, or None for all singular values, got {self.r!r}.")
+        if self.bias not in ("none", "all", "svf_only"):
+            raise ValueError(f"`bias` must be 'none', 'all' or 'svf_only', got {self.bias!r}.")
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
+        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            # a regex names the layers itself
+            for field_name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, field_name) is not None:
+                    raise ValueError(f"`{field_name}` cannot be used when `target_modules` is a str.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as a dictionary, without the runtime configuration."""
+        config: dict[str, Any] = super().to_dict()
+        config.pop("runtime_config")
+        return config

@@ -1,0 +1,299 @@
+"""The adapted layer: an untouched base layer, one shared singular basis, and one δ per adapter."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from accelerate.utils import align_module_device
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils.integrations import gather_params_ctx
+from torch import nn
+from torch.nn.functional import pad
+from transformers.pytorch_utils import Conv1D
+
+from ..spectral import (
+    BasisCache,
+    delta_weight,
+    effective_weight,
+    fingerprint,
+    gate_correction,
+    gate_side,
+    singular_basis,
+)
+from .base_check import check_base
+from .bases import build_bases
+from .config import SVFConfig
+
+# The basis is a frozen Parameter, so that FSDP2 and ZeRO-3 shard it and DDP does not broadcast it in every forward. Its
+# name must hold "original_module", by which TRL's weight sync to vLLM skips it, and must not hold the prefix "svf_", by
+# which PEFT and transformers recognise what is trained and what belongs into the checkpoint.
+BASIS_NAME = "original_module_basis"
+
+
+class Delta(nn.Module):
+    """δ of one adapter on one layer: `[r]`, fp32.
+
+    A module with a `weight`, because that is the pattern by which TRL copies the reference adapter and PEFT's FSDP
+    policy finds trainable leaves. Call it, do not read its weight: only a call runs the hooks with which FSDP and CPU
+    offload bring the values in, and only a fresh tensor outlives their return.
+    """
+
+    def __init__(self, r: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(r, dtype=torch.float32))
+
+    def forward(self) -> torch.Tensor:
+        """δ as a new tensor `[r]`, fp32 (fp64 if the model is)."""
+        return self.weight.to(torch.promote_types(self.weight.dtype, torch.float32), copy=True)
+
+    def extra_repr(self) -> str:
+        return f"r={self.weight.shape[0]}"
+
+
+class SVFLayer(BaseTunerLayer):
+    """
+    Singular value fine-tuning of one weight (Transformer², https://huggingface.co/papers/2501.06252, eq. 1).
+
+    With `W = U diag(σ) Vᵀ` and z = 1 + δ the layer computes `W(z) x = U diag(σ ⊙ z) Vᵀ x`. On the smaller side of W the
+    singular vectors form an orthogonal matrix Q, and the whole effect is a gate there,
+
+        g(h) = h + Q (δ ⊙ Qᵀ h)        y = g(W x) + b  if out <= in, else  y = W g(x) + b
+
+    around a base layer that stays as it is. Every adapter of the layer shares Q. Adapters are therefore vectors in one
+    space: active ones add, weighted sums of them are adapters, δ = 0 is the base model bit for bit.
+
+    Q belongs to the base model and never enters a checkpoint. It is made by `build_basis`, wide enough for the widest
+    adapter; a narrower one uses the leading columns.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("svf_delta",)
+    other_param_names: tuple[str, ...] = ("svf_config",)
+
+    def __init__(self, base_layer: nn.Module, *, name: str) -> None:
+        self.base_layer = base_layer
+        self.module_name = name  # for messages
+        self.svf_delta = nn.ModuleDict({})
+        self.svf_config: dict[str, SVFConfig] = {}
+        self.register_parameter(BASIS_NAME, None)
+        self.basis_rank = 0  # remembered, as ZeRO-3 leaves partitioned parameters without a shape
+        self.base_fingerprint: list[float] | None = None  # of the weight that the basis was made from
+        self._weight_before_merge: torch.Tensor | None = None
+
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self.cast_input_dtype_enabled = True
+
+        self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
+        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        self.side = gate_side(self.out_features, self.in_features)
+
+    # ------------------------------------------------------------------------------------------------ adapters
+
+    def update_layer(self, adapter_name: str, config: SVFConfig, inference_mode: bool = False, **kwargs: Any) -> None:
+        """Add an adapter with δ = 0 `[min(r, k)]`, or random δ if `config.init_weights` is False."""
+        self.svf_config[adapter_name] = config
+        self.svf_delta[adapter_name] = Delta(self.rank(adapter_name))
+        if not config.init_weights:
+            nn.init.normal_(self.svf_delta[adapter_name].weight, std=0.5)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def rank(self, adapter_name: str) -> int:
+        """How many singular values an adapter rescales: `r`, at most k."""
+        k, r = min(self.in_features, self.out_features), self.svf_config[adapter_name].r
+        return k if r is None else min(r, k)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's version casts to the base layer's dtype, too: a bf16 δ would lose the small updates of RL.
+        delta = self.svf_delta[adapter_name]
+        device = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+        if device is not None and device.type != "meta" and not delta.weight.is_meta:
+            delta.to(device)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; with the last one the basis goes, too."""
+        super().delete_adapter(adapter_name)
+        if not self.svf_delta:
+            self._set_basis(None)
+
+    def summed_delta(self, adapter_names: list[str]) -> torch.Tensor | None:
+        """The δ of these adapters together, `[widest r]` in fp32; `None` if the layer has none of them."""
+        deltas = [self.svf_delta[name]() for name in adapter_names if name in self.svf_delta]
+        if not deltas:
+            return None
+        total, *others = sorted(deltas, key=len, reverse=True)
+        for delta in others:
+            total = total + (delta if len(delta) == len(total) else pad(delta, (0, len(total) - len(delta))))
+        return total
+
+    # ------------------------------------------------------------------------------------------------ basis
+
+    @property
+    def basis(self) -> torch.Tensor | None:
+        """Q, `[k, r]` with the r of the widest adapter, in the dtype of the base weight; `None` until it is built."""
+        return getattr(self, BASIS_NAME)  # type: ignore[no-any-return]
+
+    def needs_basis(self) -> bool:
+        """Whether `build_basis` has work to do: no basis, one too narrow, or one made while the weight was on meta."""
+        if not self.svf_delta:
+            return False
+        if self.basis is None or self.basis_rank < self._widest():
+            return True
+        return self.basis.is_meta and not self.get_base_layer().weight.is_meta
+
+    @torch.no_grad()
+    def build_basis(self, cache: BasisCache | None = None) -> None:
+        """Make Q from the base weight, or read it from the cache.
+
+        On the meta device, Q gets its shape and waits for the weights.
+
+        Args:
+            cache ([`BasisCache`], *optional*): Where to look and keep; nowhere if `None`.
+
+        Raises:
+            ValueError: The weight holds NaN or Inf, or is not a floating point matrix.
+        """
+        r, base_layer = self._widest(), self.get_base_layer()
+        with ExitStack() as stack:
+            stack.enter_context(gather_params_ctx(base_layer.weight, modifier_rank=None))  # ZeRO-3 partitions it
+            stack.enter_context(align_module_device(base_layer))  # accelerate's CPU offload keeps it elsewhere
+            weight = self._as_out_in(base_layer.weight.detach())
+            if weight.is_meta:
+                self._set_basis(torch.empty(min(weight.shape), r, dtype=weight.dtype, device="meta"))
+                return
+            if self.merged:
+                weight = self._as_out_in(self._weight_before_merge)
+            if cache is None:
+                found = singular_basis(weight, name=self.module_name)
+            else:
+                found = cache.load_or_compute(weight, name=self.module_name)
+        self.base_fingerprint = fingerprint(found.spectrum)
+        self._set_basis(found.leading(r).vectors)
+
+    def _set_basis(self, vectors: torch.Tensor | None) -> None:
+        parameter = None if vectors is None else nn.Parameter(vectors, requires_grad=False)
+        setattr(self, BASIS_NAME, parameter)
+        self.basis_rank = 0 if vectors is None else vectors.shape[1]
+
+    def _widest(self) -> int:
+        return max(self.rank(adapter_name) for adapter_name in self.svf_delta)
+
+    def _ready_basis(self) -> torch.Tensor:
+        if self.needs_basis():
+            build_bases([self])  # the weights came after the adapter
+            for adapter_name in self.svf_delta:
+                check_base(adapter_name, [self])
+        if self.basis is None or self.basis.is_meta:
+            raise RuntimeError(
+                f"{self.module_name} is on the meta device: the base weights were never loaded, so SVF has no singular "
+                "basis to work in. Load the base model's weights first."
+            )
+        return self.basis
+
+    def _as_out_in(self, weight: torch.Tensor) -> torch.Tensor:
+        """A weight `[out, in]`, however the base layer stores it (Conv1D: transposed). Its own inverse."""
+        return weight.mT if self.fan_in_fan_out else weight
+
+    # ------------------------------------------------------------------------------------------------ merging
+
+    @torch.no_grad()
+    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
+        """ΔW = W(z) - W of one adapter, fp32, in the layout of the base layer's weight."""
+        delta = self.svf_delta[adapter_name]()
+        return self._as_out_in(delta_weight(self._as_out_in(self._unmerged_weight()), self._columns(delta), delta))
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """
+        Merge adapters into the base weight, which is kept aside: `unmerge` restores it bit for bit, so that any number
+        of cycles (TRL: one per weight sync) leaves the base model as it was.
+
+        Args:
+            safe_merge (`bool`):
+                Check that the merged weight is finite before the base weight is overwritten.
+            adapter_names (`list[str]`, *optional*):
+                The adapters to merge; the active ones if `None`.
+        """
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.svf_delta]
+        if not names:
+            return
+        with align_module_device(self):  # PEFT's onload_layer passes over the layer's own parameters
+            delta = self.summed_delta([*self.merged_adapters, *names])
+            assert delta is not None
+            original = self._unmerged_weight()
+            merged = effective_weight(self._as_out_in(original), self._columns(delta), delta)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(
+                f"NaNs detected in the merged weights of {self.module_name}. The adapter {', '.join(names)} seems to be "
+                "broken"
+            )
+        weight = self.get_base_layer().weight
+        if not self.merged:
+            self._weight_before_merge = weight.detach().clone()
+        # in place: under FSDP2, assigning `weight.data` does nothing and says nothing
+        weight.data.copy_(self._as_out_in(merged))
+        self.merged_adapters.extend(names)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the base weight back as it was before the first `merge`."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.get_base_layer().weight.data.copy_(self._weight_before_merge)
+        self._weight_before_merge = None
+        self.merged_adapters.clear()
+
+    def _unmerged_weight(self) -> torch.Tensor:
+        if self._weight_before_merge is not None:
+            return self._weight_before_merge
+        weight = self.get_base_layer().weight.detach()
+        if weight.numel() == 0:
+            raise RuntimeError(
+                f"The weight of {self.module_name} is partitioned by ZeRO-3; merge inside `deepspeed.zero."
+                "GatheredParameters(list(model.parameters()))`."
+            )
+        return weight
+
+    def _columns(self, delta: torch.Tensor) -> torch.Tensor:
+        return self._ready_basis()[:, : len(delta)]
+
+
+class Linear(nn.Module, SVFLayer):
+    """SVF around an `nn.Linear` or a transformers `Conv1D`."""
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: SVFConfig, *, name: str, **kwargs: Any
+    ) -> None:
+        super().__init__()
+        SVFLayer.__init__(self, base_layer, name=name)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config=config)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """`[..., in]` → `[..., out]`, in the dtype in which the base layer answers."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        delta = self.summed_delta(self.active_adapters)
+        if delta is None:
+            return self.base_layer(x, *args, **kwargs)
+
+        if self.side == "input":
+            return self.base_layer(x + self._correction(x, delta), *args, **kwargs)
+        result = self.base_layer(x, *args, **kwargs)
+        return result + self._correction(result if self.bias is None else result - self.bias, delta)
+
+    def _correction(self, h: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+        basis = self._columns(delta)
+        return gate_correction(self._cast_input_dtype(h, basis.dtype), basis, delta).to(h.dtype)
+
+    def __repr__(self) -> str:
+        return "svf." + super().__repr__()

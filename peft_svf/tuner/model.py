@@ -1,0 +1,252 @@
+"""`SVFModel`: puts SVF layers into a model, gives them their singular bases, and checks that the base is the right one."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, delete_adapter
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    get_quantization_kwargs,
+    resolve_quantization_backend,
+)
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .base_check import check_base
+from .bases import build_bases
+from .config import SVFConfig
+from .layer import BASIS_NAME, Linear, SVFLayer
+
+
+class SVFModel(BaseTuner):
+    """
+    A model with SVF adapters (Transformer², https://huggingface.co/papers/2501.06252).
+
+    Args:
+        model (`torch.nn.Module`): The model to adapt.
+        config ([`SVFConfig`]): The configuration of the first adapter.
+        adapter_name (`str`): Its name, `"default"` by default.
+        low_cpu_mem_usage (`bool`): Create δ on the meta device, to be filled from a checkpoint.
+
+    Example:
+
+        ```py
+        >>> from transformers import AutoModelForCausalLM
+        >>> from peft import get_peft_model
+        >>> from peft_svf import SVFConfig
+
+        >>> base = AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")
+        >>> model = get_peft_model(base, SVFConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+        ```
+    """
+
+    prefix: str = "svf_"
+    tuner_layer_cls = SVFLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    # ------------------------------------------------------------------------------------------------ injection
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's, then builds the singular bases that are missing and compares the base model with the one that the
+        adapter was made for. If either fails, the adapter is taken out again and the model is as it was."""
+        # a config may be used for several models in turn; what is noted about this one belongs to this one
+        config = self.peft_config[adapter_name] = copy(self.peft_config[adapter_name])
+        config.base_fingerprint = dict(config.expected_fingerprint)
+        with self._undone_on_error(model, adapter_name):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            layers = [m for m in model.modules() if isinstance(m, SVFLayer) and adapter_name in m.svf_delta]
+            build_bases([layer for layer in layers if layer.needs_basis()])
+            check_base(adapter_name, layers)
+
+    def _create_and_replace(
+        self,
+        svf_config: SVFConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **optional_kwargs: Any,
+    ) -> None:
+        if current_key is None:
+            raise ValueError("Current Key shouldn't be `None`")
+
+        if isinstance(target, SVFLayer):
+            target.update_layer(adapter_name, config=svf_config)
+            return
+        new_module = self._create_new_module(
+            svf_config, adapter_name, target, name=current_key, **get_quantization_kwargs(self)
+        )
+        if adapter_name not in self.active_adapters:
+            # adding an additional adapter: it is not automatically trainable
+            new_module.requires_grad_(False)
+        self._replace_module(parent, target_name, new_module, target)
+
+    @staticmethod
+    def _create_new_module(
+        svf_config: SVFConfig, adapter_name: str, target: nn.Module, *, name: str, **kwargs: Any
+    ) -> Linear:
+        base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if resolve_quantization_backend(base_layer, **kwargs) is not None:
+            raise TypeError(
+                f"Target module {name} is quantized ({type(base_layer).__name__}), which SVF does not support yet: its "
+                "singular vectors are not those of the weights that experts are trained on."
+            )
+        if not isinstance(base_layer, (nn.Linear, Conv1D)):
+            raise TypeError(
+                f"Target module {name} is a {type(base_layer).__name__}, which SVF does not support. Currently, only "
+                "`torch.nn.Linear` and `transformers.pytorch_utils.Conv1D` are supported."
+            )
+        if svf_config.fan_in_fan_out and not isinstance(base_layer, Conv1D):
+            warnings.warn(
+                f"fan_in_fan_out is set to True but the target module {name} is `torch.nn.Linear`. Setting "
+                "fan_in_fan_out to False.",
+                stacklevel=2,
+            )
+            svf_config.fan_in_fan_out = False
+        return Linear(target, adapter_name, config=svf_config, name=name)
+
+    @contextmanager
+    def _undone_on_error(self, model: nn.Module, adapter_name: str) -> Iterator[None]:
+        trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        try:
+            yield
+        except Exception:
+            self._take_out(model, adapter_name)
+            for parameter, requires_grad in trainable:
+                parameter.requires_grad_(requires_grad)
+            raise
+
+    def _take_out(self, model: nn.Module, adapter_name: str) -> None:
+        if len(self.peft_config) <= 1:
+            self._unload_and_optionally_merge(merge=False)
+            return
+        self.peft_config.pop(adapter_name, None)
+        delete_adapter(model, adapter_name=adapter_name, prefix=self.prefix, layer_cls=SVFLayer)
+        for name, module in list(model.named_modules()):
+            if isinstance(module, SVFLayer) and not module.svf_delta:
+                model.set_submodule(name, module.base_layer)
+
+    # ------------------------------------------------------------------------------------------------ parameters
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        super()._mark_only_adapters_as_trainable(model)
+        for module in model.modules():
+            # PEFT decides by layer, and the basis is on one: a basis thawed by `model.requires_grad_(True)` stays thawed
+            if isinstance(module, SVFLayer) and module.basis is not None:
+                module.basis.requires_grad_(False)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # δ is made in fp32, so what PEFT does by casting up is done; only the refusal needs a cast
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype:
+            return
+        for module in self.model.modules():
+            if isinstance(module, SVFLayer) and adapter_name in module.svf_delta:
+                module.svf_delta[adapter_name].to(module.get_base_layer().weight.dtype)
+
+    # ------------------------------------------------------------------------------------------------ checkpoints
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: SVFConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        # PEFT takes all that is on a tuner layer and not its base layer; the basis belongs to the base model
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return {key: value for key, value in selected.items() if key.rpartition(".")[-1] != BASIS_NAME}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: SVFConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        wanted = {
+            f"{name}.svf_delta.{adapter_name}.weight"
+            for name, module in model.named_modules()
+            if isinstance(module, SVFLayer) and adapter_name in module.svf_delta
+        }
+        # PEFT would warn and go on with δ = 0 there
+        if missing := sorted(wanted - remapped.keys()):
+            found = sorted(key for key in state_dict if ".svf_delta" in key)
+            raise KeyError(
+                f"The checkpoint of adapter {adapter_name!r} has no values for {len(missing)} of {len(wanted)} adapted "
+                f"modules, the first is {missing[0]!r}. It holds {len(found)} δ vectors"
+                + (f", such as {found[0]!r}" if found else "")
+                + ". It was saved for other modules or is incomplete; load it with the config it was saved with."
+            )
+        return remapped
+
+    # ------------------------------------------------------------------------------------------------ arithmetic
+
+    @torch.no_grad()
+    def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+        """
+        Add the adapter with δ = Σ_k weights_k · δ_k (Transformer², section 3.2). Unlike with LoRA this is exact, as all
+        adapters of a layer share their basis.
+
+        A module that some of the adapters do not adapt counts as δ = 0 for them. The new adapter is not active.
+
+        Args:
+            adapters (`list[str]`): Names of the adapters to combine; their `r` and their modules may differ.
+            weights (`list[float]`): One finite weight per adapter.
+            adapter_name (`str`): Name of the new adapter.
+
+        Raises:
+            ValueError: An unknown or an already used name, lengths that differ, a weight that is not finite, or an
+                adapter that has more than δ (`modules_to_save` or `bias`).
+        """
+        adapters, weights = list(adapters), [float(weight) for weight in weights]
+        if adapter_name in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name!r} already exists; delete it first or choose another name.")
+        if len(adapters) != len(weights) or not adapters:
+            raise ValueError(
+                f"Expected one weight per adapter, got {len(adapters)} adapters and {len(weights)} weights."
+            )
+        for adapter, weight in zip(adapters, weights, strict=True):
+            if adapter not in self.peft_config:
+                raise ValueError(f"Adapter {adapter!r} not found; there are {', '.join(self.peft_config)}.")
+            if not math.isfinite(weight):
+                raise ValueError(f"The weight of adapter {adapter!r} is {weight}.")
+            if self.peft_config[adapter].modules_to_save or self.peft_config[adapter].bias != "none":
+                raise ValueError(f"Adapter {adapter!r} has `modules_to_save` or `bias`, which cannot be mixed.")
+
+        configs = [self.peft_config[adapter] for adapter in adapters]
+        layers = {
+            name: module
+            for name, module in self.model.named_modules()
+            if isinstance(module, SVFLayer) and any(adapter in module.svf_delta for adapter in adapters)
+        }
+        self.peft_config[adapter_name] = replace(
+            configs[0],
+            r=None if any(config.r is None for config in configs) else max(config.r for config in configs),
+            target_modules=sorted(layers),  # spelled out, as no pattern of the sources need match them all
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+            base_fingerprint=None,
+            init_weights=True,
+            inference_mode=True,
+        )
+        self.inject_adapter(self.model, adapter_name)
+        for layer in layers.values():
+            total = layer.svf_delta[adapter_name].weight
+            for adapter, weight in zip(adapters, weights, strict=True):
+                if adapter in layer.svf_delta:
+                    delta = layer.svf_delta[adapter]()
+                    total[: len(delta)] += weight * delta
+            total.requires_grad_(False)

@@ -1,0 +1,51 @@
+"""Makes PEFT know SVF, from outside of PEFT.
+
+PEFT resolves a method through `PeftType`, a closed enum, and through the mappings that `register_peft_method` fills. So
+the enum gets one more member, built the way the enum machinery builds its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.utils import PeftType, register_peft_method
+
+
+def add_peft_type(name: str) -> PeftType:
+    """The member `name` of `PeftType`, added if it is missing. Any number of calls gives the same object."""
+    existing: PeftType | None = PeftType.__members__.get(name)
+    if existing is not None:
+        return existing
+    member = str.__new__(PeftType, name)
+    member._name_ = member._value_ = name
+    member.__objclass__ = PeftType
+    member._sort_order_ = len(PeftType._member_names_)
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    # Since Python 3.12 members are found as class attributes; `PeftType` itself refuses assignment, `type` does not.
+    type.__setattr__(PeftType, name, member)
+    return member
+
+
+SVF_PEFT_TYPE = add_peft_type("SVF")
+
+
+def register(config_cls: type, model_cls: type) -> None:
+    """Register SVF with PEFT, once.
+
+    Raises:
+        ImportError: PEFT already has another implementation under this name. The two read the same
+            `adapter_config.json`, so neither may silently stand in for the other.
+    """
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    known: Any = PEFT_TYPE_TO_CONFIG_MAPPING.get(SVF_PEFT_TYPE)
+    if known is None:
+        register_peft_method(name="svf", config_cls=config_cls, model_cls=model_cls)
+    elif (known.__module__, known.__qualname__) != (config_cls.__module__, config_cls.__qualname__):
+        raise ImportError(
+            f"The installed PEFT already has a method called SVF ({known.__module__}.{known.__qualname__}), which "
+            "peft_svf will not overwrite. Use the one in PEFT, or install a version of peft-svf that goes with it "
+            "(`pip install -U peft-svf`)."
+        )
