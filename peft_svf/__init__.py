@@ -1,7 +1,8 @@
 """Transformer² (https://huggingface.co/papers/2501.06252) for PEFT. Importing this package registers SVF with PEFT."""
 
+from .adaptation import AdaptiveMixture, MixtureResult
 from .tuner import SVFConfig, SVFLayer, SVFModel, SVFRuntimeConfig
 
 __version__ = "0.1.0"
 
-__all__ = ["SVFConfig", "SVFLayer", "SVFModel", "SVFRuntimeConfig"]
+__all__ = ["AdaptiveMixture", "MixtureResult", "SVFConfig", "SVFLayer", "SVFModel", "SVFRuntimeConfig"]

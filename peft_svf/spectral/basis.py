@@ -1,7 +1,7 @@
 """The one-sided singular basis of a weight matrix.
 
-For `W = U diag(σ) Vᵀ` with shape `[out, in]`, everything SVF needs is one orthogonal matrix `Q` of the smaller side, and
-σ to order its columns: `Q = U` if `out <= in` (side "output"), else `Q = V` (side "input").
+For `W = U diag(σ) Vᵀ` with shape `[out, in]`, everything SVF needs is one orthogonal matrix `Q` of the smaller side,
+and σ to order its columns: `Q = U` if `out <= in` (side "output"), else `Q = V` (side "input").
 
 `Q` comes from `eigh` of the Gram matrix of the smaller side in fp64. In fp64 that is as good as an fp64 SVD for every
 singular value that a weight in 32 bits or fewer can resolve, it is several times faster, and two machines agree on it,

@@ -31,7 +31,7 @@ def check_base(adapter_name: str, layers: Sequence[SVFLayer]) -> None:
         if found is None:
             continue
         if expected is None:
-            config.base_fingerprint[layer.module_name] = found
+            config.base_fingerprint = {**(config.base_fingerprint or {}), layer.module_name: found}
             continue
         checked += 1
         if (difference := fingerprint_difference(expected, found)) is not None:
@@ -39,8 +39,8 @@ def check_base(adapter_name: str, layers: Sequence[SVFLayer]) -> None:
     if not differences or (policy := config.runtime_config.base_check) == "ignore":
         return
     message = (
-        f"Adapter {adapter_name!r} was made for another base model: {len(differences)} of {checked} weights differ, the "
-        f"first is {differences[0]}. Load the base model that the adapter was trained on"
+        f"Adapter {adapter_name!r} was made for another base model: {len(differences)} of {checked} weights differ, "
+        f"the first is {differences[0]}. Load the base model that the adapter was trained on"
         + (f" ({config.base_model_name_or_path})" if config.base_model_name_or_path else "")
         + "."
     )

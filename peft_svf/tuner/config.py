@@ -15,10 +15,10 @@ class SVFRuntimeConfig:
     """Choices of this process, never saved with the adapter (as PEFT's `LoraRuntimeConfig`).
 
     Args:
-        base_check (`"error"`, `"warn"` or `"ignore"`): What to do when a loaded adapter was made for another base model,
-            that is, when the spectrum of a weight differs from the one recorded in the adapter.
-        cache_dir (`str`, *optional*): Where singular bases are kept. Default: `$PEFT_SVF_CACHE`, or `peft_svf` under the
-            Hugging Face home.
+        base_check (`"error"`, `"warn"` or `"ignore"`): What to do when a loaded adapter was made for another base
+            model, that is, when the spectrum of a weight differs from the one recorded in the adapter.
+        cache_dir (`str`, *optional*): Where singular bases are kept. Default: `$PEFT_SVF_CACHE`, or `peft_svf` under
+            the Hugging Face home.
         use_cache (`bool`): Whether to keep and reuse singular bases on disk.
     """
 
@@ -73,7 +73,7 @@ class SVFConfig(PeftConfig):
     r: Optional[int] = field(
         default=None, metadata={"help": "Number of leading singular values to adapt; None for all."}
     )
-    target_modules: Optional[Union[list[str], str]] = field(
+    target_modules: Optional[Union[list[str], set[str], str]] = field(
         default=None,
         metadata={
             "help": (
@@ -82,7 +82,7 @@ class SVFConfig(PeftConfig):
             )
         },
     )
-    exclude_modules: Optional[Union[list[str], str]] = field(
+    exclude_modules: Optional[Union[list[str], set[str], str]] = field(
         default=None, metadata={"help": "List of module names or regex expression of the module names to leave out."}
     )
     layers_to_transform: Optional[Union[list[int], int]] = field(

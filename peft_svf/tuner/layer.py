@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import align_module_device
@@ -97,9 +98,14 @@ class SVFLayer(BaseTunerLayer):
         self.svf_config[adapter_name] = config
         self.svf_delta[adapter_name] = Delta(self.rank(adapter_name))
         if not config.init_weights:
-            nn.init.normal_(self.svf_delta[adapter_name].weight, std=0.5)
+            nn.init.normal_(self._delta(adapter_name).weight, std=0.5)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _delta(self, adapter_name: str) -> Delta:
+        delta = self.svf_delta[adapter_name]
+        assert isinstance(delta, Delta)
+        return delta
 
     def rank(self, adapter_name: str) -> int:
         """How many singular values an adapter rescales: `r`, at most k."""
@@ -108,7 +114,7 @@ class SVFLayer(BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's version casts to the base layer's dtype, too: a bf16 δ would lose the small updates of RL.
-        delta = self.svf_delta[adapter_name]
+        delta = self._delta(adapter_name)
         device = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
         if device is not None and device.type != "meta" and not delta.weight.is_meta:
             delta.to(device)
@@ -129,12 +135,22 @@ class SVFLayer(BaseTunerLayer):
             total = total + (delta if len(delta) == len(total) else pad(delta, (0, len(total) - len(delta))))
         return total
 
+    @torch.no_grad()
+    def mix(self, adapter_name: str, weights: dict[str, float]) -> None:
+        """Overwrite the δ of an adapter by Σ_k weights[k] · δ_k; an adapter that the layer lacks counts as δ = 0."""
+        total = torch.zeros_like(self._delta(adapter_name)())
+        for name, weight in weights.items():
+            if name in self.svf_delta:
+                delta = self._delta(name)()
+                total[: len(delta)] += weight * delta.to(total.device)
+        self._delta(adapter_name).weight.copy_(total)
+
     # ------------------------------------------------------------------------------------------------ basis
 
     @property
     def basis(self) -> torch.Tensor | None:
         """Q, `[k, r]` with the r of the widest adapter, in the dtype of the base weight; `None` until it is built."""
-        return getattr(self, BASIS_NAME)  # type: ignore[no-any-return]
+        return getattr(self, BASIS_NAME)
 
     def needs_basis(self) -> bool:
         """Whether `build_basis` has work to do: no basis, one too narrow, or one made while the weight was on meta."""
@@ -164,7 +180,7 @@ class SVFLayer(BaseTunerLayer):
             if weight.is_meta:
                 self._set_basis(torch.empty(min(weight.shape), r, dtype=weight.dtype, device="meta"))
                 return
-            if self.merged:
+            if self._weight_before_merge is not None:
                 weight = self._as_out_in(self._weight_before_merge)
             if cache is None:
                 found = singular_basis(weight, name=self.module_name)
@@ -202,7 +218,7 @@ class SVFLayer(BaseTunerLayer):
     @torch.no_grad()
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """ΔW = W(z) - W of one adapter, fp32, in the layout of the base layer's weight."""
-        delta = self.svf_delta[adapter_name]()
+        delta = self._delta(adapter_name)()
         return self._as_out_in(delta_weight(self._as_out_in(self._unmerged_weight()), self._columns(delta), delta))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -230,8 +246,8 @@ class SVFLayer(BaseTunerLayer):
             merged = effective_weight(self._as_out_in(original), self._columns(delta), delta)
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(
-                f"NaNs detected in the merged weights of {self.module_name}. The adapter {', '.join(names)} seems to be "
-                "broken"
+                f"NaNs detected in the merged weights of {self.module_name}. The adapter {', '.join(names)} seems to "
+                "be broken"
             )
         weight = self.get_base_layer().weight
         if not self.merged:
@@ -267,6 +283,10 @@ class SVFLayer(BaseTunerLayer):
 
 class Linear(nn.Module, SVFLayer):
     """SVF around an `nn.Linear` or a transformers `Conv1D`."""
+
+    if TYPE_CHECKING:  # or `nn.Module.__getattr__` answers for PEFT's untyped mixin
+        active_adapters: list[str]
+        _cast_input_dtype: Callable[[torch.Tensor, torch.dtype], torch.Tensor]
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, config: SVFConfig, *, name: str, **kwargs: Any

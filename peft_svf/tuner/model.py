@@ -1,4 +1,4 @@
-"""`SVFModel`: puts SVF layers into a model, gives them their singular bases, and checks that the base is the right one."""
+"""`SVFModel`: puts SVF layers into a model, has their bases built, and checks that the base is the right one."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ class SVFModel(BaseTuner):
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)
         for module in model.modules():
-            # PEFT decides by layer, and the basis is on one: a basis thawed by `model.requires_grad_(True)` stays thawed
+            # PEFT decides by layer, and the basis is on one: one thawed by `model.requires_grad_(True)` stays thawed
             if isinstance(module, SVFLayer) and module.basis is not None:
                 module.basis.requires_grad_(False)
 
@@ -244,9 +244,4 @@ class SVFModel(BaseTuner):
         )
         self.inject_adapter(self.model, adapter_name)
         for layer in layers.values():
-            total = layer.svf_delta[adapter_name].weight
-            for adapter, weight in zip(adapters, weights, strict=True):
-                if adapter in layer.svf_delta:
-                    delta = layer.svf_delta[adapter]()
-                    total[: len(delta)] += weight * delta
-            total.requires_grad_(False)
+            layer.mix(adapter_name, dict(zip(adapters, weights, strict=True)))

@@ -1,0 +1,185 @@
+"""What a mixture is searched for: reward on generated text, or likelihood of reference answers.
+
+An objective looks at the model as it is, with the candidate's weights already in place, and returns one score per
+example. Higher is better.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+
+# TRL's protocol: keyword arguments `prompts`, `completions`, `completion_ids` and every other column, one reward each
+RewardFunc = Callable[..., Sequence["float | None"]]
+
+
+class Objective(Protocol):
+    """Scores a model on its examples."""
+
+    name: str
+
+    def __call__(self, model: Any) -> list[float]:
+        """One score per example, higher is better."""
+        ...
+
+
+class RewardObjective:
+    """
+    Rewards of generated answers, the paper's objective. Decoding is greedy unless `generation_kwargs` say otherwise.
+
+    Args:
+        examples (`Sequence[dict]`): Rows with a `"prompt"` (text or messages); all columns but it and `"completion"`
+            reach the reward functions by name.
+        reward_funcs (`Callable` or list of them): As for TRL's trainers; several are added up. `None` for an example
+            means that a function does not apply to it.
+        tokenizer: The model's tokenizer.
+        batch_size (`int`): Prompts per `generate` call.
+        generation_kwargs (`dict`): For `generate`; `max_new_tokens` is 256 by default, as in TRL.
+    """
+
+    name = "reward"
+
+    def __init__(
+        self,
+        examples: Sequence[dict[str, Any]],
+        reward_funcs: RewardFunc | Sequence[RewardFunc],
+        tokenizer: Any,
+        *,
+        batch_size: int = 16,
+        generation_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        self.examples = check_examples(examples, ["prompt"])
+        self.reward_funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
+        self.tokenizer = with_pad_token(tokenizer)
+        self.batch_size = batch_size
+        self.generation_kwargs = {"max_new_tokens": 256, "do_sample": False, **(generation_kwargs or {})}
+
+    @torch.no_grad()
+    def __call__(self, model: Any) -> list[float]:
+        scores: list[float] = []
+        for start in range(0, len(self.examples), self.batch_size):
+            scores += self._score(model, self.examples[start : start + self.batch_size])
+        return scores
+
+    def _score(self, model: Any, rows: list[dict[str, Any]]) -> list[float]:
+        prompts = [prompt_text(row["prompt"], self.tokenizer) for row in rows]
+        inputs = self.tokenizer(
+            prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
+        ).to(model.device)
+        output = model.generate(**inputs, pad_token_id=self.tokenizer.pad_token_id, **self.generation_kwargs)
+        completion_ids = output[:, inputs["input_ids"].shape[1] :]
+        texts = self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+        completions = [
+            text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
+            for row, text in zip(rows, texts, strict=True)
+        ]
+        columns = {key: [row[key] for row in rows] for key in rows[0] if key not in ("prompt", "completion")}
+        totals = [0.0] * len(rows)
+        for function in self.reward_funcs:
+            rewards = function(
+                prompts=[row["prompt"] for row in rows],
+                completions=completions,
+                completion_ids=completion_ids.tolist(),
+                **columns,
+            )
+            for i, reward in enumerate(_checked(rewards, function, len(rows))):
+                totals[i] += reward
+        return totals
+
+
+class LogLikelihoodObjective:
+    """
+    Mean log-probability per token of the reference answers, including the end of the answer. Needs no decoding, and is
+    never tied.
+
+    Args:
+        examples (`Sequence[dict]`): Rows with `"prompt"` and `"completion"`, both text or both messages.
+        tokenizer: The model's tokenizer.
+        batch_size (`int`): Sequences per forward.
+    """
+
+    name = "log-likelihood"
+
+    def __init__(self, examples: Sequence[dict[str, Any]], tokenizer: Any, *, batch_size: int = 16) -> None:
+        self.examples = check_examples(examples, ["prompt", "completion"])
+        self.tokenizer = with_pad_token(tokenizer)
+        self.batch_size = batch_size
+        self._rows = [self._encode(row) for row in self.examples]
+
+    def _encode(self, row: dict[str, Any]) -> tuple[list[int], int]:
+        """Token ids of prompt and answer, and the length of the prompt."""
+        prompt = prompt_text(row["prompt"], self.tokenizer)
+        if isinstance(row["prompt"], str):
+            answer = row["completion"] + (self.tokenizer.eos_token or "")
+        else:
+            whole = self.tokenizer.apply_chat_template([*row["prompt"], *row["completion"]], tokenize=False)
+            if not whole.startswith(prompt):
+                raise ValueError(f"The chat template does not continue this prompt with its completion: {row}")
+            answer = whole[len(prompt) :]
+        prompt_ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        answer_ids = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
+        return prompt_ids + answer_ids, len(prompt_ids)
+
+    @torch.no_grad()
+    def __call__(self, model: Any) -> list[float]:
+        scores: list[float] = []
+        for start in range(0, len(self._rows), self.batch_size):
+            scores += self._score(model, self._rows[start : start + self.batch_size])
+        return scores
+
+    def _score(self, model: Any, rows: list[tuple[list[int], int]]) -> list[float]:
+        batch = self.tokenizer.pad(
+            {"input_ids": [ids for ids, _ in rows]}, padding_side="right", return_tensors="pt"
+        ).to(model.device)
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].float()
+        targets = batch["input_ids"][:, 1:]
+        logps = logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+        return [logps[i, prompt_length - 1 : len(ids) - 1].mean().item() for i, (ids, prompt_length) in enumerate(rows)]
+
+
+def check_examples(examples: Sequence[dict[str, Any]], columns: Sequence[str]) -> list[dict[str, Any]]:
+    """The examples as a list of rows.
+
+    Raises:
+        ValueError: There are none, or one lacks a column.
+    """
+    rows = [dict(row) for row in examples]
+    if not rows:
+        raise ValueError("The examples are empty; a search needs at least one.")
+    for i, row in enumerate(rows):
+        for column in columns:
+            if column not in row:
+                raise ValueError(f"Example {i} has no {column!r}; it has {', '.join(map(repr, row))}.")
+    return rows
+
+
+def prompt_text(prompt: Any, tokenizer: Any) -> str:
+    """What the model reads: text as it is, messages through the chat template."""
+    if isinstance(prompt, str):
+        return prompt
+    text: str = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    return text
+
+
+def with_pad_token(tokenizer: Any) -> Any:
+    """The tokenizer, or a copy that pads with its end token if it has no pad token."""
+    if tokenizer.pad_token is None:
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _checked(rewards: Sequence[float | None], function: RewardFunc, expected: int) -> list[float]:
+    name = getattr(function, "__name__", type(function).__name__)
+    if rewards is None or len(rewards) != expected:
+        found = "nothing" if rewards is None else f"{len(rewards)} rewards"
+        raise ValueError(f"Reward function {name!r} returned {found} for {expected} completions.")
+    values = [0.0 if reward is None else float(reward) for reward in rewards]
+    for i, value in enumerate(values):
+        if not math.isfinite(value):
+            raise ValueError(f"Reward function {name!r} returned {value} for completion {i} of its batch.")
+    return values
