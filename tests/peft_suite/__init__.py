@@ -1,0 +1,1 @@
+"""Runs PEFT's own test suite with SVF rows: `python tests/peft_suite/run.py`. Nothing here is collected by pytest."""
