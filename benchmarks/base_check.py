@@ -20,7 +20,7 @@ from statistics import median
 import torch
 
 from peft_svf.spectral import delta_weight, fingerprint, singular_basis
-from peft_svf.spectral.fingerprint import TOLERANCE
+from peft_svf.spectral.fingerprint import tolerances
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
@@ -74,8 +74,8 @@ def main() -> None:
         for weight in linears:
             original, changed = singular_basis(weight), singular_basis(change(weight))
             want, have = fingerprint(original.spectrum), fingerprint(changed.spectrum)
-            scales = [want[0], want[0], want[0], want[3]]
-            differences.append(max(abs(a - b) / (TOLERANCE * s) for a, b, s in zip(want, have, scales, strict=True)))
+            allowed = tolerances(want, tuple(weight.shape))
+            differences.append(max(abs(a - b) / t for a, b, t in zip(want, have, allowed, strict=True)))
             delta = torch.randn(len(original.spectrum)) * 0.1
             right = delta_weight(weight, original.vectors, delta)
             errors.append(float((delta_weight(weight, changed.vectors, delta) - right).norm() / right.norm()))

@@ -34,7 +34,7 @@ def check_base(adapter_name: str, layers: Sequence[SVFLayer]) -> None:
             config.base_fingerprint = {**(config.base_fingerprint or {}), layer.module_name: found}
             continue
         checked += 1
-        if (difference := fingerprint_difference(expected, found)) is not None:
+        if (difference := fingerprint_difference(expected, found, layer.shape)) is not None:
             differences.append(f"{layer.module_name}: {difference}")
     if not differences or (policy := config.runtime_config.base_check) == "ignore":
         return

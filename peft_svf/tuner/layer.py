@@ -152,6 +152,11 @@ class SVFLayer(BaseTunerLayer):
         """Q, `[k, r]` with the r of the widest adapter, in the dtype of the base weight; `None` until it is built."""
         return getattr(self, BASIS_NAME)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(out, in)` of the base weight."""
+        return self.out_features, self.in_features
+
     def needs_basis(self) -> bool:
         """Whether `build_basis` has work to do: no basis, one too narrow, or one made while the weight was on meta."""
         if not self.svf_delta:
