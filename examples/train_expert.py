@@ -90,7 +90,9 @@ def train_expert(model: Any, tokenizer: Any, task: str, recipe: Recipe) -> tuple
                 max_steps=recipe.steps,
                 learning_rate=recipe.learning_rate,
                 lr_scheduler_type="constant",
-                per_device_train_batch_size=recipe.batch_size,
+                # one `generate` call for the whole batch, then backward in pieces
+                per_device_train_batch_size=16,
+                gradient_accumulation_steps=recipe.batch_size // 16,
                 num_generations=recipe.num_generations,
                 max_completion_length=MAX_NEW_TOKENS,
                 beta=0.0,

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
 from peft.config import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
 
 from .registration import SVF_PEFT_TYPE
 
@@ -138,4 +142,26 @@ class SVFConfig(PeftConfig):
         """The configuration as a dictionary, without the runtime configuration."""
         config: dict[str, Any] = super().to_dict()
         config.pop("runtime_config")
+        return config
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
+    ) -> PeftConfig:
+        """As PEFT's. `runtime_config=` is passed on; a local adapter file that is damaged is refused by name here, as
+        PEFT's own error for it names no file.
+
+        Raises:
+            ValueError: No config there, or a damaged `adapter_model.safetensors` beside it.
+        """
+        config: PeftConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        file = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
+        if file.is_file():
+            try:
+                with safe_open(file, framework="pt"):
+                    pass
+            except SafetensorError as error:
+                raise ValueError(
+                    f"{file} is damaged or cut short ({error}). Save or download the adapter again."
+                ) from error
         return config

@@ -196,7 +196,8 @@ class SVFLayer(BaseTunerLayer):
 
     def _set_basis(self, vectors: torch.Tensor | None) -> None:
         parameter = None if vectors is None else nn.Parameter(vectors, requires_grad=False)
-        setattr(self, BASIS_NAME, parameter)
+        # not by assignment: PEFT's low_cpu_mem_usage patches that to put every new parameter on meta
+        self._parameters[BASIS_NAME] = parameter
         self.basis_rank = 0 if vectors is None else vectors.shape[1]
 
     def _widest(self) -> int:
@@ -251,8 +252,8 @@ class SVFLayer(BaseTunerLayer):
             merged = effective_weight(self._as_out_in(original), self._columns(delta), delta)
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(
-                f"NaNs detected in the merged weights of {self.module_name}. The adapter {', '.join(names)} seems to "
-                "be broken"
+                f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken: "
+                f"{self.module_name} would hold values that are not finite."
             )
         weight = self.get_base_layer().weight
         if not self.merged:
@@ -314,7 +315,8 @@ class Linear(nn.Module, SVFLayer):
         if self.side == "input":
             return self.base_layer(x + self._correction(x, delta), *args, **kwargs)
         result = self.base_layer(x, *args, **kwargs)
-        return result + self._correction(result if self.bias is None else result - self.bias, delta)
+        h = result if self.bias is None else result - self.bias.to(result.dtype)  # which differ under autocast
+        return result + self._correction(h, delta)
 
     def _correction(self, h: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
         basis = self._columns(delta)

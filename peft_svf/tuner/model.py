@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -57,9 +56,6 @@ class SVFModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's, then builds the singular bases that are missing and compares the base model with the one that the
         adapter was made for. If either fails, the adapter is taken out again and the model is as it was."""
-        # a config may be used for several models in turn; what is noted about this one belongs to this one
-        config = self.peft_config[adapter_name] = copy(self.peft_config[adapter_name])
-        config.base_fingerprint = dict(config.expected_fingerprint)
         with self._undone_on_error(model, adapter_name):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             layers = [m for m in model.modules() if isinstance(m, SVFLayer) and adapter_name in m.svf_delta]
@@ -135,6 +131,13 @@ class SVFModel(BaseTuner):
             if isinstance(module, SVFLayer) and not module.svf_delta:
                 model.set_submodule(name, module.base_layer)
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # PEFT drops the argument for tuners that do not ask for it, and would answer with the active adapter
+        if kwargs.get("adapter_names") is not None:
+            raise NotImplementedError("SVF does not support `adapter_names` (mixed batches) yet; use `set_adapter`.")
+        yield
+
     # ------------------------------------------------------------------------------------------------ parameters
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
@@ -164,6 +167,12 @@ class SVFModel(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
+        # the config, which is written next, may have been used for another model since
+        config.base_fingerprint = {
+            module.module_name: config.expected_fingerprint.get(module.module_name, module.base_fingerprint)
+            for module in model.modules()
+            if isinstance(module, SVFLayer) and adapter_name in module.svf_delta and module.base_fingerprint is not None
+        }
         # PEFT takes all that is on a tuner layer and not its base layer; the basis belongs to the base model
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         return {key: value for key, value in selected.items() if key.rpartition(".")[-1] != BASIS_NAME}

@@ -1,0 +1,224 @@
+"""One rank of `test_distributed.py`: `python distributed_worker.py SCENARIO FOLDER`, with torchrun's environment.
+
+Each scenario returns what the test looks at; it is left in `FOLDER/RANK.pt`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import tiny_llama
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from torch import distributed, nn
+
+from peft_svf import SVFConfig, SVFLayer, SVFRuntimeConfig
+from peft_svf.tuner import layer as layer_module
+
+BATCH = torch.randint(3, 64, (4, 12), generator=torch.Generator().manual_seed(3))
+STEPS = 3
+
+
+def attach(**runtime: Any) -> PeftModel:
+    config = SVFConfig(target_modules="all-linear", runtime_config=SVFRuntimeConfig(**{"use_cache": False, **runtime}))
+    model = get_peft_model(tiny_llama(), config).train()
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if ".svf_delta." in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
+
+
+def layers(model: nn.Module) -> dict[str, SVFLayer]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, SVFLayer)}
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()  # type: ignore[operator]
+
+
+def clean(name: str) -> str:
+    return name.replace("_fsdp_wrapped_module.", "").removeprefix("module.")
+
+
+def deltas(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {clean(name): full(p) for name, p in model.named_parameters() if ".svf_delta." in name}
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {clean(name): full(layer.get_base_layer().weight) for name, layer in layers(model).items()}
+
+
+def bases(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: full(layer.basis) for name, layer in layers(model).items() if layer.basis is not None}
+
+
+def train(model: nn.Module, batch: torch.Tensor) -> list[float]:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+    losses = []
+    for _ in range(STEPS):
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def my_rows() -> torch.Tensor:
+    return BATCH.chunk(distributed.get_world_size())[distributed.get_rank()]
+
+
+def deviate() -> None:
+    """Make rank 1 decompose as another driver might: some columns of the other sign."""
+    if distributed.get_rank() != 1:
+        return
+    import peft_svf.spectral.cache as cache_module
+
+    honest: Callable[..., Any] = layer_module.singular_basis
+
+    def flipped(*args: Any, **kwargs: Any) -> Any:
+        found = honest(*args, **kwargs)
+        signs = torch.ones(found.vectors.shape[1]).index_fill_(0, torch.arange(0, found.vectors.shape[1], 2), -1)
+        return replace(found, vectors=found.vectors * signs)
+
+    layer_module.singular_basis = cache_module.singular_basis = flipped  # type: ignore[assignment,attr-defined]
+
+
+# ----------------------------------------------------------------------------------------------------------- scenarios
+
+
+def attach_without_cache(folder: Path) -> dict[str, Any]:
+    deviate()
+    model = attach()
+    return {"bases": bases(model), "frozen": not any(layer.basis.requires_grad for layer in layers(model).values())}
+
+
+def attach_with_cache(folder: Path) -> dict[str, Any]:
+    deviate()
+    return {"bases": bases(attach(use_cache=True, cache_dir=str(folder / "cache")))}
+
+
+def attach_with_a_cache_on_each_node(folder: Path) -> dict[str, Any]:
+    os.environ["LOCAL_WORLD_SIZE"] = "1"
+    deviate()
+    return {"bases": bases(attach(use_cache=True, cache_dir=str(folder / f"cache{distributed.get_rank()}")))}
+
+
+def attach_with_a_broken_cache(folder: Path) -> dict[str, Any]:
+    (folder / "file").touch()
+    deviate()
+    return {"bases": bases(attach(use_cache=True, cache_dir=str(folder / "file" / "cache")))}
+
+
+def ddp(folder: Path) -> dict[str, Any]:
+    model = attach()
+    sent: list[int] = []
+    broadcast = distributed._broadcast_coalesced  # type: ignore[attr-defined]
+
+    def counted(group: Any, tensors: list[torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        sent.append(sum(tensor.numel() for tensor in tensors))
+        return broadcast(group, tensors, *args, **kwargs)
+
+    distributed._broadcast_coalesced = counted  # type: ignore[attr-defined]
+    if distributed.get_rank() == 1:  # DDP takes over rank 0's
+        for layer in layers(model).values():
+            layer.basis.data.zero_()
+    parallel = nn.parallel.DistributedDataParallel(model)
+    at_start, forwards = sum(sent), []
+    for _ in range(2):
+        sent.clear()
+        loss = parallel(input_ids=my_rows(), labels=my_rows()).loss
+        forwards.append(sum(sent))
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    parallel.zero_grad()
+    losses = train(parallel, my_rows())
+    return {
+        "at_start": at_start,
+        "forwards": forwards,
+        "buffers": sum(buffer.numel() for buffer in tiny_llama().buffers()),
+        "bases": bases(model),
+        "gradients": gradients,
+        "losses": losses,
+        "deltas": deltas(model),
+    }
+
+
+def fsdp2(folder: Path) -> dict[str, Any]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    deviate()
+    model = attach()
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    for block in model.base_model.model.model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    before = weights(model)
+    sharded = {
+        name: isinstance(layer.basis, DTensor)
+        and isinstance(layer.get_base_layer().weight, DTensor)
+        and layer.basis.to_local().shape[0] * 2 == layer.basis.shape[0]
+        for name, layer in layers(model).items()
+    }
+    losses = train(model, my_rows())
+    state = get_peft_model_state_dict(model)
+    with torch.no_grad():
+        gate = model(input_ids=BATCH).logits
+        model.merge_adapter()
+        merged, logits = weights(model), model(input_ids=BATCH).logits
+        model.unmerge_adapter()
+        again = model(input_ids=BATCH).logits
+    return {
+        "sharded": sharded,
+        "losses": losses,
+        "deltas": deltas(model),
+        "state": {name: full(value) for name, value in state.items()},
+        "before": before,
+        "merged": merged,
+        "after": weights(model),
+        "gate": gate,
+        "merged_logits": logits,
+        "again": again,
+    }
+
+
+def fsdp1(folder: Path, use_orig_params: bool = True) -> dict[str, Any]:
+    from peft.utils.other import fsdp_auto_wrap_policy
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    deviate()
+    model = attach()
+    parallel = FullyShardedDataParallel(
+        model,
+        auto_wrap_policy=fsdp_auto_wrap_policy(model),
+        use_orig_params=use_orig_params,
+        device_id=torch.device("cpu"),
+    )
+    units = sum(isinstance(module, FullyShardedDataParallel) for module in parallel.modules())
+    losses = train(parallel, my_rows())
+    with FullyShardedDataParallel.summon_full_params(parallel, writeback=False):
+        return {"units": units, "losses": losses, "deltas": deltas(parallel)}
+
+
+def fsdp1_flat(folder: Path) -> dict[str, Any]:
+    return fsdp1(folder, use_orig_params=False)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    scenario, folder = sys.argv[1], Path(sys.argv[2])
+    distributed.init_process_group("gloo")
+    try:
+        torch.save(globals()[scenario](folder), folder / f"{distributed.get_rank()}.pt")
+        distributed.barrier()
+    finally:
+        distributed.destroy_process_group()

@@ -1,0 +1,131 @@
+"""Two processes: every rank has the same basis, and DDP and FSDP compute what one process does."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed_worker import BATCH, attach, bases, deltas, train, weights
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed"),
+]
+
+RANKS = 2
+
+
+def run(scenario: str, folder: Path) -> list[dict[str, Any]]:
+    """What each rank of a scenario in `distributed_worker.py` found."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS)}
+    command = [sys.executable, str(Path(__file__).with_name("distributed_worker.py")), scenario, str(folder)]
+    processes = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(RANKS)
+    ]
+    try:
+        outputs = [process.communicate(timeout=180)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output[-4000:]
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
+
+
+def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 0) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def mean_losses(ranks: list[dict[str, Any]]) -> list[float]:
+    return torch.tensor([rank["losses"] for rank in ranks]).mean(0).tolist()
+
+
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        "attach_without_cache",
+        "attach_with_cache",
+        "attach_with_a_cache_on_each_node",
+        "attach_with_a_broken_cache",
+    ],
+)
+def test_all_ranks_have_the_same_basis(scenario: str, tmp_path: Path) -> None:
+    """Although rank 1 computes another one."""
+    first, second = run(scenario, tmp_path)
+    assert len(first["bases"]) == 14
+    assert_close(second["bases"], first["bases"])
+    if scenario != "attach_with_cache":  # there the first to come writes it
+        assert_close(first["bases"], bases(attach()), 1e-6)
+    assert first.get("frozen", True)
+    assert second.get("frozen", True)
+
+
+def test_ddp(tmp_path: Path) -> None:
+    first, second = run("ddp", tmp_path)
+    reference = attach()
+    expected = bases(reference)
+    assert_close(second["bases"], first["bases"])
+    assert_close(first["bases"], expected, 1e-6)
+    # the basis is sent when the model is wrapped, and not in every forward, as buffers are
+    assert first["at_start"] > sum(basis.numel() for basis in expected.values())
+    assert all(elements <= first["buffers"] for elements in first["forwards"])
+
+    assert len(first["gradients"]) == 14
+    assert_close(second["gradients"], first["gradients"])
+    reference(input_ids=BATCH, labels=BATCH).loss.backward()
+    assert_close(first["gradients"], {n: p.grad for n, p in reference.named_parameters() if p.grad is not None}, 1e-6)
+
+    reference.zero_grad()
+    assert mean_losses([first, second]) == pytest.approx(train(reference, BATCH), abs=1e-5)
+    assert_close(second["deltas"], first["deltas"])
+    assert_close(first["deltas"], deltas(reference), 1e-5)
+
+
+def test_fsdp2(tmp_path: Path) -> None:
+    first, second = run("fsdp2", tmp_path)
+    reference = attach()
+    base = weights(reference)
+    assert len(first["sharded"]) == 14
+    assert all(first["sharded"].values())
+
+    assert mean_losses([first, second]) == pytest.approx(train(reference, BATCH), abs=1e-5)
+    assert_close(first["deltas"], deltas(reference), 1e-5)
+    assert set(first["state"]) == {name.replace(".default.", ".") for name in first["deltas"]}
+    assert_close(first["state"], {n.replace(".default.", "."): d for n, d in first["deltas"].items()})
+
+    reference.merge_adapter()
+    assert_close(first["before"], base)
+    assert_close(first["merged"], weights(reference), 1e-5)
+    assert all(not torch.equal(merged, base[name]) for name, merged in first["merged"].items())
+    assert_close(first["after"], base)
+    torch.testing.assert_close(first["merged_logits"], first["gate"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(first["again"], first["gate"], rtol=0, atol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(first["gate"], reference(input_ids=BATCH).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("scenario", ["fsdp1", "fsdp1_flat"])
+def test_fsdp1(scenario: str, tmp_path: Path) -> None:
+    first, second = run(scenario, tmp_path)
+    reference = attach()
+    assert first["units"] == 1 + 2 + 14  # root, decoder layers, and each δ by itself
+    assert mean_losses([first, second]) == pytest.approx(train(reference, BATCH), abs=1e-5)
+    assert_close(first["deltas"], deltas(reference), 1e-5)
