@@ -442,8 +442,10 @@ def test_safe_merge_refuses_a_broken_adapter(value: float) -> None:
     weights = base_weights(model)
     broken = "model.layers.1.mlp.up_proj"
     deltas(model)[broken].data[3] = value
-    with pytest.raises(ValueError, match=rf"NaNs detected.*{broken}.*default seems to be broken"):
+    # PEFT's words, and the module
+    with pytest.raises(ValueError, match=r"NaNs detected in the merged weights.*default seems to be broken") as caught:
         model.merge_adapter(safe_merge=True)
+    assert broken in str(caught.value)
     assert torch.equal(layers(model)[broken].get_base_layer().weight, weights[broken])
     assert not layers(model)[broken].merged
 
@@ -861,11 +863,18 @@ def test_the_config_survives_json(tmp_path: Path) -> None:
     }
 
 
-def test_one_config_serves_two_bases(tmp_path: Path) -> None:
+@pytest.mark.parametrize("both_at_once", [False, True])
+def test_one_config_serves_two_bases(tmp_path: Path, both_at_once: bool) -> None:
+    """What is saved with each is the fingerprint of its own base."""
     config = SVFConfig(target_modules="all-linear")
+    models = []
     for seed in (0, 1):
-        randomise(get_peft_model(tiny_llama(seed), config)).save_pretrained(tmp_path / str(seed))
-    assert not config.base_fingerprint
+        models.append(get_peft_model(tiny_llama(seed), config))
+        if not both_at_once:
+            models[seed].save_pretrained(tmp_path / str(seed))
+    if both_at_once:
+        for seed in (0, 1):
+            models[seed].save_pretrained(tmp_path / str(seed))
     first, second = (
         json.loads((tmp_path / str(seed) / "adapter_config.json").read_text())["base_fingerprint"] for seed in (0, 1)
     )

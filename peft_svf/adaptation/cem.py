@@ -52,17 +52,20 @@ class CrossEntropyMethod:
         self.mean = np.array(mean, dtype=np.float64)
         if self.mean.ndim != 1 or not self.mean.size or not np.isfinite(self.mean).all():
             raise ValueError(f"`mean` must be a non-empty vector of finite numbers, got {mean!r}.")
-        self.std = np.broadcast_to(np.asarray(std, dtype=np.float64), self.mean.shape).copy()
+        self.std = np.array(std, dtype=np.float64)
+        if self.std.shape not in ((), self.mean.shape):
+            raise ValueError(f"`std` must be a number or have shape {self.mean.shape}, got {self.std.shape}.")
+        self.std = np.broadcast_to(self.std, self.mean.shape).copy()
         if not (np.isfinite(self.std) & (self.std > 0)).all():
             raise ValueError(f"`std` must be positive and finite, got {std!r}.")
-        if population_size < 2:
-            raise ValueError(f"`population_size` must be at least 2, got {population_size}.")
+        if not isinstance(population_size, int) or population_size < 2:
+            raise ValueError(f"`population_size` must be an integer of at least 2, got {population_size}.")
         if not 0 < elite_ratio <= 1:
             raise ValueError(f"`elite_ratio` must be in (0, 1], got {elite_ratio}.")
         if not 0 <= smoothing < 1:
             raise ValueError(f"`smoothing` must be in [0, 1), got {smoothing}.")
-        if min_std < 0:
-            raise ValueError(f"`min_std` must not be negative, got {min_std}.")
+        if not 0 <= min_std < np.inf:
+            raise ValueError(f"`min_std` must be finite and not negative, got {min_std}.")
         self.bounds = None if bounds is None else np.array(bounds, dtype=np.float64)
         if self.bounds is not None:
             if self.bounds.shape != (self.dim, 2):
@@ -134,7 +137,7 @@ class CrossEntropyMethod:
             "std": self.std.tolist(),
             "generation": self.generation,
             "incumbent": None if self.incumbent is None else self.incumbent.tolist(),
-            "incumbent_value": self.incumbent_value,
+            "incumbent_value": None if self.incumbent is None else self.incumbent_value,
             "asked": self._asked,
             "rng": self._rng.bit_generator.state,
         }
@@ -146,7 +149,7 @@ class CrossEntropyMethod:
         self.mean, self.std = np.array(state["mean"]), np.array(state["std"])
         self.generation, self._asked = state["generation"], state["asked"]
         self.incumbent = None if state["incumbent"] is None else np.array(state["incumbent"])
-        self.incumbent_value = state["incumbent_value"]
+        self.incumbent_value = np.inf if self.incumbent is None else state["incumbent_value"]
         self._rng.bit_generator.state = state["rng"]
 
     def _is_inside(self, x: np.ndarray) -> bool:

@@ -110,8 +110,7 @@ class AdaptiveMixture:
             raise ValueError(f"Expected a PeftModel with SVF adapters, got {type(model).__name__}.")
         self.model = model
         self.experts = list(model.peft_config) if experts is None else list(experts)
-        if not self.experts:
-            raise ValueError("No experts: a mixture needs at least one.")
+        _check_names(self.experts, adapter_name)
         self.tokenizer = tokenizer
         self.adapter_name = adapter_name
         model.base_model.add_weighted_adapter(self.experts, [1 / len(self.experts)] * len(self.experts), adapter_name)
@@ -142,10 +141,7 @@ class AdaptiveMixture:
             base_check (`str`): What to do when an expert was made for another base model, see [`SVFRuntimeConfig`].
             kwargs: For `AutoModelForCausalLM.from_pretrained`, when `base_model` is a name.
         """
-        if not experts:
-            raise ValueError("No experts: a mixture needs at least one.")
-        if adapter_name in experts:
-            raise ValueError(f"An expert is called {adapter_name!r} as the mixture is; pass another `adapter_name`.")
+        _check_names(list(experts), adapter_name)
         # read all before the model is touched
         configs = {name: _expert_config(name, path, base_check) for name, path in experts.items()}
         if isinstance(base_model, str):
@@ -154,12 +150,17 @@ class AdaptiveMixture:
             tokenizer = AutoTokenizer.from_pretrained(base_model.name_or_path)
 
         model: Any = None
-        for name, path in experts.items():
-            if model is None:
-                model = PeftModel.from_pretrained(base_model, path, adapter_name=name, config=configs[name])
-            else:
-                model.add_adapter(name, configs[name])
-                model.load_adapter(path, adapter_name=name)
+        try:
+            for name, path in experts.items():
+                if model is None:
+                    model = PeftModel.from_pretrained(base_model, path, adapter_name=name, config=configs[name])
+                else:
+                    model.add_adapter(name, configs[name])
+                    model.load_adapter(path, adapter_name=name)
+        except Exception:
+            if model is not None:
+                model.unload()  # leave the base model as it was
+            raise
         return cls(model, list(experts), tokenizer=tokenizer, adapter_name=adapter_name)
 
     # ------------------------------------------------------------------------------------------------ weights
@@ -185,7 +186,7 @@ class AdaptiveMixture:
         self._weights = alpha
         for module in self.model.modules():
             if isinstance(module, SVFLayer) and self.adapter_name in module.svf_delta:
-                module.mix(self.adapter_name, self.weights)
+                module.mix(self.adapter_name, self.weights.items())
 
     # ------------------------------------------------------------------------------------------------ search
 
@@ -335,6 +336,19 @@ class AdaptiveMixture:
             (Path(scratch) / "mixture.json").write_text(json.dumps(about, indent=2) + "\n")
             for path in [*(Path(scratch) / self.adapter_name).iterdir(), *Path(scratch).glob("*.*")]:
                 os.replace(path, folder / path.name)
+
+
+def _check_names(experts: Sequence[str], adapter_name: str) -> None:
+    if not experts:
+        raise ValueError("No experts: a mixture needs at least one.")
+    if adapter_name in experts:
+        raise ValueError(f"An expert is called {adapter_name!r} as the mixture is; pass another `adapter_name`.")
+    for name in experts:
+        if name in (BASE, UNIFORM, SEARCHED) or "." in name or not name:
+            raise ValueError(
+                f"An expert cannot be called {name!r}: PEFT's names have no dots, and {BASE!r}, {UNIFORM!r} and "
+                f"{SEARCHED!r} stand for weights in a `MixtureResult`."
+            )
 
 
 def _expert_config(name: str, path: str | os.PathLike[str], base_check: Any) -> SVFConfig:

@@ -71,7 +71,9 @@ class RewardObjective:
             prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
         ).to(model.device)
         output = model.generate(**inputs, pad_token_id=self.tokenizer.pad_token_id, **self.generation_kwargs)
-        completion_ids = output[:, inputs["input_ids"].shape[1] :]
+        completion_ids = [
+            _until_end(ids, self.tokenizer.eos_token_id) for ids in output[:, inputs["input_ids"].shape[1] :].tolist()
+        ]
         texts = self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
         completions = [
             text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
@@ -83,7 +85,7 @@ class RewardObjective:
             rewards = function(
                 prompts=[row["prompt"] for row in rows],
                 completions=completions,
-                completion_ids=completion_ids.tolist(),
+                completion_ids=completion_ids,
                 **columns,
             )
             for i, reward in enumerate(_checked(rewards, function, len(rows))):
@@ -168,9 +170,14 @@ def prompt_text(prompt: Any, tokenizer: Any) -> str:
 def with_pad_token(tokenizer: Any) -> Any:
     """The tokenizer, or a copy that pads with its end token if it has no pad token."""
     if tokenizer.pad_token is None:
-        tokenizer = copy.copy(tokenizer)
+        tokenizer = copy.deepcopy(tokenizer)
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _until_end(ids: list[int], end: int | None) -> list[int]:
+    """Up to and with the end token, without the padding that follows in a batch."""
+    return ids[: ids.index(end) + 1] if end in ids else ids
 
 
 def _checked(rewards: Sequence[float | None], function: RewardFunc, expected: int) -> list[float]:

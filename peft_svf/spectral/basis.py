@@ -70,7 +70,8 @@ def singular_basis(weight: torch.Tensor, r: int | None = None, *, name: str = "w
     if weight.is_meta:
         raise ValueError(f"{name} is on the meta device and has no values yet; load the weights first.")
 
-    W = weight.to(device=_fp64_device(weight.device), dtype=torch.float64)
+    # contiguous: BLAS rounds a transposed view in another way
+    W = weight.to(device=_fp64_device(weight.device), dtype=torch.float64).contiguous()
     gram = _lower_gram(W if gate_side(*weight.shape) == "output" else W.mT)
     if not torch.isfinite(gram.diagonal()).all():  # a sum of squares hides neither NaN nor Inf
         bad = int((~torch.isfinite(weight)).sum())

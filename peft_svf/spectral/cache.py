@@ -12,7 +12,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import tempfile
+import threading
+import uuid
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -57,6 +58,7 @@ class BasisCache:
     def __init__(self, cache_dir: str | os.PathLike[str] | None = None) -> None:
         self.directory = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
         self._writable = True
+        self._giving_up = threading.Lock()
 
     def __repr__(self) -> str:
         return f"BasisCache({str(self.directory)!r})"
@@ -82,7 +84,11 @@ class BasisCache:
         """What is in the cache, damaged files left out."""
         found = []
         for path in sorted(self.directory.glob("*.safetensors")):
-            with contextlib.suppress(OSError, SafetensorError, KeyError), safe_open(path, framework="pt") as file:
+            # ValueError: a shape that is none
+            with (
+                contextlib.suppress(OSError, SafetensorError, KeyError, ValueError),
+                safe_open(path, framework="pt") as file,
+            ):
                 about = file.metadata() or {}
                 shape = tuple(int(n) for n in about["shape"].split("x"))
                 found.append(CacheEntry(path.stem, path, shape, about["dtype"], path.stat().st_size))
@@ -114,7 +120,7 @@ class BasisCache:
             if path.exists():
                 warnings.warn(f"Singular basis {path} could not be read ({error}); computing it again.", stacklevel=2)
             return None
-        if checksum != _checksum(basis) or basis.vectors.shape[0] != min(weight.shape):
+        if checksum != _checksum(key, basis):
             warnings.warn(f"Singular basis {path} is damaged (checksum differs); computing it again.", stacklevel=2)
             return None
         return SingularBasis(basis.vectors.to(weight.device), basis.spectrum)
@@ -126,21 +132,21 @@ class BasisCache:
             "format": FORMAT,
             "shape": "x".join(map(str, weight.shape)),
             "dtype": str(weight.dtype).removeprefix("torch."),
-            "sha256": _checksum(basis),
+            "sha256": _checksum(key, basis),
         }
         tensors = {"vectors": basis.vectors.cpu(), "spectrum": basis.spectrum}
-        temporary = None
+        temporary = self.directory / f"{key[:16]}-{uuid.uuid4().hex}.tmp"
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(prefix=key[:16], suffix=".tmp", dir=self.directory)
-            os.close(handle)
+            temporary.touch(exist_ok=False)
+            mode = temporary.stat().st_mode  # as the umask has it; safetensors gives its files to their owner alone
             save_file(tensors, temporary, metadata=about)
+            temporary.chmod(mode)
             os.replace(temporary, self._path(key))
         except (OSError, SafetensorError) as error:
             self._give_up_writing(error)
-            if temporary is not None:
-                with contextlib.suppress(OSError):
-                    os.unlink(temporary)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
 
     @contextlib.contextmanager
     def _lock(self, key: str) -> Iterator[None]:
@@ -162,13 +168,14 @@ class BasisCache:
 
     def _give_up_writing(self, error: Exception) -> None:
         # once: with a full disk or a read-only folder each of a model's weights would fail alike
-        if self._writable:
+        with self._giving_up:
+            first, self._writable = self._writable, False
+        if first:
             warnings.warn(
                 f"Singular bases cannot be kept in {self.directory} ({error}); going on without, they will be computed "
                 f"again next time. Set {ENVIRONMENT_VARIABLE} to a folder that can be written.",
                 stacklevel=2,
             )
-        self._writable = False
 
 
 def weight_key(weight: torch.Tensor) -> str:
@@ -188,10 +195,12 @@ def clear_cache(cache_dir: str | os.PathLike[str] | None = None) -> int:
     return BasisCache(cache_dir).clear()
 
 
-def _checksum(basis: SingularBasis) -> str:
-    digest = hashlib.sha256(f"{tuple(basis.vectors.shape)}|{basis.vectors.dtype}|".encode())
-    digest.update(_bytes(basis.vectors))
-    digest.update(_bytes(basis.spectrum))
+def _checksum(key: str, basis: SingularBasis) -> str:
+    """Of an entry and of the weight that it belongs to, so that a file under another's name is not believed."""
+    digest = hashlib.sha256(key.encode())
+    for tensor in (basis.vectors, basis.spectrum):
+        digest.update(f"|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
+        digest.update(_bytes(tensor))
     return digest.hexdigest()
 
 

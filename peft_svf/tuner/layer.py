@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -136,10 +136,11 @@ class SVFLayer(BaseTunerLayer):
         return total
 
     @torch.no_grad()
-    def mix(self, adapter_name: str, weights: dict[str, float]) -> None:
-        """Overwrite the δ of an adapter by Σ_k weights[k] · δ_k; an adapter that the layer lacks counts as δ = 0."""
+    def mix(self, adapter_name: str, parts: Iterable[tuple[str, float]]) -> None:
+        """Overwrite the δ of an adapter by Σ_k α_k δ_k, from pairs of a name and its α_k. An adapter that the layer
+        lacks counts as δ = 0."""
         total = torch.zeros_like(self._delta(adapter_name)())
-        for name, weight in weights.items():
+        for name, weight in parts:
             if name in self.svf_delta:
                 delta = self._delta(name)()
                 total[: len(delta)] += weight * delta.to(total.device)
@@ -206,8 +207,12 @@ class SVFLayer(BaseTunerLayer):
     def _ready_basis(self) -> torch.Tensor:
         if self.needs_basis():
             build_bases([self])  # the weights came after the adapter
-            for adapter_name in self.svf_delta:
-                check_base(adapter_name, [self])
+            try:
+                for adapter_name in self.svf_delta:
+                    check_base(adapter_name, [self])
+            except ValueError:
+                self._set_basis(None)  # or the next forward would go through
+                raise
         if self.basis is None or self.basis.is_meta:
             raise RuntimeError(
                 f"{self.module_name} is on the meta device: the base weights were never loaded, so SVF has no singular "

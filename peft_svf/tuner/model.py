@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from peft.utils import (
     get_quantization_kwargs,
     resolve_quantization_backend,
 )
+from peft.utils.integrations import _skip_init_on_device
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -113,10 +115,14 @@ class SVFModel(BaseTuner):
     @contextmanager
     def _undone_on_error(self, model: nn.Module, adapter_name: str) -> Iterator[None]:
         trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        active = [(module, module.active_adapters) for module in model.modules() if isinstance(module, SVFLayer)]
         try:
             yield
         except Exception:
-            self._take_out(model, adapter_name)
+            with _skip_init_on_device():  # or low_cpu_mem_usage sends the base weights to meta as they are put back
+                self._take_out(model, adapter_name)
+            for layer, names in active:
+                layer.set_adapter(names)
             for parameter, requires_grad in trainable:
                 parameter.requires_grad_(requires_grad)
             raise
@@ -124,6 +130,8 @@ class SVFModel(BaseTuner):
     def _take_out(self, model: nn.Module, adapter_name: str) -> None:
         if len(self.peft_config) <= 1:
             self._unload_and_optionally_merge(merge=False)
+            if getattr(model, "_hf_peft_config_loaded", False):
+                setattr(model, "_hf_peft_config_loaded", False)  # noqa: B010  # transformers sets it beforehand
             return
         self.peft_config.pop(adapter_name, None)
         delete_adapter(model, adapter_name=adapter_name, prefix=self.prefix, layer_cls=SVFLayer)
@@ -226,9 +234,8 @@ class SVFModel(BaseTuner):
             raise ValueError(
                 f"Expected one weight per adapter, got {len(adapters)} adapters and {len(weights)} weights."
             )
+        self._check_known(adapters)
         for adapter, weight in zip(adapters, weights, strict=True):
-            if adapter not in self.peft_config:
-                raise ValueError(f"Adapter {adapter!r} not found; there are {', '.join(self.peft_config)}.")
             if not math.isfinite(weight):
                 raise ValueError(f"The weight of adapter {adapter!r} is {weight}.")
             if self.peft_config[adapter].modules_to_save or self.peft_config[adapter].bias != "none":
@@ -243,7 +250,7 @@ class SVFModel(BaseTuner):
         self.peft_config[adapter_name] = replace(
             configs[0],
             r=None if any(config.r is None for config in configs) else max(config.r for config in configs),
-            target_modules=sorted(layers),  # spelled out, as no pattern of the sources need match them all
+            target_modules=self._exact_target(list(layers)),
             exclude_modules=None,
             layers_to_transform=None,
             layers_pattern=None,
@@ -253,4 +260,50 @@ class SVFModel(BaseTuner):
         )
         self.inject_adapter(self.model, adapter_name)
         for layer in layers.values():
-            layer.mix(adapter_name, dict(zip(adapters, weights, strict=True)))
+            layer.mix(adapter_name, zip(adapters, weights, strict=True))
+
+    def _exact_target(self, names: list[str]) -> list[str] | str:
+        """`target_modules` that matches these modules and no other; none of the patterns that they come from need."""
+        suffixes = tuple(f".{name}" for name in names)
+        unwrapped = (name.replace(".base_layer", "") for name, _ in self.model.named_modules())
+        if any(name.endswith(suffixes) and name not in names for name in unwrapped):
+            return "|".join(re.escape(name) for name in sorted(names))
+        return sorted(names)
+
+    # ------------------------------------------------------------------------------------------------ names
+
+    # PEFT ignores unknown names in these three calls, so that a typo would pass for the base model
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """As PEFT's.
+
+        Raises:
+            ValueError: There is no such adapter.
+        """
+        self._check_known([adapter_name] if isinstance(adapter_name, str) else adapter_name)
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As PEFT's.
+
+        Raises:
+            ValueError: There is no such adapter.
+        """
+        self._check_known(adapter_names or [])
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """As PEFT's.
+
+        Raises:
+            ValueError: There is no such adapter.
+        """
+        self._check_known(adapter_names or [])
+        return super().merge_and_unload(progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names)
+
+    def _check_known(self, adapter_names: Sequence[str]) -> None:
+        for name in adapter_names:
+            if name not in self.peft_config:
+                raise ValueError(f"Adapter {name!r} not found; there are {', '.join(self.peft_config) or 'none'}.")
