@@ -1133,3 +1133,13 @@ def test_a_pickled_config_brings_the_package_along() -> None:
     code = f"import pickle; config = pickle.loads({data!r}); print(config.r, config.peft_type.value)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.stdout.split() == ["3", "SVF"], run.stderr
+
+
+def test_saving_before_the_weights_came_keeps_the_fingerprint(tmp_path: Path) -> None:
+    adapted().save_pretrained(tmp_path / "with")
+    fingerprints = json.loads((tmp_path / "with" / "adapter_config.json").read_text())["base_fingerprint"]
+    waiting = meta_llama(base_fingerprint=fingerprints)
+    from peft import get_peft_model_state_dict
+
+    get_peft_model_state_dict(waiting)  # what comes before the config is written
+    assert waiting.peft_config["default"].base_fingerprint == fingerprints

@@ -136,7 +136,7 @@ class AdaptiveMixture:
         Args:
             base_model (`PreTrainedModel` or `str`): The model, or its Hub id or folder.
             experts (`dict[str, str]`): Names and where to load them from, each a Hub id or folder of an SVF adapter.
-            tokenizer: The tokenizer; by default the one that belongs to `base_model`.
+            tokenizer: The tokenizer, which a search needs; by default that of `base_model` if this is a name.
             adapter_name (`str`): What to call the mixture.
             base_check (`str`): What to do when an expert was made for another base model, see [`SVFRuntimeConfig`].
             kwargs: For `AutoModelForCausalLM.from_pretrained`, when `base_model` is a name.
@@ -145,9 +145,8 @@ class AdaptiveMixture:
         # read all before the model is touched
         configs = {name: _expert_config(name, path, base_check) for name, path in experts.items()}
         if isinstance(base_model, str):
+            tokenizer = AutoTokenizer.from_pretrained(base_model) if tokenizer is None else tokenizer
             base_model = AutoModelForCausalLM.from_pretrained(base_model, **kwargs)
-        if tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(base_model.name_or_path)
 
         model: Any = None
         try:
@@ -258,6 +257,8 @@ class AdaptiveMixture:
 
     def _search(self, objective: Objective, optimizer: Any, num_generations: int) -> MixtureResult:
         start = time.perf_counter()
+        self.model.set_adapter(self.adapter_name, inference_mode=True)
+        self.model.eval()
         simple = self._simple_choices()
         history: list[dict[str, Any]] = []
         best, best_score = np.array(simple[UNIFORM]), -np.inf
@@ -334,7 +335,7 @@ class AdaptiveMixture:
             self.model.save_pretrained(scratch, selected_adapters=[self.adapter_name])
             about = {"weights": self.weights, "result": self.result.to_dict() if self.result else None}
             (Path(scratch) / "mixture.json").write_text(json.dumps(about, indent=2) + "\n")
-            for path in [*(Path(scratch) / self.adapter_name).iterdir(), *Path(scratch).glob("*.*")]:
+            for path in Path(scratch).rglob("*.*"):
                 os.replace(path, folder / path.name)
 
 

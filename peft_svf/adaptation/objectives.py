@@ -144,18 +144,20 @@ class LogLikelihoodObjective:
 
 
 def check_examples(examples: Sequence[dict[str, Any]], columns: Sequence[str]) -> list[dict[str, Any]]:
-    """The examples as a list of rows.
+    """The examples as a list of rows, which all have these columns, not empty, and those of the first row.
 
     Raises:
-        ValueError: There are none, or one lacks a column.
+        ValueError: There are none, or one lacks a column or what should be in it.
     """
     rows = [dict(row) for row in examples]
     if not rows:
         raise ValueError("The examples are empty; a search needs at least one.")
     for i, row in enumerate(rows):
-        for column in columns:
+        for column in [*columns, *rows[0]]:
             if column not in row:
                 raise ValueError(f"Example {i} has no {column!r}; it has {', '.join(map(repr, row))}.")
+            if column in columns and not row[column]:
+                raise ValueError(f"Example {i} has an empty {column!r}: {row}.")
     return rows
 
 

@@ -63,6 +63,14 @@ class BasisCache:
     def __repr__(self) -> str:
         return f"BasisCache({str(self.directory)!r})"
 
+    def is_writable(self) -> bool:
+        """Whether entries can be kept, which makes the folder if it is not there."""
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            return False
+        return os.access(self.directory, os.W_OK)
+
     def load_or_compute(self, weight: torch.Tensor, *, name: str = "weight") -> SingularBasis:
         """The full basis of `weight` (`[out, in]`), from disk if it is there.
 

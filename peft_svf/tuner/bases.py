@@ -33,7 +33,7 @@ def build_bases(layers: Sequence[SVFLayer]) -> None:
         return
     runtime = next(reversed(layers[0].svf_config.values())).runtime_config  # of the adapter that is being attached
     cache = BasisCache(runtime.cache_dir) if runtime.use_cache else None
-    build = partial(_build, cache=cache, share=_must_share(layers, cached=cache is not None))
+    build = partial(_build, cache=cache, share=_must_share(layers, cache))
     if all(layer.get_base_layer().weight.device.type == "cpu" for layer in layers) and not _in_lockstep():
         _for_each(build, layers)
     else:
@@ -55,7 +55,7 @@ def _in_lockstep() -> bool:
     return _world_size() > 1 or check_deepspeed_zero3_enabled()
 
 
-def _must_share(layers: Sequence[SVFLayer], cached: bool) -> bool:
+def _must_share(layers: Sequence[SVFLayer], cache: BasisCache | None) -> bool:
     """Whether rank 0 sends its bases to the others.
 
     FSDP2 shards what each rank holds without comparing, so a rank with other bits would train δ wrongly and silently.
@@ -63,7 +63,8 @@ def _must_share(layers: Sequence[SVFLayer], cached: bool) -> bool:
     them attach. Otherwise all must attach, in the same order.
     """
     ranks = _world_size()
-    if ranks == 1 or (cached and os.environ.get("LOCAL_WORLD_SIZE") == str(ranks)):
+    one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(ranks)
+    if ranks == 1 or (one_machine and cache is not None and cache.is_writable()):
         return False
     has_weights = [all(not layer.get_base_layer().weight.is_meta for layer in layers)] * ranks
     distributed.all_gather_object(has_weights, has_weights[0])

@@ -176,11 +176,12 @@ class SVFModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
         # the config, which is written next, may have been used for another model since
-        config.base_fingerprint = {
+        known = {
             module.module_name: config.expected_fingerprint.get(module.module_name, module.base_fingerprint)
             for module in model.modules()
-            if isinstance(module, SVFLayer) and adapter_name in module.svf_delta and module.base_fingerprint is not None
+            if isinstance(module, SVFLayer) and adapter_name in module.svf_delta
         }
+        config.base_fingerprint = {name: numbers for name, numbers in known.items() if numbers is not None}
         # PEFT takes all that is on a tuner layer and not its base layer; the basis belongs to the base model
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         return {key: value for key, value in selected.items() if key.rpartition(".")[-1] != BASIS_NAME}
