@@ -634,3 +634,26 @@ def test_saving_over_a_file_is_an_error(mixture: AdaptiveMixture, tmp_path: Path
         mixture.save_pretrained(path)
     assert path.read_text() == "do not lose"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_search_of_nothing_is_refused(experts: dict[str, str], model: Any, tokenizer: Any) -> None:
+    mixture = AdaptiveMixture.from_pretrained(model, experts, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="num_generations"):
+        mixture.search(EXAMPLES, num_generations=0)
+    with pytest.raises(ValueError, match="reward_funcs"):
+        mixture.search(EXAMPLES, reward_funcs=[])
+
+
+def test_a_reference_answer_may_be_missing_when_rewards_decide(
+    experts: dict[str, str], model: Any, tokenizer: Any
+) -> None:
+    rows = [{"prompt": "ab", "completion": "x", "letter": "a"}, {"prompt": "ba", "letter": "b"}]
+    mixture = AdaptiveMixture.from_pretrained(model, experts, tokenizer=tokenizer)
+    seen: list[str] = []
+
+    def reward(completions: list[str], letter: list[str], **kwargs: Any) -> list[float]:
+        seen.extend(letter)
+        return [0.0] * len(completions)
+
+    mixture.search(rows, reward, num_generations=1, population_size=2, generation_kwargs={"max_new_tokens": 2})
+    assert set(seen) == {"a", "b"}

@@ -228,6 +228,8 @@ class AdaptiveMixture:
         """
         if self.tokenizer is None:
             raise ValueError("A search needs a tokenizer; pass one when the mixture is made.")
+        if num_generations < 1:
+            raise ValueError(f"`num_generations` must be at least 1, got {num_generations}.")
         rows = list(examples)
         objective: Objective
         if reward_funcs is None:

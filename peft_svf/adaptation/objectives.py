@@ -54,6 +54,8 @@ class RewardObjective:
     ) -> None:
         self.examples = check_examples(examples, ["prompt"])
         self.reward_funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
+        if not self.reward_funcs:
+            raise ValueError("`reward_funcs` is empty; pass at least one function, or None for the log-likelihood.")
         self.tokenizer = with_pad_token(tokenizer)
         self.batch_size = batch_size
         self.generation_kwargs = {"max_new_tokens": 256, "do_sample": False, **(generation_kwargs or {})}
@@ -79,7 +81,7 @@ class RewardObjective:
             text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
             for row, text in zip(rows, texts, strict=True)
         ]
-        columns = {key: [row[key] for row in rows] for key in rows[0] if key not in ("prompt", "completion")}
+        columns = {key: [row[key] for row in rows] for key in self.examples[0] if key not in ("prompt", "completion")}
         totals = [0.0] * len(rows)
         for function in self.reward_funcs:
             rewards = function(
@@ -144,19 +146,19 @@ class LogLikelihoodObjective:
 
 
 def check_examples(examples: Sequence[dict[str, Any]], columns: Sequence[str]) -> list[dict[str, Any]]:
-    """The examples as a list of rows, which all have these columns, not empty, and those of the first row.
+    """The examples as a list of rows, which all have these columns and those of the first row, and a prompt.
 
     Raises:
-        ValueError: There are none, or one lacks a column or what should be in it.
+        ValueError: There are none, one lacks a column, or its prompt is empty.
     """
     rows = [dict(row) for row in examples]
     if not rows:
         raise ValueError("The examples are empty; a search needs at least one.")
     for i, row in enumerate(rows):
-        for column in [*columns, *rows[0]]:
+        for column in [*columns, *(column for column in rows[0] if column != "completion")]:
             if column not in row:
                 raise ValueError(f"Example {i} has no {column!r}; it has {', '.join(map(repr, row))}.")
-            if column in columns and not row[column]:
+            if column == "prompt" and not row[column]:
                 raise ValueError(f"Example {i} has an empty {column!r}: {row}.")
     return rows
 

@@ -1,0 +1,178 @@
+"""On SmolLM2-135M-Instruct, all 210 linear layers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+
+from peft_svf import AdaptiveMixture, SVFConfig, SVFLayer
+from peft_svf.spectral import effective_weight
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SHIPPED = sorted(path for path in (EXAMPLES / "experts").iterdir() if path.is_dir())
+sys.path.insert(0, str(EXAMPLES))
+
+pytestmark = [pytest.mark.model, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def module_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """One decomposition for all tests of this file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PEFT_SVF_CACHE", str(tmp_path_factory.mktemp("bases")))
+        yield os.environ["PEFT_SVF_CACHE"]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(module_cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Instead of the empty cache that other tests start with."""
+    monkeypatch.setenv("PEFT_SVF_CACHE", module_cache)
+
+
+def load() -> tuple[Any, Any]:
+    from smollm2 import load_model
+
+    model, tokenizer = load_model()
+    return model.eval(), tokenizer
+
+
+def logits(model: Any) -> torch.Tensor:
+    ids = torch.arange(100, 140).unsqueeze(0)
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+def layers(model: Any) -> dict[str, SVFLayer]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, SVFLayer)}
+
+
+def adapted(base: Any, scale: float = 0.05) -> PeftModel:
+    model = get_peft_model(base, SVFConfig(target_modules="all-linear", task_type="CAUSAL_LM")).eval()
+    generator = torch.Generator().manual_seed(3)
+    for layer in layers(model).values():
+        delta = layer.svf_delta["default"].weight
+        delta.data.copy_(torch.randn(delta.shape, generator=generator) * scale)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fresh_adapter_changes_no_bit(dtype: torch.dtype) -> None:
+    base = load()[0].to(dtype)
+    before = logits(base)
+    model = adapted(base, scale=0.0)
+    assert len(layers(model)) == 210
+    assert torch.equal(logits(model), before)
+
+
+def test_save_reload_merge_unmerge(tmp_path: Path) -> None:
+    model = adapted(load()[0])
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert trainable == 97_920
+    assert (tmp_path / "adapter_model.safetensors").stat().st_size <= 4.2 * trainable + 200 * 210
+
+    base, _ = load()
+    weights = {name: parameter.clone() for name, parameter in base.named_parameters()}
+    before = logits(base)
+    reloaded = PeftModel.from_pretrained(base, tmp_path)
+    assert torch.equal(logits(reloaded), expected)
+    assert not torch.allclose(expected, before, atol=0.1)
+    reloaded.merge_adapter()
+    torch.testing.assert_close(logits(reloaded), expected, rtol=0, atol=1e-3)
+    reloaded.unmerge_adapter()
+    after = reloaded.unload()
+    assert all(torch.equal(parameter, weights[name]) for name, parameter in after.named_parameters())
+
+
+def test_layers_equal_the_fp64_svd() -> None:
+    model = adapted(load()[0], scale=0.3)
+    for name, layer in list(layers(model).items())[::23]:
+        weight = layer.get_base_layer().weight.detach().double()
+        u, s, vt = torch.linalg.svd(weight, full_matrices=False)
+        z = 1 + layer.svf_delta["default"]().double()
+        expected = u @ torch.diag(s * z) @ vt
+        found = effective_weight(layer.get_base_layer().weight, layer.basis, layer.svf_delta["default"]())
+        assert ((found - expected).norm() / expected.norm()).item() <= 1e-5, name
+
+
+@pytest.mark.parametrize("other", ["one thread", "permuted memory", "fp64 SVD"])
+def test_an_adapter_means_the_same_elsewhere(other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A base that was decomposed in another way gives the same logits."""
+    model = adapted(load()[0])
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "adapter")
+    monkeypatch.setenv("PEFT_SVF_CACHE", str(tmp_path / "another-cache"))
+    base, _ = load()
+    threads = torch.get_num_threads()
+    if other == "permuted memory":
+        for module in base.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.data = module.weight.data.t().contiguous().t()
+    torch.set_num_threads(1 if other == "one thread" else threads)
+    try:
+        elsewhere = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    finally:
+        torch.set_num_threads(threads)
+    if other == "fp64 SVD":
+        for layer in layers(elsewhere).values():
+            u, _, vt = torch.linalg.svd(layer.get_base_layer().weight.detach().double(), full_matrices=False)
+            layer.basis.data.copy_(u if layer.side == "output" else vt.mT)
+    torch.testing.assert_close(logits(elsewhere), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("folder", SHIPPED, ids=lambda folder: folder.name)
+def test_a_shipped_expert_is_better_at_its_task(folder: Path) -> None:
+    from tasks import TASKS
+    from train_expert import accuracy
+
+    base, tokenizer = load()
+    examples = TASKS[folder.name].examples("test", 24)
+    before = accuracy(base, tokenizer, examples)
+    after = accuracy(PeftModel.from_pretrained(base, folder), tokenizer, examples)
+    assert after >= before + 0.2
+
+
+def test_shipped_experts_mix() -> None:
+    base, tokenizer = load()
+    before = logits(base)
+    mixture = AdaptiveMixture.from_pretrained(base, {path.name: str(path) for path in SHIPPED}, tokenizer=tokenizer)
+    mixture.set_weights([0.0] * len(SHIPPED))
+    assert torch.equal(logits(mixture.model), before)
+    mixture.set_weights([1.0] * len(SHIPPED))
+    together = logits(mixture.model)
+    mixture.model.base_model.set_adapter([path.name for path in SHIPPED])
+    torch.testing.assert_close(logits(mixture.model), together, rtol=0, atol=1e-3)
+
+
+def test_quickstart(tmp_path: Path) -> None:
+    """The demo from end to end, in its quick form."""
+    output = tmp_path / "demo"
+    run = subprocess.run(
+        [sys.executable, str(EXAMPLES / "quickstart.py"), "--quick", "--output", str(output)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=1500,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    numbers = json.loads((output / "results.json").read_text())
+    experts = {"products", *(path.name for path in SHIPPED)}
+    assert set(numbers["accuracy"]) == {*experts, "arithmetic"}
+    for row in numbers["accuracy"].values():
+        assert set(row) == {"base", *experts, "uniform", "searched"}
+    live = numbers["live"]
+    assert live["reloaded"] == live["after"] == numbers["accuracy"]["products"]["products"]
+    assert len(live["rewards"]) == 4
+    assert numbers["search"]["scores"].keys() == {"base", *experts, "uniform", "searched"}
+    assert (output / "results.png").stat().st_size > 10_000
+    base, _ = load()
+    PeftModel.from_pretrained(base, output / "mixture")
