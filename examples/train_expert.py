@@ -3,7 +3,7 @@
     python examples/train_expert.py sums --output examples/experts/sums
 
 made the experts in `examples/experts/`, each with the settings of its task in `RECIPES`. Simpler than a real training
-run: no KL term (`beta=0`), no validation, a constant learning rate; the last δ is the expert.
+run: no KL term (`beta=0`), no validation, a learning rate that falls linearly to 0; the last δ is the expert.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class Recipe:
     seed: int = 0
 
 
-RECIPES = {name: Recipe() for name in TASKS}
+# at 3e-3 retrieval climbs to a reward of 0.56 and falls back to 0.23
+RECIPES = {name: Recipe() for name in TASKS} | {"retrieval": Recipe(learning_rate=2e-3)}
 
 
 class RewardBar(TrainerCallback):
@@ -89,7 +90,7 @@ def train_expert(model: Any, tokenizer: Any, task: str, recipe: Recipe) -> tuple
                 output_dir=scratch,
                 max_steps=recipe.steps,
                 learning_rate=recipe.learning_rate,
-                lr_scheduler_type="constant",
+                lr_scheduler_type="linear",
                 # one `generate` call for the whole batch, then backward in pieces
                 per_device_train_batch_size=16,
                 gradient_accumulation_steps=recipe.batch_size // 16,
@@ -167,8 +168,8 @@ model = PeftModel.from_pretrained(base_model, "examples/experts/{task}")
 weights, loading is refused.
 
 Recipe: `python examples/train_expert.py {task}` — {recipe.steps} steps of {recipe.batch_size} samples
-({recipe.num_generations} per prompt), learning rate {recipe.learning_rate}, constant, no KL term, seed {recipe.seed},
-system message "{spec.system}", at most {MAX_NEW_TOKENS} new tokens. {record["trainable"]:,} trainable numbers,
+({recipe.num_generations} per prompt), learning rate {recipe.learning_rate}, linear to 0, no KL term, seed
+{recipe.seed}, system message "{spec.system}", at most {MAX_NEW_TOKENS} new tokens. {record["trainable"]:,} trainable numbers,
 {record["seconds"]:.0f} s on {record["machine"]}.
 """)
 

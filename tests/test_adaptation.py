@@ -636,19 +636,15 @@ def test_saving_over_a_file_is_an_error(mixture: AdaptiveMixture, tmp_path: Path
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_search_of_nothing_is_refused(experts: dict[str, str], model: Any, tokenizer: Any) -> None:
-    mixture = AdaptiveMixture.from_pretrained(model, experts, tokenizer=tokenizer)
+def test_a_search_of_nothing_is_refused(mixture: AdaptiveMixture) -> None:
     with pytest.raises(ValueError, match="num_generations"):
         mixture.search(EXAMPLES, num_generations=0)
     with pytest.raises(ValueError, match="reward_funcs"):
         mixture.search(EXAMPLES, reward_funcs=[])
 
 
-def test_a_reference_answer_may_be_missing_when_rewards_decide(
-    experts: dict[str, str], model: Any, tokenizer: Any
-) -> None:
+def test_a_reference_answer_may_be_missing_when_rewards_decide(mixture: AdaptiveMixture) -> None:
     rows = [{"prompt": "ab", "completion": "x", "letter": "a"}, {"prompt": "ba", "letter": "b"}]
-    mixture = AdaptiveMixture.from_pretrained(model, experts, tokenizer=tokenizer)
     seen: list[str] = []
 
     def reward(completions: list[str], letter: list[str], **kwargs: Any) -> list[float]:
