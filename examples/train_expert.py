@@ -168,9 +168,9 @@ model = PeftModel.from_pretrained(base_model, "examples/experts/{task}")
 weights, loading is refused.
 
 Recipe: `python examples/train_expert.py {task}` — {recipe.steps} steps of {recipe.batch_size} samples
-({recipe.num_generations} per prompt), learning rate {recipe.learning_rate}, linear to 0, no KL term, seed
-{recipe.seed}, system message "{spec.system}", at most {MAX_NEW_TOKENS} new tokens. {record["trainable"]:,} trainable numbers,
-{record["seconds"]:.0f} s on {record["machine"]}.
+({recipe.num_generations} per prompt), learning rate {recipe.learning_rate} falling linearly to 0, no KL term,
+seed {recipe.seed}, system message "{spec.system}", at most {MAX_NEW_TOKENS} new tokens.
+{record["trainable"]:,} trainable numbers, {record["seconds"]:.0f} s on {record["machine"]}.
 """)
 
 
