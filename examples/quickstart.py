@@ -49,7 +49,7 @@ def main() -> None:
     output: Path = arguments.output
     output.mkdir(parents=True, exist_ok=True)
     recipe = Recipe(steps=4) if arguments.quick else RECIPES[LIVE_TASK]
-    test_size, generations, population = (16, 2, 4) if arguments.quick else (64, 6, 10)
+    test_size, generations, population = (16, 2, 4) if arguments.quick else (64, 6, 8)
     numbers: dict[str, Any] = {"quick": arguments.quick, "model": arguments.model, "machine": _machine()}
     start = time.perf_counter()
 
