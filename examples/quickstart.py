@@ -4,8 +4,9 @@
 
 1. trains an expert for one-digit products live, with TRL's GRPOTrainer;
 2. saves it and reloads it into a fresh base model;
-3. loads it beside the experts in examples/experts/;
-4. searches a mixture for a task that none of them was trained on, from a dozen examples;
+3. loads it beside the experts in examples/experts/ (with --model, for which those are not, it trains such first);
+4. searches a mixture, from a dozen examples, for a task that none of them was trained on: sums, differences and products
+   in other words, so that no expert alone is made for it;
 5. prints one table, task by choice of weights, on held-out questions, whichever wins;
 6. leaves the adapters, all numbers as JSON and a plot in the output folder.
 """
@@ -26,13 +27,13 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from huggingface_hub.utils import tqdm
 from peft import PeftModel
 from smollm2 import load_model
 from tasks import TASKS, reward
 from train_expert import MAX_NEW_TOKENS, RECIPES, Recipe, accuracy, save_expert, train_expert
 
 from peft_svf import AdaptiveMixture
-from peft_svf._progress import progress_bar
 
 LIVE_TASK = "products"
 UNSEEN_TASK = "arithmetic"
@@ -67,14 +68,21 @@ def main() -> None:
 
     heading("2. Save it, and reload it into a fresh base model")
     expert = output / LIVE_TASK
-    save_expert(trained, expert)
+    save_expert(trained, expert, arguments.model)
     fresh, _ = load_model(arguments.model)
     reloaded = accuracy(PeftModel.from_pretrained(fresh, str(expert)), tokenizer, test[LIVE_TASK])
     size = (expert / "adapter_model.safetensors").stat().st_size
     print(f"{expert}: {size / 1000:.0f} kB, greedy accuracy after reloading: {reloaded:.2f}", flush=True)
 
-    heading("3. Load it beside the experts in examples/experts")
-    experts = {LIVE_TASK: str(expert), **{path.name: str(path) for path in sorted(SHIPPED.iterdir()) if path.is_dir()}}
+    heading("3. Load it beside other experts")
+    others = {path.name: path for path in sorted(SHIPPED.iterdir()) if path.is_dir()}
+    if arguments.model:
+        # those in examples/experts are for the weights of the demo's own model
+        others = {task: output / task for task in others}
+        for task, folder in others.items():
+            fresh, _ = load_model(arguments.model)
+            save_expert(train_expert(fresh, tokenizer, task, recipe)[0], folder, arguments.model)
+    experts = {LIVE_TASK: str(expert), **{task: str(folder) for task, folder in others.items()}}
     fresh, _ = load_model(arguments.model)
     mixture = AdaptiveMixture.from_pretrained(fresh, experts, tokenizer=tokenizer)
     print("experts:", ", ".join(mixture.experts), flush=True)
@@ -100,7 +108,7 @@ def main() -> None:
     }
     tasks = [*[name for name in mixture.experts if name in TASKS], UNSEEN_TASK]
     table: dict[str, dict[str, float]] = {task: {} for task in tasks}
-    with progress_bar(desc="Evaluating", total=len(tasks) * len(choices), unit="cell", delay=0) as bar:
+    with tqdm(desc="Evaluating", total=len(tasks) * len(choices), unit="cell") as bar:
         for choice, weights in choices.items():
             mixture.set_weights(weights)
             for task in tasks:

@@ -1,8 +1,8 @@
 """Small verifiable tasks from reasoning-gym, in the shape that TRL's trainers and `AdaptiveMixture.search` take.
 
-A question that may be asked in the test never occurs in training. Procedural generators repeat themselves when their
-space is small (there are 55 one-digit products up to order), so a question goes to one side by a hash of its words
-in any order, not by the seed.
+A question that may be asked in the test never occurs in training, not even in another task's words. Procedural
+generators repeat themselves when their space is small (there are 55 one-digit products up to order), so a question goes
+to one side by a hash of its numbers and operators in any order, or of its words if it has no numbers, not by the seed.
 """
 
 from __future__ import annotations
@@ -34,6 +34,12 @@ def first_word(completion: str) -> str:
     """The first word of a text without punctuation around it."""
     words = completion.split()
     return words[0].strip(".,:;!?\"'*`") if words else ""
+
+
+def held_out(question: str) -> bool:
+    """Whether a question belongs to the test side: a third do, `3 * 4` with `4 * 3`."""
+    parts = re.findall(r"\d+|[-+*/]", question) if re.search(r"\d", question) else question.split()
+    return int(hashlib.sha256(" ".join(sorted(parts)).encode()).hexdigest(), 16) % 3 == 0
 
 
 @dataclass(frozen=True)
@@ -81,9 +87,7 @@ class Task:
     def _entries(self, split: Split) -> Iterator[dict[str, Any]]:
         # a bounded walk: the test side of a small task may hold fewer different questions than asked for
         for entry in _create_dataset(self.dataset, seed=SEEDS[split], size=4000, **self.settings):
-            words = " ".join(sorted(entry["question"].split()))
-            held_out = int(hashlib.sha256(words.encode()).hexdigest(), 16) % 3 == 0
-            if held_out == (split == "test"):
+            if held_out(entry["question"]) == (split == "test"):
                 yield entry
 
     def score(self, completion: str, entry: dict[str, Any]) -> float:
@@ -121,7 +125,15 @@ TASKS: dict[str, Task] = {
             "basic_arithmetic",
             BRIEF,
             last_number,
-            {"min_digits": 1, "max_digits": 1, "min_terms": 2, "max_terms": 2, "allow_parentheses": False},
+            {
+                "min_digits": 1,
+                "max_digits": 1,
+                "min_terms": 2,
+                "max_terms": 2,
+                "allow_parentheses": False,
+                # its divisions come with wrong answers
+                "operators": ("+", "-", "*"),
+            },
         ),
     )
 }

@@ -23,13 +23,13 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
+from huggingface_hub.utils import tqdm
 from smollm2 import BASE_NAME, load_model
 from tasks import TASKS, reward
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from peft_svf import SVFConfig
-from peft_svf._progress import progress_bar
 from peft_svf.adaptation import RewardObjective
 
 MAX_NEW_TOKENS = 8
@@ -47,7 +47,10 @@ class Recipe:
 
 
 # at 3e-3 retrieval climbs to a reward of 0.56 and falls back to 0.23
-RECIPES = {name: Recipe() for name in TASKS} | {"retrieval": Recipe(learning_rate=2e-3)}
+RECIPES = {name: Recipe() for name in TASKS} | {
+    "products": Recipe(steps=12),
+    "retrieval": Recipe(learning_rate=2e-3),
+}
 
 
 class RewardBar(TrainerCallback):
@@ -58,7 +61,7 @@ class RewardBar(TrainerCallback):
         self.rewards: list[float] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar = progress_bar(desc=self.description, total=state.max_steps, unit="step", delay=0)
+        self.bar = tqdm(desc=self.description, total=state.max_steps, unit="step")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs and "reward" in logs:
@@ -118,14 +121,20 @@ def train_expert(model: Any, tokenizer: Any, task: str, recipe: Recipe) -> tuple
     return trainer.model, bar.rewards
 
 
-def save_expert(model: Any, folder: Path) -> None:
-    """Save the adapter, naming the base model instead of a path of this machine."""
-    model.peft_config["default"].base_model_name_or_path = BASE_NAME
+def save_expert(model: Any, folder: Path, base: str | None = None) -> None:
+    """Save the adapter, naming the base model: `base`, or the demo's own instead of its folder on this machine."""
+    model.peft_config["default"].base_model_name_or_path = base or BASE_NAME
     model.save_pretrained(str(folder), save_embedding_layers=False)
 
 
-def write_card(folder: Path, task: str, recipe: Recipe, record: dict[str, Any]) -> None:
+def write_card(folder: Path, task: str, recipe: Recipe, record: dict[str, Any], base: str | None = None) -> None:
     """The model card: what it is, how to load it, recipe, numbers, plot."""
+    loaded = (
+        f"`base_model` is {base}."
+        if base
+        else "`base_model` is the dequantized GGUF, as `examples/smollm2.py` loads it; on the original checkpoint,\n"
+        "which has other weights, loading is refused."
+    )
     spec = TASKS[task]
     figure, axes = plt.subplots(figsize=(5, 3), layout="constrained")
     axes.plot(range(1, len(record["rewards"]) + 1), record["rewards"], label="mean reward of the samples")
@@ -137,16 +146,17 @@ def write_card(folder: Path, task: str, recipe: Recipe, record: dict[str, Any]) 
     plt.close(figure)
     (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
     example = spec.examples("test", 1)[0]
+    settings = ", ".join(f"{key}={value}" for key, value in spec.settings.items())
     (folder / "README.md").write_text(f"""---
 library_name: peft
 license: apache-2.0
-base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+base_model: {base or "HuggingFaceTB/SmolLM2-135M-Instruct"}
 tags: [peft, svf, transformer-squared, grpo, reasoning-gym]
 ---
 # SVF expert: {task}
 
-An expert vector for {BASE_NAME}, trained by GRPO on reasoning-gym's `{spec.dataset}`
-({", ".join(f"{key}={value}" for key, value in spec.settings.items())}).
+An expert vector for {base or BASE_NAME},
+trained by GRPO on reasoning-gym's `{spec.dataset}` ({settings}).
 
 > {example["prompt"][-1]["content"]}
 >
@@ -161,11 +171,10 @@ Greedy accuracy on {record["test_questions"]} held-out questions: **{record["acc
 import peft_svf  # registers SVF with PEFT
 from peft import PeftModel
 
-model = PeftModel.from_pretrained(base_model, "examples/experts/{task}")
+model = PeftModel.from_pretrained(base_model, "{folder.as_posix()}")
 ```
 
-`base_model` is the dequantized GGUF, as `examples/smollm2.py` loads it; on the original checkpoint, which has other
-weights, loading is refused.
+{loaded}
 
 Recipe: `python examples/train_expert.py {task}` — {recipe.steps} steps of {recipe.batch_size} samples
 ({recipe.num_generations} per prompt), learning rate {recipe.learning_rate} falling linearly to 0, no KL term,
@@ -194,7 +203,7 @@ def main() -> None:
     seconds = time.perf_counter() - start
     after = accuracy(model, tokenizer, test)
     print(f"{arguments.task}: greedy accuracy on {len(test)} held-out questions {before:.3f} -> {after:.3f}")
-    save_expert(model, folder)
+    save_expert(model, folder, arguments.model)
     record = {
         "task": arguments.task,
         "recipe": asdict(recipe),
@@ -206,7 +215,7 @@ def main() -> None:
         "seconds": round(seconds, 1),
         "machine": f"{os.cpu_count()} cores, torch {torch.__version__}, {platform.machine()}",
     }
-    write_card(folder, arguments.task, recipe, record)
+    write_card(folder, arguments.task, recipe, record, arguments.model)
     print(f"saved in {folder}")
 
 

@@ -15,8 +15,8 @@ __all__ = ["progress_bar", "progress_disabled"]
 
 
 def progress_disabled() -> bool:
-    """Whether bars are off: `HF_HUB_DISABLE_PROGRESS_BARS`, transformers' `disable_progress_bar()` or log level
-    `ERROR` and above, or a rank that is not the first one of its machine."""
+    """Whether bars are off by transformers' `disable_progress_bar()`, by its log level `ERROR` and above, or on a rank
+    that is not the first one of its machine. huggingface_hub's tqdm adds `HF_HUB_DISABLE_PROGRESS_BARS`."""
     return (
         not _transformers_logging.is_progress_bar_enabled()
         or _transformers_logging.get_verbosity() >= _transformers_logging.ERROR
@@ -29,7 +29,4 @@ def progress_bar(
 ) -> Any:
     """A tqdm bar over `iterable` (or driven by hand with `total`), shown only if the work takes longer than `delay`
     seconds."""
-    kwargs.setdefault("disable", progress_disabled() or None)
-    if kwargs["disable"] is None:  # huggingface_hub decides
-        kwargs.pop("disable")
-    return _hub_tqdm(iterable, desc=desc, total=total, delay=delay, **kwargs)
+    return _hub_tqdm(iterable, desc=desc, total=total, delay=delay, disable=progress_disabled(), **kwargs)

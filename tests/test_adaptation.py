@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from peft_svf import AdaptiveMixture, SVFConfig, SVFLayer, SVFRuntimeConfig
 from peft_svf.adaptation import LogLikelihoodObjective, RewardObjective
+from peft_svf.adaptation.objectives import prompt_ids
 
 VOCABULARY = ["<unk>", "<s>", "</s>", "<pad>", *"abcdefghijklmnopqrstuvwxyz0123456789 +=?[]\n"]
 EXPERTS = {
@@ -364,7 +365,7 @@ def test_result_of_a_search(mixture: AdaptiveMixture, tokenizer: Any, reward_fun
     assert list(result.scores) == ["base", *EXPERTS, "uniform", "searched"]
     assert result.score == result.scores[result.choice] == max(result.scores.values())
     assert result.improved == (result.choice == "searched")
-    assert result.evaluations == 5 + 3 * 4
+    assert result.evaluations == 5 + 3 * 4 + 1  # the best of them twice
     assert result.seconds > 0
     assert [entry["generation"] for entry in result.history] == [0, 1, 2]
     assert result.scores["searched"] == max(entry["best"] for entry in result.history)
@@ -497,7 +498,7 @@ def test_any_optimizer_with_ask_and_tell(mixture: AdaptiveMixture) -> None:
         generation_kwargs={"max_new_tokens": 1},
     )
     assert [len(solutions) for solutions in optimizer.told] == [4] * 5
-    assert result.evaluations == 5 + 5 * 4
+    assert result.evaluations == 5 + 5 * 4 + 1
     pairs = [pair for solutions in optimizer.told for pair in solutions]
     for x, value in pairs:  # to be minimised
         assert value == pytest.approx(np.abs(x - list(target.values())).sum())
@@ -606,8 +607,10 @@ def test_the_saved_mixture_is_an_ordinary_adapter(
     assert about["weights"] == pytest.approx(SIMPLE["uniform"])
 
     result = mixture.search(EXAMPLES, num_generations=2, population_size=3)
-    mixture.set_weights([0.7, -0.2, 0.4])
     mixture.save_pretrained(tmp_path / "new" / "folder")  # over the other one
+    assert json.loads((tmp_path / "new" / "folder" / "mixture.json").read_text())["result"] == result.to_dict()
+    mixture.set_weights([0.7, -0.2, 0.4])
+    mixture.save_pretrained(tmp_path / "new" / "folder")
     folder = tmp_path / "new" / "folder"
     assert {path.name for path in folder.iterdir()} == {
         "README.md",
@@ -617,7 +620,7 @@ def test_the_saved_mixture_is_an_ordinary_adapter(
     }
     about = json.loads((folder / "mixture.json").read_text())
     assert about["weights"] == {"all": 0.7, "narrow": -0.2, "last": 0.4}
-    assert about["result"] == result.to_dict()
+    assert about["result"] is None
 
     model = PeftModel.from_pretrained(base_model(), folder)
     assert list(model.peft_config) == ["default"]
@@ -653,3 +656,93 @@ def test_a_reference_answer_may_be_missing_when_rewards_decide(mixture: Adaptive
 
     mixture.search(rows, reward, num_generations=1, population_size=2, generation_kwargs={"max_new_tokens": 2})
     assert set(seen) == {"a", "b"}
+
+
+def test_a_second_mixture_on_the_same_model_leaves_the_first(
+    mixture: AdaptiveMixture, experts: dict[str, str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """A notebook cell that is run twice."""
+    expected = logits(mixture.model)
+    for base in (mixture.model, mixture.model.get_base_model()):
+        with pytest.raises(ValueError, match="already has adapters"):
+            AdaptiveMixture.from_pretrained(base, experts, tokenizer=tokenizer)
+    assert torch.equal(logits(mixture.model), expected)
+
+
+def test_arguments_for_a_name_are_refused_for_a_model(experts: dict[str, str]) -> None:
+    with pytest.raises(TypeError, match="basecheck"):
+        AdaptiveMixture.from_pretrained(base_model(), experts, basecheck="warn")
+
+
+def test_a_merged_mixture_keeps_its_weights(mixture: AdaptiveMixture) -> None:
+    mixture.model.merge_adapter()
+    with pytest.raises(ValueError, match="unmerge_adapter"):
+        mixture.set_weights([0.0] * len(mixture.experts))
+    merged = logits(mixture.model)
+    mixture.generate(input_ids=IDS, max_new_tokens=1)
+    assert torch.equal(logits(mixture.model), merged)  # which a change of adapter would have undone
+
+
+@pytest.mark.parametrize("bad", ["a-reward-model", object()])
+def test_what_is_no_function_is_no_reward(mixture: AdaptiveMixture, bad: Any) -> None:
+    with pytest.raises(TypeError, match="reward"):
+        mixture.search(EXAMPLES, [bad])
+
+
+def test_a_coroutine_is_refused(mixture: AdaptiveMixture) -> None:
+    async def reward(**kwargs: Any) -> list[float]:
+        return []
+
+    with pytest.raises(TypeError, match="coroutine"):
+        mixture.search(EXAMPLES, reward)
+
+
+def test_rows_that_are_no_rows(mixture: AdaptiveMixture) -> None:
+    with pytest.raises(ValueError, match="Example 0 is 'prompt'"):
+        mixture.search({"prompt": ["a"], "completion": ["b"]})
+
+
+def test_a_lucky_score_is_not_the_result(mixture: AdaptiveMixture) -> None:
+    """The best mixture is scored anew."""
+    calls = 0
+
+    def once_lucky(completions: list[Any], **kwargs: Any) -> list[float]:
+        nonlocal calls
+        calls += 1
+        return [10.0 if calls == len(mixture.experts) + 4 else 0.0] * len(completions)
+
+    result = mixture.search(
+        EXAMPLES, once_lucky, num_generations=1, population_size=4, generation_kwargs={"max_new_tokens": 1}
+    )
+    assert result.history[0]["best"] == 10.0
+    assert result.scores["searched"] == 0.0
+    assert not result.improved
+
+
+def test_setting_weights_forgets_the_result(mixture: AdaptiveMixture, tmp_path: Path) -> None:
+    mixture.search(EXAMPLES, num_generations=1, population_size=2)
+    assert mixture.result is not None
+    mixture.set_weights([0.0] * len(mixture.experts))
+    mixture.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "mixture.json").read_text())["result"] is None
+
+
+def test_an_existing_model_card_is_kept(mixture: AdaptiveMixture, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    mixture.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+    assert (tmp_path / "adapter_model.safetensors").exists()
+
+
+def test_text_prompts_get_the_tokens_that_trl_gives_them(tokenizer: PreTrainedTokenizerFast) -> None:
+    class WithStart:
+        """A tokenizer that starts text with a token of its own, as Llama's do."""
+
+        def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+            return {"input_ids": [1] * add_special_tokens + [ord(c) for c in text]}
+
+        def apply_chat_template(self, messages: list[dict[str, str]], **kwargs: Any) -> str:
+            return messages[0]["content"]
+
+    assert prompt_ids("ab", WithStart()) == [1, 97, 98]
+    assert prompt_ids([{"role": "user", "content": "ab"}], WithStart()) == [97, 98]

@@ -393,3 +393,49 @@ def test_an_unknown_adapter_name(call: Any) -> None:
         call(model)
     assert model.active_adapters == ["default"]
     assert torch.equal(logits(model), expected)
+
+
+def renamed(folder: Path, change: Any) -> None:
+    """Rewrite the fingerprints' names."""
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["base_fingerprint"] = {change(name): numbers for name, numbers in config["base_fingerprint"].items()}
+    path.write_text(json.dumps(config))
+
+
+def test_a_prefix_does_not_hide_another_base(saved: Path) -> None:
+    """As between a model with a head and without: `model.layers.0` and `layers.0`."""
+    renamed(saved, lambda name: name.removeprefix("model."))
+    PeftModel.from_pretrained(tiny_llama(), saved)
+    with pytest.raises(ValueError, match="14 of 14 weights differ"):
+        PeftModel.from_pretrained(tiny_llama(seed=1), saved)
+
+
+def test_fingerprints_of_other_modules_are_no_pass(saved: Path) -> None:
+    renamed(saved, lambda name: name.replace("q_proj", "query"))
+    with pytest.raises(ValueError, match=r"q_proj: the adapter was not made for a module of this name"):
+        PeftModel.from_pretrained(tiny_llama(), saved)
+
+
+def test_an_adapter_for_a_deeper_model(tmp_path: Path) -> None:
+    deep = tiny_llama(num_hidden_layers=3)
+    get_peft_model(deep, SVFConfig(**ALL_LINEAR)).save_pretrained(tmp_path)
+    shallow = tiny_llama(num_hidden_layers=3)
+    del shallow.model.layers[2]
+    with pytest.raises(ValueError, match=r"model\.layers\.2\..*it is not adapted here"):
+        PeftModel.from_pretrained(shallow, tmp_path)
+
+
+def test_ctrl_c_while_attaching_leaves_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_llama()
+    before = anatomy(base)
+
+    def interrupt(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("peft_svf.tuner.model.build_bases", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            get_peft_model(base, SVFConfig(**ALL_LINEAR))
+    assert anatomy(base) == before
+    get_peft_model(base, SVFConfig(**ALL_LINEAR))

@@ -196,10 +196,10 @@ def test_list_and_clear() -> None:
     for weight in weights:
         bases.load_or_compute(weight)
     folder = default_cache_dir()
-    (folder / "0123.tmp").write_bytes(b"x" * 100)  # of a process that was killed while writing
+    (folder / f"{'0' * 16}-{'1' * 32}.tmp").write_bytes(b"x" * 100)  # of a process that was killed while writing
     (folder / "notes.txt").write_text("not ours")
-    save_file({"x": torch.ones(1)}, folder / "foreign.safetensors")
-    (folder / "broken.safetensors").write_bytes(b"x" * 10)
+    save_file({"x": torch.ones(1)}, folder / f"{'a' * 64}.safetensors")
+    (folder / f"{'b' * 64}.safetensors").write_bytes(b"x" * 10)
 
     entries = list_cache()
     assert {entry.key: (entry.shape, entry.dtype) for entry in entries} == {
@@ -500,3 +500,12 @@ def test_two_processes_decompose_each_weight_once_and_a_killed_one_leaves_no_loc
     assert not thread.is_alive()
     assert computed == ["8"]
     assert len(list_cache()) == 9
+
+
+def test_clearing_leaves_what_is_not_ours(tmp_path: Path) -> None:
+    """Such as when the folder holds models, too."""
+    BasisCache(tmp_path).load_or_compute(torch.randn(3, 4))
+    save_file({"x": torch.ones(1)}, tmp_path / "model.safetensors")
+    (tmp_path / "notes.tmp").write_text("mine")
+    clear_cache(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["model.safetensors", "notes.tmp"]

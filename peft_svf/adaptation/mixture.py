@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .._progress import progress_bar
@@ -122,7 +123,7 @@ class AdaptiveMixture:
     @classmethod
     def from_pretrained(
         cls,
-        base_model: PreTrainedModel | str,
+        base_model: PreTrainedModel | str | os.PathLike[str],
         experts: Mapping[str, str | os.PathLike[str]],
         *,
         tokenizer: Any = None,
@@ -142,9 +143,17 @@ class AdaptiveMixture:
             kwargs: For `AutoModelForCausalLM.from_pretrained`, when `base_model` is a name.
         """
         _check_names(list(experts), adapter_name)
+        if not isinstance(base_model, (str, os.PathLike)):
+            if kwargs:
+                raise TypeError(f"`{next(iter(kwargs))}` is only for a base model given by name.")
+            if isinstance(base_model, PeftModel) or any(isinstance(m, BaseTunerLayer) for m in base_model.modules()):
+                raise ValueError(
+                    "The base model already has adapters, perhaps of a mixture made before. `unload()` them, load the "
+                    "base model anew, or mix the adapters that it has: `AdaptiveMixture(peft_model, names)`."
+                )
         # read all before the model is touched
         configs = {name: _expert_config(name, path, base_check) for name, path in experts.items()}
-        if isinstance(base_model, str):
+        if isinstance(base_model, (str, os.PathLike)):
             tokenizer = AutoTokenizer.from_pretrained(base_model) if tokenizer is None else tokenizer
             base_model = AutoModelForCausalLM.from_pretrained(base_model, **kwargs)
 
@@ -156,11 +165,11 @@ class AdaptiveMixture:
                 else:
                     model.add_adapter(name, configs[name])
                     model.load_adapter(path, adapter_name=name)
-        except Exception:
+            return cls(model, list(experts), tokenizer=tokenizer, adapter_name=adapter_name)
+        except BaseException:
             if model is not None:
                 model.unload()  # leave the base model as it was
             raise
-        return cls(model, list(experts), tokenizer=tokenizer, adapter_name=adapter_name)
 
     # ------------------------------------------------------------------------------------------------ weights
 
@@ -170,11 +179,21 @@ class AdaptiveMixture:
         return dict(zip(self.experts, self._weights.tolist(), strict=True))
 
     def set_weights(self, weights: Mapping[str, float] | Sequence[float] | np.ndarray) -> None:
-        """Put other weights in place: by expert (those left out get 0), or one per expert in order.
+        """Put other weights in place: by expert (those left out get 0), or one per expert in order. The result of a
+        search is forgotten.
 
         Raises:
-            ValueError: An unknown expert, a wrong number of weights, or one that is not finite.
+            ValueError: An unknown expert, a wrong number of weights, one that is not finite, or a merged mixture.
         """
+        self._put(weights)
+        self.result = None
+
+    def _put(self, weights: Mapping[str, float] | Sequence[float] | np.ndarray) -> None:
+        layers = [m for m in self.model.modules() if isinstance(m, SVFLayer) and self.adapter_name in m.svf_delta]
+        if any(layer.merged for layer in layers):
+            raise ValueError(
+                "The model is merged, so other weights would have no effect; call `unmerge_adapter` first."
+            )
         if isinstance(weights, Mapping):
             if unknown := sorted(set(weights) - set(self.experts)):
                 raise ValueError(f"Unknown expert {unknown[0]!r}; there are {', '.join(self.experts)}.")
@@ -183,9 +202,8 @@ class AdaptiveMixture:
         if alpha.shape != (len(self.experts),) or not np.isfinite(alpha).all():
             raise ValueError(f"Expected {len(self.experts)} finite weights, got {alpha.tolist()}.")
         self._weights = alpha
-        for module in self.model.modules():
-            if isinstance(module, SVFLayer) and self.adapter_name in module.svf_delta:
-                module.mix(self.adapter_name, self.weights.items())
+        for layer in layers:
+            layer.mix(self.adapter_name, self.weights.items())
 
     # ------------------------------------------------------------------------------------------------ search
 
@@ -213,14 +231,14 @@ class AdaptiveMixture:
             reward_funcs (`Callable` or list of them, *optional*): TRL reward functions for generated answers. Without,
                 the objective is the log-likelihood of the `"completion"` column.
             num_generations (`int`): Generations of the search.
-            population_size (`int`): Candidates per generation.
+            population_size (`int`): Candidates per generation, unless `optimizer` is given.
             optimizer (*optional*): An object with `ask()`, `tell()` and `population_size` as in the `cmaes` package,
                 over as many variables as there are experts; values are minimised. Default: [`CrossEntropyMethod`] with
                 α in [0, 1], started at the uniform mixture with std 0.5 as in the paper's code, smoothed by 0.2 and
                 floored at std 0.05.
             batch_size (`int`): Examples per forward or `generate` call.
             generation_kwargs (`dict`): For `generate`, such as `max_new_tokens`.
-            seed (`int`): Seed of the search.
+            seed (`int`): Seed of the search, unless `optimizer` is given.
 
         Raises:
             ValueError: No examples, a missing column, no tokenizer, or a reward function that does not return one
@@ -230,6 +248,10 @@ class AdaptiveMixture:
             raise ValueError("A search needs a tokenizer; pass one when the mixture is made.")
         if num_generations < 1:
             raise ValueError(f"`num_generations` must be at least 1, got {num_generations}.")
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        if getattr(self.model.config, "is_encoder_decoder", False):
+            raise ValueError("A search needs a decoder-only model; this one is an encoder-decoder model.")
         rows = list(examples)
         objective: Objective
         if reward_funcs is None:
@@ -252,9 +274,9 @@ class AdaptiveMixture:
         try:
             self.result = self._search(objective, optimizer, num_generations)
         except BaseException:
-            self.set_weights(before)
+            self._put(before)
             raise
-        self.set_weights(self.result.weights)
+        self._put(self.result.weights)
         return self.result
 
     def _search(self, objective: Objective, optimizer: Any, num_generations: int) -> MixtureResult:
@@ -264,11 +286,11 @@ class AdaptiveMixture:
         simple = self._simple_choices()
         history: list[dict[str, Any]] = []
         best, best_score = np.array(simple[UNIFORM]), -np.inf
-        total = len(simple) + num_generations * optimizer.population_size
+        total = len(simple) + num_generations * optimizer.population_size + 1
         with progress_bar(desc=f"Searching the mixture ({objective.name})", total=total, unit="mixture") as bar:
 
             def evaluate(alpha: np.ndarray) -> float:
-                self.set_weights(alpha)
+                self._put(alpha)
                 score = float(np.mean(objective(self.model)))
                 bar.update()
                 return score
@@ -290,8 +312,10 @@ class AdaptiveMixture:
                     }
                 )
                 bar.set_postfix(best=f"{best_score:.3f}", simple=f"{max(scores.values()):.3f}")
-                if getattr(optimizer, "should_stop", bool)():
+                if hasattr(optimizer, "should_stop") and optimizer.should_stop():
                     break
+            # anew, as the best of many scores is a lucky one if decoding samples
+            best_score = evaluate(best)
 
         scores[SEARCHED] = best_score
         # ties go to the earlier, which is the simpler
@@ -304,7 +328,7 @@ class AdaptiveMixture:
             scores=scores,
             searched_weights=dict(zip(self.experts, map(float, best), strict=True)),
             objective=objective.name,
-            evaluations=len(simple) + len(history) * optimizer.population_size,
+            evaluations=len(simple) + len(history) * optimizer.population_size + 1,
             seconds=time.perf_counter() - start,
             history=history,
         )
@@ -319,7 +343,8 @@ class AdaptiveMixture:
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`generate` of the model with the mixture active."""
-        self.model.set_adapter(self.adapter_name, inference_mode=True)
+        if self.model.active_adapters != [self.adapter_name]:
+            self.model.set_adapter(self.adapter_name, inference_mode=True)
         return self.model.generate(*args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
@@ -334,16 +359,21 @@ class AdaptiveMixture:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as scratch:
             # PEFT puts an adapter that is not called "default" into a subfolder
-            self.model.save_pretrained(scratch, selected_adapters=[self.adapter_name])
+            # no embedding is trained, so none is looked for, on the hub for one
+            self.model.save_pretrained(scratch, selected_adapters=[self.adapter_name], save_embedding_layers=False)
             about = {"weights": self.weights, "result": self.result.to_dict() if self.result else None}
             (Path(scratch) / "mixture.json").write_text(json.dumps(about, indent=2) + "\n")
             for path in Path(scratch).rglob("*.*"):
+                if path.name == "README.md" and (folder / path.name).exists():
+                    continue  # somebody's model card
                 os.replace(path, folder / path.name)
 
 
 def _check_names(experts: Sequence[str], adapter_name: str) -> None:
     if not experts:
         raise ValueError("No experts: a mixture needs at least one.")
+    if "." in adapter_name or not adapter_name:
+        raise ValueError(f"The mixture cannot be called {adapter_name!r}: PEFT's names have no dots.")
     if adapter_name in experts:
         raise ValueError(f"An expert is called {adapter_name!r} as the mixture is; pass another `adapter_name`.")
     for name in experts:

@@ -7,8 +7,9 @@ example. Higher is better.
 from __future__ import annotations
 
 import copy
+import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -34,8 +35,8 @@ class RewardObjective:
     Args:
         examples (`Sequence[dict]`): Rows with a `"prompt"` (text or messages); all columns but it and `"completion"`
             reach the reward functions by name.
-        reward_funcs (`Callable` or list of them): As for TRL's trainers; several are added up. `None` for an example
-            means that a function does not apply to it.
+        reward_funcs (`Callable` or list of them): Called as by TRL's trainers; several are added up. `None` for an
+            example means that a function does not apply to it. TRL's other forms, coroutines and models, are not taken.
         tokenizer: The model's tokenizer.
         batch_size (`int`): Prompts per `generate` call.
         generation_kwargs (`dict`): For `generate`; `max_new_tokens` is 256 by default, as in TRL.
@@ -56,6 +57,12 @@ class RewardObjective:
         self.reward_funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
         if not self.reward_funcs:
             raise ValueError("`reward_funcs` is empty; pass at least one function, or None for the log-likelihood.")
+        for function in self.reward_funcs:
+            if not callable(function) or inspect.iscoroutinefunction(function):
+                raise TypeError(
+                    f"{function!r} cannot be used as a reward here: expected an ordinary function, no coroutine and no "
+                    "model."
+                )
         self.tokenizer = with_pad_token(tokenizer)
         self.batch_size = batch_size
         self.generation_kwargs = {"max_new_tokens": 256, "do_sample": False, **(generation_kwargs or {})}
@@ -68,9 +75,11 @@ class RewardObjective:
         return scores
 
     def _score(self, model: Any, rows: list[dict[str, Any]]) -> list[float]:
-        prompts = [prompt_text(row["prompt"], self.tokenizer) for row in rows]
-        inputs = self.tokenizer(
-            prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
+        prompts = [row["prompt"] for row in rows]
+        inputs = self.tokenizer.pad(
+            {"input_ids": [prompt_ids(prompt, self.tokenizer) for prompt in prompts]},
+            padding_side="left",
+            return_tensors="pt",
         ).to(model.device)
         output = model.generate(**inputs, pad_token_id=self.tokenizer.pad_token_id, **self.generation_kwargs)
         completion_ids = [
@@ -124,9 +133,8 @@ class LogLikelihoodObjective:
             if not whole.startswith(prompt):
                 raise ValueError(f"The chat template does not continue this prompt with its completion: {row}")
             answer = whole[len(prompt) :]
-        prompt_ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        answer_ids = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
-        return prompt_ids + answer_ids, len(prompt_ids)
+        before = prompt_ids(row["prompt"], self.tokenizer)
+        return before + self.tokenizer(answer, add_special_tokens=False)["input_ids"], len(before)
 
     @torch.no_grad()
     def __call__(self, model: Any) -> list[float]:
@@ -151,7 +159,13 @@ def check_examples(examples: Sequence[dict[str, Any]], columns: Sequence[str]) -
     Raises:
         ValueError: There are none, one lacks a column, or its prompt is empty.
     """
-    rows = [dict(row) for row in examples]
+    rows = list(examples)
+    for i, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise ValueError(
+                f"Example {i} is {row!r}; expected rows with a column {columns[0]!r}, such as a list of dicts."
+            )
+    rows = [dict(row) for row in rows]
     if not rows:
         raise ValueError("The examples are empty; a search needs at least one.")
     for i, row in enumerate(rows):
@@ -169,6 +183,13 @@ def prompt_text(prompt: Any, tokenizer: Any) -> str:
         return prompt
     text: str = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     return text
+
+
+def prompt_ids(prompt: Any, tokenizer: Any) -> list[int]:
+    """The tokens of a prompt, as TRL makes them: text with the tokenizer's special tokens, which a chat template
+    brings by itself."""
+    ids: list[int] = tokenizer(prompt_text(prompt, tokenizer), add_special_tokens=isinstance(prompt, str))["input_ids"]
+    return ids
 
 
 def with_pad_token(tokenizer: Any) -> Any:

@@ -30,6 +30,7 @@ from .basis import SingularBasis, singular_basis
 ENVIRONMENT_VARIABLE = "PEFT_SVF_CACHE"
 # part of the key: a change of algorithm or file layout must miss
 FORMAT = "peft_svf.basis.v1"
+HEX = "[0-9a-f]"
 
 
 def default_cache_dir() -> Path:
@@ -91,7 +92,7 @@ class BasisCache:
     def entries(self) -> list[CacheEntry]:
         """What is in the cache, damaged files left out."""
         found = []
-        for path in sorted(self.directory.glob("*.safetensors")):
+        for path in sorted(self.directory.glob(f"{HEX * 64}.safetensors")):
             # ValueError: a shape that is none
             with (
                 contextlib.suppress(OSError, SafetensorError, KeyError, ValueError),
@@ -105,7 +106,8 @@ class BasisCache:
     def clear(self) -> int:
         """Delete all entries, left-over temporary files and locks. Returns the number of bytes freed."""
         freed = 0
-        for pattern in ("*.safetensors", "*.tmp", ".locks/*.lock"):
+        # by the full shape of our names: the folder may hold models, too
+        for pattern in (f"{HEX * 64}.safetensors", f"{HEX * 16}-{HEX * 32}.tmp", f".locks/{HEX * 64}.lock"):
             for path in self.directory.glob(pattern):
                 with contextlib.suppress(FileNotFoundError):
                     size = path.stat().st_size

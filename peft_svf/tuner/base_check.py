@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..spectral import fingerprint_difference
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .layer import SVFLayer
 
 
-def check_base(adapter_name: str, layers: Sequence[SVFLayer]) -> None:
+def check_base(adapter_name: str, layers: Sequence[SVFLayer], *, whole_model: bool = True) -> None:
     """Compare the layers' weights with those that an adapter was made for, and note them in its config.
 
     An expert for other weights has the right shapes and computes nonsense, so nothing else would tell.
@@ -20,29 +20,34 @@ def check_base(adapter_name: str, layers: Sequence[SVFLayer]) -> None:
     Args:
         adapter_name (`str`): The adapter; its config is taken from the layers.
         layers (`Sequence[SVFLayer]`): Layers that have the adapter. Those whose weights are on meta wait.
+        whole_model (`bool`): Whether these are all of them, so that every recorded weight must be among them.
 
     Raises:
         ValueError: A spectrum differs and `runtime_config.base_check` is `"error"`.
     """
-    checked, differences = 0, []
+    differences, seen = [], set()
     for layer in layers:
-        config = layer.svf_config[adapter_name]
-        expected, found = config.expected_fingerprint.get(layer.module_name), layer.base_fingerprint
+        config, found = layer.svf_config[adapter_name], layer.base_fingerprint
+        name = recorded_name(layer.module_name, config.expected_fingerprint)
+        seen.add(name)
         if found is None:
             continue
-        if expected is None:
+        if not config.expected_fingerprint:
             config.base_fingerprint = {**(config.base_fingerprint or {}), layer.module_name: found}
-            continue
-        checked += 1
-        if (difference := fingerprint_difference(expected, found, layer.shape)) is not None:
+        elif name is None:
+            differences.append(f"{layer.module_name}: the adapter was not made for a module of this name")
+        elif difference := fingerprint_difference(config.expected_fingerprint[name], found, layer.shape):
             differences.append(f"{layer.module_name}: {difference}")
+    if layers and whole_model:
+        absent = sorted(set(config.expected_fingerprint) - seen)
+        differences += [f"{name}: the adapter was made for it, but it is not adapted here" for name in absent]
     if not differences or (policy := config.runtime_config.base_check) == "ignore":
         return
+    base = f" ({config.base_model_name_or_path})" if config.base_model_name_or_path else ""
     message = (
-        f"Adapter {adapter_name!r} was made for another base model: {len(differences)} of {checked} weights differ, "
-        f"the first is {differences[0]}. Load the base model that the adapter was trained on"
-        + (f" ({config.base_model_name_or_path})" if config.base_model_name_or_path else "")
-        + "."
+        f"Adapter {adapter_name!r} was made for another base model: {len(differences)} of "
+        f"{len(config.expected_fingerprint)} weights differ, the first is {differences[0]}. Load the base model that "
+        f"the adapter was trained on{base}."
     )
     if policy == "warn":
         warnings.warn(message, stacklevel=2)
@@ -51,3 +56,12 @@ def check_base(adapter_name: str, layers: Sequence[SVFLayer]) -> None:
         message + " If you know better, load its config with `SVFConfig.from_pretrained(path, "
         'runtime_config=SVFRuntimeConfig(base_check="warn"))` and pass it as `config=`.'
     )
+
+
+def recorded_name(module_name: str, recorded: Mapping[str, object]) -> str | None:
+    """The name under which a module is recorded. A model and its headless form differ by a prefix: `layers.0.mlp` and
+    `model.layers.0.mlp`."""
+    if module_name in recorded:
+        return module_name
+    same = [name for name in recorded if name.endswith(f".{module_name}") or module_name.endswith(f".{name}")]
+    return same[0] if len(same) == 1 else None

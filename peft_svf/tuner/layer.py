@@ -93,7 +93,7 @@ class SVFLayer(BaseTunerLayer):
 
     # ------------------------------------------------------------------------------------------------ adapters
 
-    def update_layer(self, adapter_name: str, config: SVFConfig, inference_mode: bool = False, **kwargs: Any) -> None:
+    def update_layer(self, adapter_name: str, config: SVFConfig, inference_mode: bool = False) -> None:
         """Add an adapter with δ = 0 `[min(r, k)]`, or random δ if `config.init_weights` is False."""
         self.svf_config[adapter_name] = config
         self.svf_delta[adapter_name] = Delta(self.rank(adapter_name))
@@ -209,7 +209,7 @@ class SVFLayer(BaseTunerLayer):
             build_bases([self])  # the weights came after the adapter
             try:
                 for adapter_name in self.svf_delta:
-                    check_base(adapter_name, [self])
+                    check_base(adapter_name, [self], whole_model=False)
             except ValueError:
                 self._set_basis(None)  # or the next forward would go through
                 raise
@@ -279,7 +279,7 @@ class SVFLayer(BaseTunerLayer):
 
     def _unmerged_weight(self) -> torch.Tensor:
         if self._weight_before_merge is not None:
-            return self._weight_before_merge
+            return self._weight_before_merge.to(self.get_base_layer().weight.device)
         weight = self.get_base_layer().weight.detach()
         if weight.numel() == 0:
             raise RuntimeError(
@@ -299,9 +299,7 @@ class Linear(nn.Module, SVFLayer):
         active_adapters: list[str]
         _cast_input_dtype: Callable[[torch.Tensor, torch.dtype], torch.Tensor]
 
-    def __init__(
-        self, base_layer: nn.Module, adapter_name: str, config: SVFConfig, *, name: str, **kwargs: Any
-    ) -> None:
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: SVFConfig, *, name: str) -> None:
         super().__init__()
         SVFLayer.__init__(self, base_layer, name=name)
         self._active_adapter = adapter_name

@@ -118,7 +118,7 @@ class SVFModel(BaseTuner):
         active = [(module, module.active_adapters) for module in model.modules() if isinstance(module, SVFLayer)]
         try:
             yield
-        except Exception:
+        except BaseException:  # Ctrl-C among them
             with _skip_init_on_device():  # or low_cpu_mem_usage sends the base weights to meta as they are put back
                 self._take_out(model, adapter_name)
             for layer, names in active:
@@ -176,12 +176,11 @@ class SVFModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
         # the config, which is written next, may have been used for another model since
-        known = {
-            module.module_name: config.expected_fingerprint.get(module.module_name, module.base_fingerprint)
+        config.base_fingerprint = config.expected_fingerprint or {
+            module.module_name: module.base_fingerprint
             for module in model.modules()
-            if isinstance(module, SVFLayer) and adapter_name in module.svf_delta
+            if isinstance(module, SVFLayer) and adapter_name in module.svf_delta and module.base_fingerprint is not None
         }
-        config.base_fingerprint = {name: numbers for name, numbers in known.items() if numbers is not None}
         # PEFT takes all that is on a tuner layer and not its base layer; the basis belongs to the base model
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         return {key: value for key, value in selected.items() if key.rpartition(".")[-1] != BASIS_NAME}
@@ -281,7 +280,7 @@ class SVFModel(BaseTuner):
         Raises:
             ValueError: There is no such adapter.
         """
-        self._check_known([adapter_name] if isinstance(adapter_name, str) else adapter_name)
+        self._check_known(adapter_name)
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -304,7 +303,7 @@ class SVFModel(BaseTuner):
         self._check_known(adapter_names or [])
         return super().merge_and_unload(progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names)
 
-    def _check_known(self, adapter_names: Sequence[str]) -> None:
-        for name in adapter_names:
+    def _check_known(self, adapter_names: str | Sequence[str]) -> None:
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             if name not in self.peft_config:
                 raise ValueError(f"Adapter {name!r} not found; there are {', '.join(self.peft_config) or 'none'}.")
