@@ -4,8 +4,8 @@
 
 1. trains an expert for one-digit products live, with TRL's GRPOTrainer;
 2. saves it and reloads it into a fresh base model;
-3. loads it beside the experts in examples/experts/ (with --model, for which those are not, it trains such first);
-4. searches a mixture, from a dozen examples, for a task that none of them was trained on: sums, differences and products
+3. loads it beside the experts in examples/experts/ (with --model it trains such, as those are for other weights);
+3. loads it beside the experts in examples/experts/ (with --model it trains some, as those do not fit);
    in other words, so that no expert alone is made for it;
 5. prints one table, task by choice of weights, on held-out questions, whichever wins;
 6. leaves the adapters, all numbers as JSON and a plot in the output folder.
