@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from peft_svf.spectral import (
@@ -41,8 +41,10 @@ def assert_matches_reference(weight: torch.Tensor, r: int | None = None) -> None
     expected = reference_weight(weight, delta)
     x = torch.randn(5, in_features)
 
-    assert relative_error(effective_weight(weight, basis, delta), expected) <= 1e-5
-    assert relative_error(weight.double() + delta_weight(weight, basis, delta), expected) <= 1e-5
+    # W + ΔW is rounded relative to W: where z is next to 0 all over, W(z) is what is left of a cancellation
+    allowed = 1e-5 * max(expected.abs().max(), weight.abs().max().double())
+    for found in (effective_weight(weight, basis, delta), weight.double() + delta_weight(weight, basis, delta)):
+        assert (found - expected).abs().max() <= allowed
     if out_features <= in_features:
         h = x @ weight.T
         y, by_parts = gate(h, basis, delta), h + gate_correction(h, basis, delta)
@@ -71,6 +73,7 @@ def test_agrees_for_rank_deficient_weights(shape: tuple[int, int], rank: int) ->
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
+@example(out_features=1, in_features=11, r=None, decay=0.0, scale=1.0, seed=372136)  # z = 1e-3
 @given(
     out_features=st.integers(1, 24),
     in_features=st.integers(1, 24),
