@@ -24,6 +24,12 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def never_fold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gate only: for tests that compare two calls bit for bit, as folding rounds differently."""
+    monkeypatch.setattr("peft_svf.tuner.fold._policy", lambda *_: "never")
+
+
 def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object) -> PreTrainedModel:
     """A random Llama of two layers. Same seed, same weights."""
     settings: dict[str, object] = {

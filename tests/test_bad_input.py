@@ -17,6 +17,8 @@ from torch import nn
 
 from peft_svf import SVFConfig, SVFLayer, SVFRuntimeConfig
 
+pytestmark = pytest.mark.usefixtures("never_fold")
+
 IDS = torch.tensor([[3, 17, 5, 42, 8, 60, 11, 23]])
 WEIGHTS = "adapter_model.safetensors"
 ALL_LINEAR = {"target_modules": "all-linear"}

@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from peft_svf import SVFConfig, SVFLayer
 
+pytestmark = pytest.mark.usefixtures("never_fold")
+
 IDS = torch.tensor([[3, 17, 5, 42, 8, 60, 11, 23]])
 CONFIG = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 KEYS = {

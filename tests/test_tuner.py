@@ -30,6 +30,8 @@ import peft_svf
 from peft_svf import SVFConfig, SVFLayer, SVFModel, SVFRuntimeConfig
 from peft_svf.tuner import registration
 
+pytestmark = pytest.mark.usefixtures("never_fold")
+
 IDS = torch.tensor([[3, 17, 5, 42, 8, 60, 11, 23], [7, 1, 33, 29, 50, 12, 4, 19]])
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

@@ -1,9 +1,20 @@
 """Singular bases and the arithmetic of SVF. Knows torch, not PEFT."""
 
-from .arithmetic import delta_weight, effective_weight, gate, gate_correction
+from .arithmetic import (
+    delta_weight,
+    effective_weight,
+    fold_cost,
+    gate,
+    gate_correction,
+    gate_cost,
+    products_cost,
+    projected_products,
+)
 from .basis import SingularBasis, gate_side, singular_basis
 from .cache import BasisCache, CacheEntry, clear_cache, default_cache_dir, list_cache, weight_key
 from .fingerprint import fingerprint, fingerprint_difference
+from .function import folded_linear, invertible
+from .rounding import surviving_share
 
 __all__ = [
     "BasisCache",
@@ -15,10 +26,17 @@ __all__ = [
     "effective_weight",
     "fingerprint",
     "fingerprint_difference",
+    "fold_cost",
+    "folded_linear",
     "gate",
     "gate_correction",
+    "gate_cost",
     "gate_side",
+    "invertible",
     "list_cache",
+    "products_cost",
+    "projected_products",
     "singular_basis",
+    "surviving_share",
     "weight_key",
 ]

@@ -14,6 +14,10 @@ import torch
 
 from .basis import gate_side
 
+# A call with fewer tokens costs as much as one with this many, for then the time goes into reading Q, not into
+# multiplying (measured: a call with 1 token takes as long as 8 to 10 tokens of a long one, one with 8 as long as 17).
+MIN_TOKENS = 16
+
 
 def gate_correction(h: torch.Tensor, basis: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
     """What the gate adds: `g(h) - h = Q (δ ⊙ Qᵀ h)`.
@@ -21,7 +25,8 @@ def gate_correction(h: torch.Tensor, basis: torch.Tensor, delta: torch.Tensor) -
     Args:
         h (`torch.Tensor`): `[..., k]`, in the dtype of `basis`.
         basis (`torch.Tensor`): `Q`, `[k, r]`.
-        delta (`torch.Tensor`): δ, `[r]`, fp32 (fp64 for an fp64 model); the product with it is taken in its precision.
+        delta (`torch.Tensor`): δ, `[r]`, or one per row, `[b, 1, ..., r]`; fp32 (fp64 for an fp64 model); the product
+            with it is taken in its precision.
 
     Returns:
         `torch.Tensor`: `[..., k]`, all zeros where δ = 0.
@@ -48,12 +53,53 @@ def delta_weight(weight: torch.Tensor, basis: torch.Tensor, delta: torch.Tensor)
     """
     dtype = torch.promote_types(torch.promote_types(weight.dtype, delta.dtype), torch.float32)
     W, Q, d = weight.to(dtype), basis.to(dtype), delta.to(dtype)
-    if gate_side(*weight.shape) == "output":
-        return Q @ (d.unsqueeze(1) * (Q.mT @ W))
-    return ((W @ Q) * d) @ Q.mT
+    output_side, (k, r), m = gate_side(*weight.shape) == "output", Q.shape, max(weight.shape)
+    if 2 * r * m < k * (r + m):  # through the r coefficients, which is cheaper for a narrow basis
+        return Q @ (d.unsqueeze(1) * (Q.mT @ W)) if output_side else ((W @ Q) * d) @ Q.mT
+    change = (Q * d) @ Q.mT
+    return change @ W if output_side else W @ change
 
 
 def effective_weight(weight: torch.Tensor, basis: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
     """`W(z)` in `weight`'s dtype, rounded once. Arguments as in [`delta_weight`]."""
-    change = delta_weight(weight, basis, delta)
-    return (weight.to(change.dtype) + change).to(weight.dtype)
+    return delta_weight(weight, basis, delta).add_(weight).to(weight.dtype)
+
+
+# What things cost, in multiplications; only their ratios matter.
+
+
+def fold_cost(out_features: int, in_features: int, r: int) -> int:
+    """Cost of one [`effective_weight`]."""
+    k, m = sorted((out_features, in_features))
+    return min(2 * k * r * m, k * k * (r + m))
+
+
+def gate_cost(k: int, r: int, tokens: int) -> int:
+    """Cost of one [`gate_correction`] for so many tokens."""
+    return 2 * k * r * max(tokens, MIN_TOKENS)
+
+
+def products_cost(k: int, r: int, tokens: int, dtype: torch.dtype) -> int:
+    """Cost of one [`projected_products`]."""
+    over_tokens, over_gram = 2 * k * r * tokens, k * k * (tokens + r)
+    return over_tokens if dtype.itemsize == 2 else min(over_tokens, over_gram)
+
+
+def projected_products(a: torch.Tensor, b: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    """`Σ_t (Qᵀ a_t) ⊙ (Qᵀ b_t)`, the diagonal of `Qᵀ (aᵀ b) Q`: the gradient of δ for the right a and b.
+
+    Taken token by token, or from the k × k matrix `aᵀ b` where that is cheaper, which is so for many tokens. In 16 bit
+    always token by token, as that matrix would be rounded as a whole.
+
+    Args:
+        a, b (`torch.Tensor`): `[t, k]`.
+        basis (`torch.Tensor`): `Q`, `[k, r]`.
+
+    Returns:
+        `torch.Tensor`: `[r]`, in fp32 or fp64.
+    """
+    k, r = basis.shape
+    if products_cost(k, r, len(a), a.dtype) < 2 * k * r * len(a):
+        return ((a.mT @ b) @ basis).mul_(basis).sum(0)
+    work = torch.promote_types(a.dtype, torch.float32)
+    return ((a @ basis).to(work) * (b @ basis).to(work)).sum(0)

@@ -24,6 +24,12 @@ class SVFRuntimeConfig:
         cache_dir (`str`, *optional*): Where singular bases are kept. Default: `$PEFT_SVF_CACHE`, or `peft_svf` under
             the Hugging Face home.
         use_cache (`bool`): Whether to keep and reuse singular bases on disk.
+        fold (`"auto"`, `"always"` or `"never"`): Whether a layer keeps its effective weight W(z) beside the base
+            weight, as long as δ stays the same, which makes it as fast as the base layer and takes the memory of one
+            more weight. `"auto"` does where that is less work than going through the singular basis with every token,
+            `"always"` from the first token on. Neither does where it cannot be done exactly (16-bit weights that would
+            round more than 2 % of the change away) or not at all (sharded or offloaded weights, `torch.compile`).
+            `"never"` frees what was kept.
     """
 
     base_check: Literal["error", "warn", "ignore"] = field(
@@ -31,10 +37,15 @@ class SVFRuntimeConfig:
     )
     cache_dir: Optional[str] = field(default=None, metadata={"help": "Folder of the singular bases."})
     use_cache: bool = field(default=True, metadata={"help": "Whether to keep singular bases on disk."})
+    fold: Literal["auto", "always", "never"] = field(
+        default="auto", metadata={"help": "Whether to keep effective weights for speed; takes one more set of weights."}
+    )
 
     def __post_init__(self) -> None:
         if self.base_check not in ("error", "warn", "ignore"):
             raise ValueError(f"`base_check` must be 'error', 'warn' or 'ignore', got {self.base_check!r}.")
+        if self.fold not in ("auto", "always", "never"):
+            raise ValueError(f"`fold` must be 'auto', 'always' or 'never', got {self.fold!r}.")
 
 
 @dataclass

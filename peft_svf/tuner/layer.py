@@ -5,14 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils.integrations import gather_params_ctx
 from torch import nn
-from torch.nn.functional import pad
+from torch.nn.functional import linear, pad
 from transformers.pytorch_utils import Conv1D
 
 from ..spectral import (
@@ -20,38 +20,23 @@ from ..spectral import (
     delta_weight,
     effective_weight,
     fingerprint,
+    folded_linear,
     gate_correction,
     gate_side,
     singular_basis,
+    surviving_share,
 )
 from .base_check import check_base
 from .bases import build_bases
 from .config import SVFConfig
+from .delta import Delta
+from .fold import Fold
+from .rows import RowDeltas
 
 # The basis is a frozen Parameter, so that FSDP2 and ZeRO-3 shard it and DDP does not broadcast it in every forward. Its
 # name must hold "original_module", by which TRL's weight sync to vLLM skips it, and must not hold the prefix "svf_", by
 # which PEFT and transformers recognise what is trained and what belongs into the checkpoint.
 BASIS_NAME = "original_module_basis"
-
-
-class Delta(nn.Module):
-    """δ of one adapter on one layer: `[r]`, fp32.
-
-    A module with a `weight`, because that is the pattern by which TRL copies the reference adapter and PEFT's FSDP
-    policy finds trainable leaves. Call it, do not read its weight: only a call runs the hooks with which FSDP and CPU
-    offload bring the values in, and only a fresh tensor outlives their return.
-    """
-
-    def __init__(self, r: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(r, dtype=torch.float32))
-
-    def forward(self) -> torch.Tensor:
-        """δ as a new tensor `[r]`, fp32 (fp64 if the model is)."""
-        return self.weight.to(torch.promote_types(self.weight.dtype, torch.float32), copy=True)
-
-    def extra_repr(self) -> str:
-        return f"r={self.weight.shape[0]}"
 
 
 class SVFLayer(BaseTunerLayer):
@@ -82,6 +67,9 @@ class SVFLayer(BaseTunerLayer):
         self.basis_rank = 0  # remembered, as ZeRO-3 leaves partitioned parameters without a shape
         self.base_fingerprint: list[float] | None = None  # of the weight that the basis was made from
         self._weight_before_merge: torch.Tensor | None = None
+        self.share_merged = 1.0
+        self.fold = Fold()
+        self.rows: RowDeltas | None = None  # in a mixed batch
 
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -107,6 +95,10 @@ class SVFLayer(BaseTunerLayer):
         assert isinstance(delta, Delta)
         return delta
 
+    def delta_weights(self, adapter_names: Iterable[str]) -> list[torch.Tensor]:
+        """The parameters δ of these adapters, to compare and to ask about; compute with `summed_delta`."""
+        return [cast(torch.Tensor, self.svf_delta[name].weight) for name in adapter_names]
+
     def rank(self, adapter_name: str) -> int:
         """How many singular values an adapter rescales: `r`, at most k."""
         k, r = min(self.in_features, self.out_features), self.svf_config[adapter_name].r
@@ -125,7 +117,7 @@ class SVFLayer(BaseTunerLayer):
         if not self.svf_delta:
             self._set_basis(None)
 
-    def summed_delta(self, adapter_names: list[str]) -> torch.Tensor | None:
+    def summed_delta(self, adapter_names: Iterable[str]) -> torch.Tensor | None:
         """The δ of these adapters together, `[widest r]` in fp32; `None` if the layer has none of them."""
         deltas = [self.svf_delta[name]() for name in adapter_names if name in self.svf_delta]
         if not deltas:
@@ -236,10 +228,23 @@ class SVFLayer(BaseTunerLayer):
         return True
 
     @torch.no_grad()
+    def effective_weight(self, delta: torch.Tensor) -> torch.Tensor:
+        """`W(z)` as `[out, in]`, in the dtype of the base weight. δ is `[r]`."""
+        return effective_weight(self._as_out_in(self._unmerged_weight()), self._columns(delta), delta)
+
+    @torch.no_grad()
+    def surviving_share(self, delta: torch.Tensor, dtype: torch.dtype) -> float:
+        """How much of ΔW is left when W + ΔW is kept in this dtype; 1 is all. δ is `[r]`."""
+        return surviving_share(self._as_out_in(self._unmerged_weight()), self._columns(delta), delta, dtype)
+
+    @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """
         Merge adapters into the base weight, which is kept aside: `unmerge` restores it bit for bit, so that any number
         of cycles (TRL: one per weight sync) leaves the base model as it was.
+
+        A 16-bit weight cannot hold small changes: `share_merged` says how much of ΔW is in the merged weight, and the
+        model warns where it is less than 98 %.
 
         Args:
             safe_merge (`bool`):
@@ -251,10 +256,13 @@ class SVFLayer(BaseTunerLayer):
         if not names:
             return
         with align_module_device(self):  # PEFT's onload_layer passes over the layer's own parameters
-            delta = self.summed_delta([*self.merged_adapters, *names])
+            together = (*self.merged_adapters, *names)
+            delta = self.summed_delta(together)
             assert delta is not None
-            original = self._unmerged_weight()
-            merged = effective_weight(self._as_out_in(original), self._columns(delta), delta)
+            folded = self.fold.peek(self, together)
+            merged = self.effective_weight(delta) if folded is None else folded
+            self.share_merged = self._share_merged(delta)
+            self.fold.release()  # the original weight takes its place
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(
                 f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken: "
@@ -277,6 +285,12 @@ class SVFLayer(BaseTunerLayer):
         self._weight_before_merge = None
         self.merged_adapters.clear()
 
+    def _share_merged(self, delta: torch.Tensor) -> float:
+        weight = self._unmerged_weight()
+        if weight.dtype.itemsize > 2 or type(weight) not in (torch.Tensor, nn.Parameter):  # sharded: rows are elsewhere
+            return 1.0
+        return self.surviving_share(delta, weight.dtype)
+
     def _unmerged_weight(self) -> torch.Tensor:
         if self._weight_before_merge is not None:
             return self._weight_before_merge.to(self.get_base_layer().weight.device)
@@ -289,7 +303,7 @@ class SVFLayer(BaseTunerLayer):
         return weight
 
     def _columns(self, delta: torch.Tensor) -> torch.Tensor:
-        return self._ready_basis()[:, : len(delta)]
+        return self._ready_basis()[:, : delta.shape[-1]]
 
 
 class Linear(nn.Module, SVFLayer):
@@ -306,15 +320,34 @@ class Linear(nn.Module, SVFLayer):
         self.update_layer(adapter_name, config=config)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """`[..., in]` → `[..., out]`, in the dtype in which the base layer answers."""
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        if self.disable_adapters or self.merged:
-            return self.base_layer(x, *args, **kwargs)
-        delta = self.summed_delta(self.active_adapters)
-        if delta is None:
-            return self.base_layer(x, *args, **kwargs)
+        """`[..., in]` → `[..., out]`, in the dtype in which the base layer answers.
 
+        Raises:
+            ValueError: A mixed batch of another size than the adapters were given for.
+        """
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if self.rows is not None:
+            delta = self.rows(x.shape[0] if x.ndim > 1 else 1)
+            if delta is None:
+                return self.base_layer(x, *args, **kwargs)
+            return self._gated(x, delta.reshape(-1, *[1] * (x.ndim - 2), delta.shape[-1]), *args, **kwargs)
+        if self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        names = tuple(name for name in self.active_adapters if name in self.svf_delta)
+        if not names:
+            return self.base_layer(x, *args, **kwargs)
+        if not args and not kwargs:
+            folded = self.fold.find(self, names, x)
+            if folded is not None:
+                return self._folded(x, folded, names)
+        delta = self.summed_delta(names)
+        assert delta is not None
+        return self._gated(x, delta, *args, **kwargs)
+
+    def _gated(self, x: torch.Tensor, delta: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.side == "input":
             return self.base_layer(x + self._correction(x, delta), *args, **kwargs)
         result = self.base_layer(x, *args, **kwargs)
@@ -324,6 +357,20 @@ class Linear(nn.Module, SVFLayer):
     def _correction(self, h: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
         basis = self._columns(delta)
         return gate_correction(self._cast_input_dtype(h, basis.dtype), basis, delta).to(h.dtype)
+
+    def _folded(self, x: torch.Tensor, folded: torch.Tensor, names: tuple[str, ...]) -> torch.Tensor:
+        bias = cast("torch.Tensor | None", self.bias)
+        if not (torch.is_grad_enabled() and any(delta.requires_grad for delta in self.delta_weights(names))):
+            return linear(x, folded, bias)
+        delta = self.summed_delta(names)
+        assert delta is not None
+        if torch.is_autocast_enabled(x.device.type):
+            x, bias = x.to(folded.dtype), None if bias is None else bias.to(folded.dtype)
+        return folded_linear(x, delta, bias, folded, self._columns(delta))
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        self.fold.release()  # or it stays on the device that the model leaves
+        return super()._apply(fn, recurse)
 
     def __repr__(self) -> str:
         return "svf." + super().__repr__()

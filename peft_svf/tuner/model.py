@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from statistics import median
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, delete_adapter
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    AuxiliaryTrainingWrapper,
     get_quantization_kwargs,
     resolve_quantization_backend,
 )
@@ -24,7 +26,18 @@ from transformers.pytorch_utils import Conv1D
 from .base_check import check_base
 from .bases import build_bases
 from .config import SVFConfig
+from .fold import SMALLEST_SHARE
 from .layer import BASIS_NAME, Linear, SVFLayer
+from .rows import (
+    BASE,
+    Groups,
+    RowDeltas,
+    batch_size,
+    checked_weights,
+    group_of_each,
+    names_and_index,
+    names_hook,
+)
 
 
 class SVFModel(BaseTuner):
@@ -139,12 +152,137 @@ class SVFModel(BaseTuner):
             if isinstance(module, SVFLayer) and not module.svf_delta:
                 model.set_submodule(name, module.base_layer)
 
+    # ------------------------------------------------------------------------------------------------ mixed batches
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        # PEFT drops the argument for tuners that do not ask for it, and would answer with the active adapter
-        if kwargs.get("adapter_names") is not None:
-            raise NotImplementedError("SVF does not support `adapter_names` (mixed batches) yet; use `set_adapter`.")
-        yield
+        """PEFT enters this around `forward` and `generate`: with `adapter_names`, each row uses the adapter named for
+        it, `"__base__"` none."""
+        adapter_names = kwargs.pop("adapter_names", None)
+        rows = batch_size(args, kwargs)
+        if adapter_names is None:
+            if self._mixture_rows is not None and rows is not None:
+                _check_rows("the mixture weights", self._mixture_rows, rows)
+            yield
+            return
+        if isinstance(adapter_names, str) or not isinstance(adapter_names, Sequence):
+            raise TypeError(f"`adapter_names` must be a list with one name for each row, got {adapter_names!r}.")
+        if self._mixture_rows is not None:
+            raise ValueError("Cannot pass `adapter_names` within `row_mixture`.")
+        if unknown := sorted(set(adapter_names) - {*self.peft_config, BASE}):
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        if rows is not None:
+            _check_rows("`adapter_names`", len(adapter_names), rows)
+        names, index = names_and_index(adapter_names)
+
+        handles = [
+            module.register_forward_pre_hook(names_hook(adapter_names), with_kwargs=True)
+            for module in self.model.modules()
+            if isinstance(module, AuxiliaryTrainingWrapper)
+        ]
+        try:
+            with self._rows("`adapter_names`", names, len(adapter_names), lambda layer: index):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def row_mixture(
+        self,
+        weights: torch.Tensor | Sequence[Any],
+        adapter_names: Sequence[str] | None = None,
+        groups: Groups | None = None,
+    ) -> Iterator[None]:
+        """
+        Within this context each row of a batch uses a mixture of its own: row i runs with δ = Σ_k weights[i, k] · δ_k.
+        The model's active adapters do not matter. Rows of zeros are the base model.
+
+        `generate` repeats the weights of a row for its beams and returned sequences. Gradients reach the weights.
+
+        Args:
+            weights (`torch.Tensor`):
+                α, `[rows, experts]`, or `[rows, experts, groups]` with `groups`.
+            adapter_names (`list[str]`, *optional*):
+                The experts, in the order of the weights. All adapters in the order in which they were added if `None`.
+            groups (`"module"`, `"layer"` or `dict[str, int]`, *optional*):
+                With weights of their own for each adapted module, for each block of the model, or for each group that
+                the mapping from the names of the adapted modules (`SVFLayer.module_name`) gives.
+
+        Raises:
+            ValueError: Weights of another shape or not finite, an unknown adapter, one that has more than δ
+                (`modules_to_save` or `bias`), merged adapters, a model in training mode; and when the model is called,
+                a batch with another number of rows.
+
+        Example:
+
+            ```py
+            >>> with model.base_model.row_mixture([[0.5, 0.5], [1.0, 0.0]], ["math", "logic"]):
+            ...     model.generate(**two_prompts)
+            ```
+        """
+        names = list(self.peft_config) if adapter_names is None else list(adapter_names)
+        self._check_known(names)
+        if len(set(names)) < len(names):
+            raise ValueError(f"`adapter_names` holds a name twice: {names}.")
+        for name in names:
+            self._check_only_delta(name)
+        layers = [layer for layer in self._layers() if any(name in layer.svf_delta for name in names)]
+        group = None if groups is None else group_of_each(groups, [layer.module_name for layer in layers])
+        count = None if group is None else max(group.values()) + 1
+        alpha = checked_weights(weights, len(names), count)
+        if self._mixture_rows is not None:
+            raise ValueError("`row_mixture` cannot be nested.")
+        self._mixture_rows = len(alpha)
+        try:
+            with self._rows(
+                "the mixture weights",
+                names,
+                len(alpha),
+                lambda layer: alpha[..., 0 if group is None else group.get(layer.module_name, 0)],
+            ):
+                yield
+        finally:
+            self._mixture_rows = None
+
+    _mixture_rows: int | None = None
+
+    @contextmanager
+    def _rows(
+        self, what: str, names: Sequence[str], rows: int, weights: Callable[[SVFLayer], torch.Tensor]
+    ) -> Iterator[None]:
+        layers = self._layers()
+        if self.training:
+            raise ValueError(f"{what} cannot be used when the model is in training mode; call `model.eval()` first.")
+        if merged := sorted({name for layer in layers for name in layer.merged_adapters}):
+            raise ValueError(
+                f"{what} cannot be used when there are merged adapters ({', '.join(merged)}), please call "
+                "`unmerge_adapter` first."
+            )
+
+        def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found = batch_size(args, kwargs)
+            if found is not None:
+                _check_rows(what, rows, found)
+
+        # PEFT tells `_enable_peft_forward_hooks` the inputs of `generate`, but not always those of `forward`
+        handle = self.register_forward_pre_hook(check, with_kwargs=True)
+        try:
+            for layer in layers:
+                layer.rows = RowDeltas(layer, names, weights(layer))
+            yield
+        finally:
+            handle.remove()
+            for layer in layers:
+                layer.rows = None
+
+    def release_folded(self) -> None:
+        """Free the effective weights that layers keep for speed (`SVFRuntimeConfig.fold`); they come back with use."""
+        for layer in self._layers():
+            layer.fold.release()
+
+    def _layers(self) -> list[SVFLayer]:
+        return [module for module in self.model.modules() if isinstance(module, SVFLayer)]
 
     # ------------------------------------------------------------------------------------------------ parameters
 
@@ -238,8 +376,7 @@ class SVFModel(BaseTuner):
         for adapter, weight in zip(adapters, weights, strict=True):
             if not math.isfinite(weight):
                 raise ValueError(f"The weight of adapter {adapter!r} is {weight}.")
-            if self.peft_config[adapter].modules_to_save or self.peft_config[adapter].bias != "none":
-                raise ValueError(f"Adapter {adapter!r} has `modules_to_save` or `bias`, which cannot be mixed.")
+            self._check_only_delta(adapter)
 
         configs = [self.peft_config[adapter] for adapter in adapters]
         layers = {
@@ -290,7 +427,8 @@ class SVFModel(BaseTuner):
             ValueError: There is no such adapter.
         """
         self._check_known(adapter_names or [])
-        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        with self._warning_of_rounding():
+            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
@@ -301,9 +439,39 @@ class SVFModel(BaseTuner):
             ValueError: There is no such adapter.
         """
         self._check_known(adapter_names or [])
-        return super().merge_and_unload(progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names)
+        with self._warning_of_rounding():
+            merged: nn.Module = super().merge_and_unload(
+                progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+            )
+        return merged
+
+    @contextmanager
+    def _warning_of_rounding(self) -> Iterator[None]:
+        layers = [layer for layer in self._layers() if not layer.merged]
+        yield
+        lossy = sorted((layer.share_merged, layer.module_name) for layer in layers)
+        lossy = [(share, name) for share, name in lossy if share < SMALLEST_SHARE]
+        if lossy:
+            warnings.warn(
+                f"{len(lossy)} of {len(layers)} merged weights are too coarse for the change: of ΔW, {lossy[0][0]:.0%} "
+                f"is left in {lossy[0][1]}, {median(share for share, _ in lossy):.0%} in the median of them. Unmerged "
+                "adapters are exact; so is merging into the base model in float32.",
+                stacklevel=4,
+            )
+
+    def _check_only_delta(self, adapter_name: str) -> None:
+        config = self.peft_config[adapter_name]
+        if config.modules_to_save or config.bias != "none":
+            raise ValueError(f"Adapter {adapter_name!r} has `modules_to_save` or `bias`, which cannot be mixed.")
 
     def _check_known(self, adapter_names: str | Sequence[str]) -> None:
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             if name not in self.peft_config:
                 raise ValueError(f"Adapter {name!r} not found; there are {', '.join(self.peft_config) or 'none'}.")
+
+
+def _check_rows(what: str, given: int, rows: int) -> None:
+    if given != rows:
+        raise ValueError(
+            f"Length of {what} should be the same as the number of inputs, but got {given} and {rows} respectively."
+        )

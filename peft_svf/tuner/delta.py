@@ -1,0 +1,26 @@
+"""δ, the trainable part."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class Delta(nn.Module):
+    """δ of one adapter on one layer: `[r]`, fp32.
+
+    A module with a `weight`, because that is the pattern by which TRL copies the reference adapter and PEFT's FSDP
+    policy finds trainable leaves. Call it, do not read its weight: only a call runs the hooks with which FSDP and CPU
+    offload bring the values in, and only a fresh tensor outlives their return.
+    """
+
+    def __init__(self, r: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(r, dtype=torch.float32))
+
+    def forward(self) -> torch.Tensor:
+        """δ as a new tensor `[r]`, fp32 (fp64 if the model is)."""
+        return self.weight.to(torch.promote_types(self.weight.dtype, torch.float32), copy=True)
+
+    def extra_repr(self) -> str:
+        return f"r={self.weight.shape[0]}"

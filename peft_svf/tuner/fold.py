@@ -1,0 +1,220 @@
+"""When a layer keeps its effective weight `W(z)`, and how long.
+
+The gate costs a little with every token, folding costs a lot once. Without knowing how many tokens will come, a layer
+uses the gate until that has cost as much as folding would have, and folds then: the ski-rental rule, never worse than
+twice the best choice in hindsight. What it folded is used until δ, the base weight, the set of active adapters, the
+dtype or the device changes.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..spectral import (
+    fold_cost,
+    gate_cost,
+    invertible,
+    products_cost,
+)
+from .delta import Delta
+
+if TYPE_CHECKING:
+    from .layer import SVFLayer
+
+# In 16 bit, W + ΔW rounds small changes away. Where less than this share of ΔW would be left, the gate is used.
+SMALLEST_SHARE = 0.98
+
+
+class Snapshot:
+    """Recognises whether tensors are still the ones they were, and hold what they held.
+
+    By identity, storage and version, and small ones on the CPU by value, too: writing through `.data`, as some
+    optimizers do, leaves no version. On other devices a comparison of values would wait for the device, so it is made
+    only when [`doubt`] asked for it.
+    """
+
+    def __init__(self, layer: SVFLayer, names: tuple[str, ...]) -> None:
+        tensors = _made_of(layer, names)
+        self._seen = [(weakref.ref(t), t.data_ptr(), t._version) for t in tensors]
+        self._deltas = [delta.detach().clone() for delta in tensors[2:]]
+        self._compare = tensors[0].device.type == "cpu"
+        self._doubted = False
+
+    def doubt(self) -> None:
+        """δ may be written through `.data` after this: compare its values the next time."""
+        self._doubted = True
+
+    def matches(self, layer: SVFLayer, names: tuple[str, ...]) -> bool:
+        """Whether W(z) of these adapters is still made of the same."""
+        tensors = _made_of(layer, names)
+        if len(tensors) != len(self._seen):
+            return False
+        for tensor, (reference, pointer, version) in zip(tensors, self._seen, strict=True):
+            if reference() is not tensor or tensor._version != version or tensor.data_ptr() != pointer:
+                return False
+        if self._compare or self._doubted:
+            self._doubted = False
+            return all(map(torch.equal, tensors[2:], self._deltas))
+        return True
+
+
+def _made_of(layer: SVFLayer, names: tuple[str, ...]) -> list[torch.Tensor]:
+    return [layer.get_base_layer().weight, layer.basis, *layer.delta_weights(names)]
+
+
+class Fold:
+    """The folded weight of one layer and the bookkeeping behind it. Copies and pickles are empty."""
+
+    def __init__(self) -> None:
+        self.weight: torch.Tensor | None = None  # W(z), `[out, in]`
+        self._names: tuple[str, ...] = ()
+        self._dtype: torch.dtype | None = None
+        self._snapshot: Snapshot | None = None  # of what the rest is about
+        self._spent = 0  # what the gate has cost since the snapshot, or would have
+        self._spent_before = 0  # the same, between the snapshot before and this one
+        self._exact_enough: bool | None = None
+        self._in_training: dict[tuple[str, ...], tuple[torch.dtype, Snapshot, bool]] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Fold, ()
+
+    def release(self) -> None:
+        """Free the folded weight and start counting anew."""
+        self.weight, self._snapshot, self._spent, self._spent_before = None, None, 0, 0
+
+    def peek(self, layer: SVFLayer, names: tuple[str, ...]) -> torch.Tensor | None:
+        """The folded weight for these adapters in the dtype of the base weight, if there is one that is up to date."""
+        if self.weight is None or self.weight.dtype != layer.get_base_layer().weight.dtype:
+            return None
+        return self.weight if _can_fold(layer, names) and self._is_current(layer, names, self.weight.dtype) else None
+
+    def find(self, layer: SVFLayer, names: tuple[str, ...], x: torch.Tensor) -> torch.Tensor | None:
+        """The folded weight of a layer for these adapters if it is to be used for this input, else `None`."""
+        policy = _policy(layer, names)
+        if policy == "never" or not _can_fold(layer, names):
+            if self._snapshot is not None:
+                self.release()
+            return None
+        dtype = _compute_dtype(layer.get_base_layer().weight)
+        if not self._is_current(layer, names, dtype):
+            self._restart(layer, names, dtype)
+
+        k, tokens = min(layer.shape), x.numel() // layer.in_features
+        deltas = layer.delta_weights(names)
+        r = max(len(delta) for delta in deltas)
+        training = torch.is_grad_enabled() and any(delta.requires_grad for delta in deltas)
+        self._spent += gate_cost(k, r, tokens)
+        if training:  # backward goes through the gate, too, but gets the gradient of δ on the way
+            self._spent += max(0, gate_cost(k, r, tokens) - products_cost(k, r, tokens, dtype))
+        cost = 0 if policy == "always" else fold_cost(*layer.shape, r)
+        if training:
+            if not self._chosen_for_training(layer, cost):
+                self.weight = None  # soon out of date, and memory is short now
+                return None
+        elif self._spent < cost or not self._is_exact_enough(layer):
+            return None
+        if self.weight is None:
+            self.weight = layer.effective_weight(_delta(layer, names)).to(dtype)
+        return self.weight
+
+    def _is_current(self, layer: SVFLayer, names: tuple[str, ...], dtype: torch.dtype) -> bool:
+        known = self._snapshot
+        return known is not None and self._names == names and self._dtype == dtype and known.matches(layer, names)
+
+    def _restart(self, layer: SVFLayer, names: tuple[str, ...], dtype: torch.dtype) -> None:
+        self.weight, self._names, self._dtype, self._snapshot = None, names, dtype, Snapshot(layer, names)
+        self._spent, self._spent_before = 0, self._spent
+        self._exact_enough = None
+
+    def _chosen_for_training(self, layer: SVFLayer, cost: int) -> bool:
+        """Whether to fold in training: decided at the first training call for a value of δ and kept for all of them.
+        Deciding again later could make the recomputation in a checkpoint differ from the computation. What the value of
+        δ before was used for tells how much may come.
+        """
+        assert self._snapshot is not None
+        assert self._dtype is not None
+        self._snapshot.doubt()
+        dtype, snapshot, chosen = self._in_training.get(self._names, (None, None, False))
+        if snapshot is None or dtype != self._dtype or not snapshot.matches(layer, self._names):
+            worth = self.weight is not None or max(self._spent, self._spent_before) >= cost
+            chosen = worth and invertible(_delta(layer, self._names)) and self._is_exact_enough(layer)
+            snapshot = Snapshot(layer, self._names)
+            self._in_training[self._names] = self._dtype, snapshot, chosen
+        snapshot.doubt()
+        return chosen
+
+    def _is_exact_enough(self, layer: SVFLayer) -> bool:
+        """Whether enough of ΔW is left in the dtype to compute in."""
+        assert self._dtype is not None
+        if self._exact_enough is None:
+            self._exact_enough = (
+                self._dtype.itemsize > 2
+                or layer.surviving_share(_delta(layer, self._names), self._dtype) >= SMALLEST_SHARE
+            )
+        return self._exact_enough
+
+
+def _delta(layer: SVFLayer, names: tuple[str, ...]) -> torch.Tensor:
+    delta = layer.summed_delta(names)
+    assert delta is not None
+    return delta
+
+
+def _policy(layer: SVFLayer, names: tuple[str, ...]) -> str:
+    choices = {layer.svf_config[name].runtime_config.fold for name in names}
+    return "never" if "never" in choices else "always" if "always" in choices else "auto"
+
+
+def _compute_dtype(weight: torch.Tensor) -> torch.dtype:
+    """What the base layer computes in: its weight's dtype, or autocast's."""
+    if weight.dtype == torch.float64 or not torch.is_autocast_enabled(weight.device.type):
+        return weight.dtype
+    return torch.get_autocast_dtype(weight.device.type)
+
+
+def _can_fold(layer: SVFLayer, names: tuple[str, ...]) -> bool:
+    """Whether the layer owns plain tensors, calling its base layer means multiplying by its weight, and versions mean
+    something. Not so under `torch.compile`, functorch, FSDP, ZeRO-3, tensor parallelism, offload, or with hooks."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack():
+        return False
+    base_layer = layer.get_base_layer()
+    if base_layer is not layer.base_layer or not _is_untouched(base_layer, (nn.Linear, Conv1D)):
+        return False
+    weight = cast(torch.Tensor, base_layer.weight)
+    if not _is_plain(weight) or weight.numel() != layer.in_features * layer.out_features:
+        return False
+    if weight.requires_grad and torch.is_grad_enabled():
+        return False
+    if layer.basis is None or not _is_plain(layer.basis):
+        return False
+    # not under FSDP1, which wraps δ
+    return all(_is_untouched(layer.svf_delta[name], (Delta,)) for name in names) and all(
+        map(_is_plain, layer.delta_weights(names))
+    )
+
+
+def _is_untouched(module: nn.Module, classes: tuple[type[nn.Module], ...]) -> bool:
+    return (
+        type(module) in classes
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+        and "forward" not in module.__dict__  # accelerate's offload
+        and not module._state_dict_pre_hooks  # FSDP2, whose parameters are only sometimes there
+    )
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return (
+        type(tensor) in (torch.Tensor, nn.Parameter)
+        and not tensor.is_meta
+        and not tensor.is_inference()
+        and tensor.is_floating_point()
+        and not hasattr(tensor, "ds_id")  # ZeRO-3
+    )
