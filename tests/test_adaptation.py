@@ -147,6 +147,7 @@ def test_weights_by_name_and_in_order(mixture: AdaptiveMixture) -> None:
     assert torch.equal(logits(mixture.model), by_name)
 
 
+@pytest.mark.usefixtures("never_fold")
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
@@ -596,6 +597,7 @@ def test_a_search_without_a_tokenizer(experts: dict[str, str]) -> None:
 # ---------------------------------------------------------------------------------------------------- saving
 
 
+@pytest.mark.usefixtures("never_fold")
 @pytest.mark.parametrize("adapter_name", ["mixture", "default"])
 def test_the_saved_mixture_is_an_ordinary_adapter(
     adapter_name: str, tmp_path: Path, experts: dict[str, str], tokenizer: Any
@@ -658,6 +660,7 @@ def test_a_reference_answer_may_be_missing_when_rewards_decide(mixture: Adaptive
     assert set(seen) == {"a", "b"}
 
 
+@pytest.mark.usefixtures("never_fold")
 def test_a_second_mixture_on_the_same_model_leaves_the_first(
     mixture: AdaptiveMixture, experts: dict[str, str], tokenizer: PreTrainedTokenizerFast
 ) -> None:

@@ -52,27 +52,30 @@ class FoldedLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         kept, delta, bias, folded, basis = ctx.saved_tensors
         dx = ddelta = dbias = None
-        flat_dy = dy.reshape(-1, dy.shape[-1])
-        kept = kept.reshape(-1, kept.shape[-1])
+        flat_dy, kept = _tokens(dy), _tokens(kept)
         if ctx.needs_input_grad[0] or (ctx.needs_input_grad[1] and not ctx.output_side):
             flat_dx = flat_dy @ folded
-            dx = flat_dx.view(*dy.shape[:-1], -1)
+            dx = flat_dx.view(*dy.shape[:-1], folded.shape[1])
         if ctx.needs_input_grad[1]:
             if ctx.output_side:
-                products = projected_products(flat_dy, kept if bias is None else kept - bias, basis)
+                products = projected_products(flat_dy, kept if bias is None else kept - bias, basis.to(dy.dtype))
             else:
-                products = projected_products(flat_dx, kept, basis)
+                products = projected_products(flat_dx, kept, basis.to(dy.dtype))
             ddelta = (products / (1 + delta)).to(delta.dtype)
         if ctx.needs_input_grad[2]:
             dbias = flat_dy.sum(0)
         return dx if ctx.needs_input_grad[0] else None, ddelta, dbias, None, None
 
 
+def _tokens(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(x.numel() // x.shape[-1], x.shape[-1])
+
+
 def folded_linear(
     x: torch.Tensor, delta: torch.Tensor, bias: torch.Tensor | None, folded: torch.Tensor, basis: torch.Tensor
 ) -> torch.Tensor:
     """
-    `W(z) x + b` with gradients for x, δ and b. All but δ have one dtype.
+    `W(z) x + b` with gradients for x, δ and b. All but δ and Q have one dtype.
 
     Args:
         x (`torch.Tensor`): `[..., in]`.

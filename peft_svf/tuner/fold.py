@@ -119,7 +119,8 @@ class Fold:
         elif self._spent < cost or not self._is_exact_enough(layer):
             return None
         if self.weight is None:
-            self.weight = layer.effective_weight(_delta(layer, names)).to(dtype)
+            with torch.inference_mode(False), torch.no_grad():  # a tensor made in inference mode is no use in training
+                self.weight = layer.effective_weight(_delta(layer, names)).to(dtype)
         return self.weight
 
     def _is_current(self, layer: SVFLayer, names: tuple[str, ...], dtype: torch.dtype) -> bool:
