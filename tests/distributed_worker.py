@@ -25,7 +25,7 @@ STEPS = 3
 
 
 def attach(**runtime: Any) -> PeftModel:
-    config = SVFConfig(target_modules="all-linear", runtime_config=SVFRuntimeConfig(**{"use_cache": False, **runtime}))
+    config = SVFConfig(target_modules="all-linear", runtime_config=SVFRuntimeConfig(**{"use_cache": False, "fold": "always", **runtime}))
     model = get_peft_model(tiny_llama(), config).train()
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
@@ -36,6 +36,10 @@ def attach(**runtime: Any) -> PeftModel:
 
 def layers(model: nn.Module) -> dict[str, SVFLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, SVFLayer)}
+
+
+def folded(model: nn.Module) -> int:
+    return sum(layer.fold.weight is not None for layer in layers(model).values())
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
@@ -145,6 +149,7 @@ def ddp(folder: Path) -> dict[str, Any]:
         "forwards": forwards,
         "buffers": sum(buffer.numel() for buffer in tiny_llama().buffers()),
         "bases": bases(model),
+        "folded": folded(model),
         "gradients": gradients,
         "losses": losses,
         "deltas": deltas(model),
@@ -178,6 +183,7 @@ def fsdp2(folder: Path) -> dict[str, Any]:
         model.unmerge_adapter()
         again = model(input_ids=BATCH).logits
     return {
+        "folded": folded(model),
         "sharded": sharded,
         "losses": losses,
         "deltas": deltas(model),
@@ -206,7 +212,7 @@ def fsdp1(folder: Path, use_orig_params: bool = True) -> dict[str, Any]:
     units = sum(isinstance(module, FullyShardedDataParallel) for module in parallel.modules())
     losses = train(parallel, my_rows())
     with FullyShardedDataParallel.summon_full_params(parallel, writeback=False):
-        return {"units": units, "losses": losses, "deltas": deltas(parallel)}
+        return {"units": units, "folded": folded(parallel), "losses": losses, "deltas": deltas(parallel)}
 
 
 def fsdp1_flat(folder: Path) -> dict[str, Any]:

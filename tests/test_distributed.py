@@ -88,6 +88,8 @@ def test_ddp(tmp_path: Path) -> None:
     assert first["at_start"] > sum(basis.numel() for basis in expected.values())
     assert all(elements <= first["buffers"] for elements in first["forwards"])
 
+    assert first["folded"] == 14  # every rank holds whole weights
+
     assert len(first["gradients"]) == 14
     assert_close(second["gradients"], first["gradients"])
     reference(input_ids=BATCH, labels=BATCH).loss.backward()
@@ -105,6 +107,7 @@ def test_fsdp2(tmp_path: Path) -> None:
     base = weights(reference)
     assert len(first["sharded"]) == 14
     assert all(first["sharded"].values())
+    assert first["folded"] == second["folded"] == 0  # nothing that undoes the sharding or is out of date
 
     assert mean_losses([first, second]) == pytest.approx(train(reference, BATCH), abs=1e-5)
     assert_close(first["deltas"], deltas(reference), 1e-5)
@@ -127,5 +130,6 @@ def test_fsdp1(scenario: str, tmp_path: Path) -> None:
     first, second = run(scenario, tmp_path)
     reference = attach()
     assert first["units"] == 1 + 2 + 14  # root, decoder layers, and each δ by itself
+    assert first["folded"] == second["folded"] == 0
     assert mean_losses([first, second]) == pytest.approx(train(reference, BATCH), abs=1e-5)
     assert_close(first["deltas"], deltas(reference), 1e-5)

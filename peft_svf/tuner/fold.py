@@ -9,6 +9,7 @@ dtype or the device changes.
 from __future__ import annotations
 
 import weakref
+from copy import copy
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -21,7 +22,7 @@ from ..spectral import (
     invertible,
     products_cost,
 )
-from .delta import Delta
+from .parameters import BASIS_NAME, Delta
 
 if TYPE_CHECKING:
     from .layer import SVFLayer
@@ -39,32 +40,36 @@ class Snapshot:
     """
 
     def __init__(self, layer: SVFLayer, names: tuple[str, ...]) -> None:
-        tensors = _made_of(layer, names)
-        self._seen = [(weakref.ref(t), t.data_ptr(), t._version) for t in tensors]
-        self._deltas = [delta.detach().clone() for delta in tensors[2:]]
-        self._compare = tensors[0].device.type == "cpu"
+        base_layer, deltas = layer.get_base_layer(), {name: layer.svf_delta[name] for name in names}
+        # looked up in the modules' own dictionaries, as attributes cost several times more, and this runs in every call
+        self._modules = [(layer._modules, "base_layer", base_layer)]
+        self._modules += [(layer.svf_delta._modules, name, delta) for name, delta in deltas.items()]
+        owners = [(base_layer, "weight"), (layer, BASIS_NAME), *((delta, "weight") for delta in deltas.values())]
+        tensors = [(owner._parameters, key, owner._parameters[key]) for owner, key in owners]
+        self._tensors = [(owner, key, weakref.ref(t), t.data_ptr(), t._version) for owner, key, t in tensors]
+        self._values = [(owner, t.detach().clone()) for owner, _, t in tensors[2:]]
+        self.dtype, self.device_type = base_layer.weight.dtype, base_layer.weight.device.type
         self._doubted = False
 
     def doubt(self) -> None:
         """δ may be written through `.data` after this: compare its values the next time."""
         self._doubted = True
 
-    def matches(self, layer: SVFLayer, names: tuple[str, ...]) -> bool:
-        """Whether W(z) of these adapters is still made of the same."""
-        tensors = _made_of(layer, names)
-        if len(tensors) != len(self._seen):
-            return False
-        for tensor, (reference, pointer, version) in zip(tensors, self._seen, strict=True):
-            if reference() is not tensor or tensor._version != version or tensor.data_ptr() != pointer:
+    def holds(self) -> bool:
+        """Whether W(z) of these adapters would still be made of the same."""
+        for modules, name, module in self._modules:
+            if modules.get(name) is not module:
                 return False
-        if self._compare or self._doubted:
+        for parameters, name, reference, pointer, version in self._tensors:
+            tensor = reference()
+            if tensor is None or parameters.get(name) is not tensor:
+                return False
+            if tensor._version != version or tensor.data_ptr() != pointer:
+                return False
+        if self.device_type == "cpu" or self._doubted:
             self._doubted = False
-            return all(map(torch.equal, tensors[2:], self._deltas))
+            return all(torch.equal(parameters["weight"], value) for parameters, value in self._values)
         return True
-
-
-def _made_of(layer: SVFLayer, names: tuple[str, ...]) -> list[torch.Tensor]:
-    return [layer.get_base_layer().weight, layer.basis, *layer.delta_weights(names)]
 
 
 class Fold:
@@ -73,6 +78,8 @@ class Fold:
     def __init__(self) -> None:
         self.weight: torch.Tensor | None = None  # W(z), `[out, in]`
         self._names: tuple[str, ...] = ()
+        self._active: list[str] | str = []  # as the layer has it
+        self._hooks: list[dict[int, Any]] = []  # all empty, or calling the base layer means more than multiplying
         self._dtype: torch.dtype | None = None
         self._snapshot: Snapshot | None = None  # of what the rest is about
         self._spent = 0  # what the gate has cost since the snapshot, or would have
@@ -93,6 +100,23 @@ class Fold:
             return None
         return self.weight if _can_fold(layer, names) and self._is_current(layer, names, self.weight.dtype) else None
 
+    def ready(self, layer: SVFLayer) -> torch.Tensor | None:
+        """What `find` would answer, in a fraction of its time, when there is a folded weight and no gradient is asked
+        for: decoding asks for every layer and every token."""
+        if (
+            self.weight is None
+            or self._snapshot is None
+            or torch.is_grad_enabled()
+            or layer._active_adapter != self._active
+            or any(self._hooks)
+            or not _is_eager()
+            or not self._snapshot.holds()
+            or _policy(layer, self._names) == "never"
+            or _compute_dtype(self._snapshot.dtype, self._snapshot.device_type) != self._dtype
+        ):
+            return None
+        return self.weight
+
     def find(self, layer: SVFLayer, names: tuple[str, ...], x: torch.Tensor) -> torch.Tensor | None:
         """The folded weight of a layer for these adapters if it is to be used for this input, else `None`."""
         policy = _policy(layer, names)
@@ -100,7 +124,8 @@ class Fold:
             if self._snapshot is not None:
                 self.release()
             return None
-        dtype = _compute_dtype(layer.get_base_layer().weight)
+        weight = layer.get_base_layer().weight
+        dtype = _compute_dtype(weight.dtype, weight.device.type)
         if not self._is_current(layer, names, dtype):
             self._restart(layer, names, dtype)
 
@@ -125,10 +150,13 @@ class Fold:
 
     def _is_current(self, layer: SVFLayer, names: tuple[str, ...], dtype: torch.dtype) -> bool:
         known = self._snapshot
-        return known is not None and self._names == names and self._dtype == dtype and known.matches(layer, names)
+        return known is not None and self._names == names and self._dtype == dtype and known.holds()
 
     def _restart(self, layer: SVFLayer, names: tuple[str, ...], dtype: torch.dtype) -> None:
         self.weight, self._names, self._dtype, self._snapshot = None, names, dtype, Snapshot(layer, names)
+        self._active = copy(layer._active_adapter)
+        modules = [layer.get_base_layer(), *(layer.svf_delta[name] for name in names)]
+        self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self._spent, self._spent_before = 0, self._spent
         self._exact_enough = None
 
@@ -141,7 +169,7 @@ class Fold:
         assert self._dtype is not None
         self._snapshot.doubt()
         dtype, snapshot, chosen = self._in_training.get(self._names, (None, None, False))
-        if snapshot is None or dtype != self._dtype or not snapshot.matches(layer, self._names):
+        if snapshot is None or dtype != self._dtype or not snapshot.holds():
             worth = self.weight is not None or max(self._spent, self._spent_before) >= cost
             chosen = worth and invertible(_delta(layer, self._names)) and self._is_exact_enough(layer)
             snapshot = Snapshot(layer, self._names)
@@ -171,17 +199,21 @@ def _policy(layer: SVFLayer, names: tuple[str, ...]) -> str:
     return "never" if "never" in choices else "always" if "always" in choices else "auto"
 
 
-def _compute_dtype(weight: torch.Tensor) -> torch.dtype:
-    """What the base layer computes in: its weight's dtype, or autocast's."""
-    if weight.dtype == torch.float64 or not torch.is_autocast_enabled(weight.device.type):
-        return weight.dtype
-    return torch.get_autocast_dtype(weight.device.type)
+def _compute_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
+    """What a base layer with weights of this dtype computes in: that, or what autocast makes of it."""
+    if not torch.is_autocast_enabled(device_type) or dtype == torch.float64:
+        return dtype
+    return torch.get_autocast_dtype(device_type)
+
+
+def _is_eager() -> bool:
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack())
 
 
 def _can_fold(layer: SVFLayer, names: tuple[str, ...]) -> bool:
     """Whether the layer owns plain tensors, calling its base layer means multiplying by its weight, and versions mean
     something. Not so under `torch.compile`, functorch, FSDP, ZeRO-3, tensor parallelism, offload, or with hooks."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack():
+    if not _is_eager():
         return False
     base_layer = layer.get_base_layer()
     if base_layer is not layer.base_layer or not _is_untouched(base_layer, (nn.Linear, Conv1D)):

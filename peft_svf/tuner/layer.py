@@ -29,14 +29,9 @@ from ..spectral import (
 from .base_check import check_base
 from .bases import build_bases
 from .config import SVFConfig
-from .delta import Delta
 from .fold import Fold
+from .parameters import BASIS_NAME, Delta
 from .rows import RowDeltas
-
-# The basis is a frozen Parameter, so that FSDP2 and ZeRO-3 shard it and DDP does not broadcast it in every forward. Its
-# name must hold "original_module", by which TRL's weight sync to vLLM skips it, and must not hold the prefix "svf_", by
-# which PEFT and transformers recognise what is trained and what belongs into the checkpoint.
-BASIS_NAME = "original_module_basis"
 
 
 class SVFLayer(BaseTunerLayer):
@@ -329,6 +324,8 @@ class Linear(nn.Module, SVFLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
+        if self.rows is None and not args and not kwargs and (folded := self.fold.ready(self)) is not None:
+            return linear(x, folded, self._base_bias())
         if self.rows is not None:
             delta = self.rows(x.shape[0] if x.ndim > 1 else 1)
             if delta is None:
@@ -359,7 +356,7 @@ class Linear(nn.Module, SVFLayer):
         return gate_correction(self._cast_input_dtype(h, basis.dtype), basis, delta).to(h.dtype)
 
     def _folded(self, x: torch.Tensor, folded: torch.Tensor, names: tuple[str, ...]) -> torch.Tensor:
-        bias = cast("torch.Tensor | None", self.bias)
+        bias = self._base_bias()
         if not (torch.is_grad_enabled() and any(delta.requires_grad for delta in self.delta_weights(names))):
             return linear(x, folded, bias)
         delta = self.summed_delta(names)
@@ -367,6 +364,11 @@ class Linear(nn.Module, SVFLayer):
         if torch.is_autocast_enabled(x.device.type):
             x, bias = x.to(folded.dtype), None if bias is None else bias.to(folded.dtype)
         return folded_linear(x, delta, bias, folded, self._columns(delta))
+
+    def _base_bias(self) -> torch.Tensor | None:
+        base_layer = self._modules["base_layer"]  # PEFT's property takes as long as a small layer
+        assert base_layer is not None
+        return base_layer._parameters["bias"]
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         self.fold.release()  # or it stays on the device that the model leaves

@@ -27,7 +27,8 @@ from .base_check import check_base
 from .bases import build_bases
 from .config import SVFConfig
 from .fold import SMALLEST_SHARE
-from .layer import BASIS_NAME, Linear, SVFLayer
+from .layer import Linear, SVFLayer
+from .parameters import BASIS_NAME
 from .rows import (
     BASE,
     Groups,

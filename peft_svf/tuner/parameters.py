@@ -1,9 +1,14 @@
-"""δ, the trainable part."""
+"""The parameters of an SVF layer: δ, which is trained, and the name of Q, which is not."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
+
+# The basis is a frozen Parameter, so that FSDP2 and ZeRO-3 shard it and DDP does not broadcast it in every forward. Its
+# name must hold "original_module", by which TRL's weight sync to vLLM skips it, and must not hold the prefix "svf_", by
+# which PEFT and transformers recognise what is trained and what belongs into the checkpoint.
+BASIS_NAME = "original_module_basis"
 
 
 class Delta(nn.Module):
