@@ -84,6 +84,23 @@ def set_fold(model: PeftModel, fold: str) -> PeftModel:
     return model
 
 
+def changed(*models: PeftModel) -> None:
+    """The next value of δ, the same for all models."""
+    torch.manual_seed(2)
+    changes = [0.05 * torch.randn(len(delta)) for delta in deltas(models[0])]
+    for model in models:
+        for delta, change in zip(deltas(model), changes, strict=True):
+            delta.detach().add_(change)
+
+
+def trained(model: PeftModel) -> PeftModel:
+    """After one backward, before which a layer with out <= in does not know whether its output may be kept."""
+    model(torch.randn(4, the_layer(model).in_features)).sum().backward()
+    model.zero_grad()
+    deltas(model)[0].detach().add_(0.0)
+    return model
+
+
 def is_folded(model: PeftModel) -> bool:
     return the_layer(model).fold.weight is not None
 
@@ -235,9 +252,8 @@ INPUTS: dict[str, Callable[[int], torch.Tensor]] = {
 def test_training_through_the_fold_is_training_through_the_gate(
     shape: tuple[int, int], r: int | None, adapters: int, kind: str
 ) -> None:
-    model = adapted(*shape, r=r, adapters=adapters, std=0.1)
+    model = trained(adapted(*shape, r=r, adapters=adapters, std=0.1))
     x = INPUTS[kind](shape[1])
-    model.base_model.set_adapter(list(model.peft_config))
     folded = gradients(model, x)
     assert is_folded(model)
     assert_close(folded, gradients(set_fold(model, "never"), x))
@@ -260,7 +276,7 @@ def test_a_singular_value_that_is_switched_off_has_the_right_gradient(shape: tup
 @pytest.mark.parametrize("fold", ["auto", "always"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gradient_checkpointing(shape: tuple[int, int], fold: str, use_reentrant: bool) -> None:
-    model = adapted(*shape, fold=fold)
+    model = trained(adapted(*shape, fold=fold))
     x = torch.randn(30, shape[1])
 
     def call(model: PeftModel, x: torch.Tensor) -> torch.Tensor:
@@ -275,7 +291,7 @@ def test_gradient_checkpointing(shape: tuple[int, int], fold: str, use_reentrant
 
 
 def test_a_checkpoint_is_recomputed_after_other_adapters_were_used() -> None:
-    model = adapted(adapters=2, fold="auto")
+    model = trained(adapted(adapters=2, fold="auto"))
     x = torch.randn(100, 24, requires_grad=True)
     model.set_adapter("default")
     for _ in range(3):
@@ -292,7 +308,7 @@ def test_a_checkpoint_is_recomputed_after_other_adapters_were_used() -> None:
 
 @pytest.mark.parametrize("fold", ["auto", "always"])
 def test_gradients_accumulate(fold: str) -> None:
-    model, plain = adapted(16, 40, fold=fold), adapted(16, 40, fold="never")
+    model, plain = trained(adapted(16, 40, fold=fold)), adapted(16, 40, fold="never")
     batches = [torch.randn(n, 40) for n in (3, 200, 1, 50)]
     for batch in batches:
         model(batch).pow(2).sum().backward()
@@ -319,7 +335,7 @@ def test_training_follows_the_same_path(shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_autocast(shape: tuple[int, int]) -> None:
-    model = adapted(*shape, std=0.4)
+    model = trained(adapted(*shape, std=0.4))
     x = torch.randn(50, shape[1])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found, y = gradients(model, x), model(x)
@@ -357,7 +373,7 @@ def test_a_thawed_base_weight_gets_its_gradient() -> None:
 
 @pytest.mark.parametrize(("out", "inp", "expected"), [(24, 24, (50, 24)), (16, 40, (50, 16)), (40, 16, (50, 16))])
 def test_only_the_layers_own_input_or_output_is_kept(out: int, inp: int, expected: tuple[int, int]) -> None:
-    model = adapted(out, inp)
+    model = trained(adapted(out, inp))
     x = torch.randn(50, inp, requires_grad=True)
     kept: list[torch.Tensor] = []
 
@@ -372,14 +388,28 @@ def test_only_the_layers_own_input_or_output_is_kept(out: int, inp: int, expecte
     assert activations[0].data_ptr() in (x.data_ptr(), y.data_ptr())
 
 
-def test_an_output_changed_in_place_is_an_error_and_not_a_wrong_gradient() -> None:
-    model = adapted(16, 40)
+@pytest.mark.parametrize("inplace", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_layer_whose_output_is_changed_in_place_trains_through_the_gate(
+    shape: tuple[int, int], inplace: bool
+) -> None:
+    models = [adapted(*shape, fold=fold) for fold in ("always", "never")]
+    x = torch.randn(50, shape[1])
+    for step in range(3):
+        found, expected = (
+            gradients(model, x, lambda model, x: nn.functional.relu(model(x), inplace=inplace)) for model in models
+        )
+        assert_close(found, expected)
+        assert is_folded(models[0]) is (shape[0] > shape[1] or (step > 0 and not inplace))
+        changed(*models)
+
+
+def test_an_output_changed_in_place_later_is_an_error_and_not_a_wrong_gradient() -> None:
+    model = trained(adapted(16, 40))
     y = model(torch.randn(50, 40))
     y.relu_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
-    y = set_fold(model, "never")(torch.randn(50, 40))
-    y.relu_().sum().backward()
 
 
 @given(st.integers(1, 30), st.integers(1, 20), st.integers(1, 20), st.integers(0, 2**31))
@@ -480,7 +510,7 @@ def test_training_that_uses_the_gate_frees_the_folded_weight() -> None:
 
 
 def test_training_uses_what_a_rollout_folded() -> None:
-    model = adapted(16, 40, fold="auto")
+    model = trained(adapted(16, 40, fold="auto"))
     with torch.no_grad():
         model(torch.randn(1000, 40))
     weight = the_layer(model).fold.weight
@@ -692,7 +722,7 @@ def test_nothing_is_lost_of_nothing_or_in_32_bit() -> None:
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(("std", "folds"), [(1e-3, False), (0.2, True)])
 def test_a_bf16_layer_folds_only_what_survives(std: float, folds: bool, training: bool) -> None:
-    model = adapted(dtype=torch.bfloat16, std=std)
+    model = adapted(40, 24, dtype=torch.bfloat16, std=std)
     with torch.set_grad_enabled(training):
         model(torch.randn(50, 24).bfloat16())
     assert is_folded(model) is folds

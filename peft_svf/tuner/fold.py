@@ -85,6 +85,7 @@ class Fold:
         self._spent = 0  # what the gate has cost since the snapshot, or would have
         self._spent_before = 0  # the same, between the snapshot before and this one
         self._exact_enough: bool | None = None
+        self._changed_in_place: bool | None = None  # the layer's output, by what follows; not known yet
         self._in_training: dict[tuple[str, ...], tuple[torch.dtype, Snapshot, bool]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -171,11 +172,31 @@ class Fold:
         dtype, snapshot, chosen = self._in_training.get(self._names, (None, None, False))
         if snapshot is None or dtype != self._dtype or not snapshot.holds():
             worth = self.weight is not None or max(self._spent, self._spent_before) >= cost
-            chosen = worth and invertible(_delta(layer, self._names)) and self._is_exact_enough(layer)
+            chosen = (
+                worth
+                and self._may_keep_output(layer)
+                and invertible(_delta(layer, self._names))
+                and self._is_exact_enough(layer)
+            )
             snapshot = Snapshot(layer, self._names)
             self._in_training[self._names] = self._dtype, snapshot, chosen
         snapshot.doubt()
         return chosen
+
+    def _may_keep_output(self, layer: SVFLayer) -> bool:
+        return layer.side == "input" or self._changed_in_place is False
+
+    def watch(self, output: torch.Tensor) -> None:
+        """Find out, once, whether the model changes the layer's output in place, such as by `nn.ReLU(inplace=True)`.
+        Then a fold on the output side, which needs it in backward, is not possible."""
+        if self._changed_in_place is not None or self._snapshot is None or not output.requires_grad:
+            return
+        same, version = output.detach(), output._version  # which share the counter
+
+        def look(gradient: torch.Tensor) -> None:
+            self._changed_in_place = bool(self._changed_in_place) or same._version != version
+
+        output.register_hook(look)
 
     def _is_exact_enough(self, layer: SVFLayer) -> bool:
         """Whether enough of ΔW is left in the dtype to compute in."""

@@ -342,7 +342,10 @@ class Linear(nn.Module, SVFLayer):
                 return self._folded(x, folded, names)
         delta = self.summed_delta(names)
         assert delta is not None
-        return self._gated(x, delta, *args, **kwargs)
+        result = self._gated(x, delta, *args, **kwargs)
+        if self.side == "output":
+            self.fold.watch(result)
+        return result
 
     def _gated(self, x: torch.Tensor, delta: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.side == "input":
