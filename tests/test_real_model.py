@@ -104,6 +104,50 @@ def test_layers_equal_the_fp64_svd() -> None:
         assert ((found - expected).norm() / expected.norm()).item() <= 1e-5, name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gate_fold_merged_and_mixed_rows_agree_with_fp64(dtype: torch.dtype) -> None:
+    """In fp32 to 1e-5, layer by layer on its own input; in bf16 no further from fp64 than twice the base model is."""
+    model = adapted(load()[0].to(dtype), scale=0.05)
+    ids = torch.arange(100, 140).unsqueeze(0)
+    inputs: dict[str, torch.Tensor] = {}
+    some = dict(list(layers(model).items())[::17])
+    handles = [
+        layer.register_forward_pre_hook(lambda module, args, name=name: inputs.update({name: args[0]}))
+        for name, layer in some.items()
+    ]
+    with torch.no_grad():
+        model(input_ids=ids)
+    for handle in handles:
+        handle.remove()
+
+    def run(fold: str) -> dict[str, torch.Tensor]:
+        model.peft_config["default"].runtime_config.fold = fold
+        with torch.no_grad():
+            found = {name: layer(inputs[name]).double() for name, layer in some.items()}
+        assert all((layer.fold.weight is not None) is (fold == "always") for layer in some.values())
+        return found
+
+    with torch.no_grad():
+        results = {"gate": run("never"), "fold": run("always")}
+        with model.base_model.row_mixture([[1.0]]):
+            results["mixed rows"] = {name: layer(inputs[name]).double() for name, layer in some.items()}
+        base = {name: layer.get_base_layer()(inputs[name]).double() for name, layer in some.items()}
+        exact, exact_base = {}, {}
+        for name, layer in some.items():
+            weight, x = layer.get_base_layer().weight.double(), inputs[name].double()
+            u, s, vt = torch.linalg.svd(weight, full_matrices=False)
+            exact[name] = x @ (u * (s * (1 + layer.svf_delta["default"]().double())) @ vt).mT
+            exact_base[name] = x @ weight.mT
+        model.merge_adapter()
+        results["merged"] = {name: layer(inputs[name]).double() for name, layer in some.items()}
+
+    for name in some:
+        scale = exact[name].norm()
+        allowed = 1e-5 if dtype == torch.float32 else 2 * float((base[name] - exact_base[name]).norm() / scale)
+        for way, result in results.items():
+            assert float((result[name] - exact[name]).norm() / scale) <= allowed, (way, name)
+
+
 @pytest.mark.parametrize("other", ["one thread", "permuted memory", "fp64 SVD"])
 def test_an_adapter_means_the_same_elsewhere(other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A base that was decomposed in another way gives the same logits."""
