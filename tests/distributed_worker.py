@@ -25,7 +25,10 @@ STEPS = 3
 
 
 def attach(**runtime: Any) -> PeftModel:
-    config = SVFConfig(target_modules="all-linear", runtime_config=SVFRuntimeConfig(**{"use_cache": False, "fold": "always", **runtime}))
+    config = SVFConfig(
+        target_modules="all-linear",
+        runtime_config=SVFRuntimeConfig(**{"use_cache": False, "fold": "always", **runtime}),
+    )
     model = get_peft_model(tiny_llama(), config).train()
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():

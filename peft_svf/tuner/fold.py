@@ -9,6 +9,7 @@ dtype or the device changes.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from copy import copy
 from typing import TYPE_CHECKING, Any, cast
 
@@ -246,7 +247,12 @@ def _can_fold(layer: SVFLayer, names: tuple[str, ...]) -> bool:
         return False
     if layer.basis is None or not _is_plain(layer.basis):
         return False
-    # not under FSDP1, which wraps δ
+    return has_plain_deltas(layer, names)
+
+
+def has_plain_deltas(layer: SVFLayer, names: Sequence[str]) -> bool:
+    """Whether the layer owns δ of these adapters itself, so that their versions mean something."""
+    # in this order, as FSDP1 wraps δ
     return all(_is_untouched(layer.svf_delta[name], (Delta,)) for name in names) and all(
         map(_is_plain, layer.delta_weights(names))
     )

@@ -327,10 +327,10 @@ class Linear(nn.Module, SVFLayer):
         if self.rows is None and not args and not kwargs and (folded := self.fold.ready(self)) is not None:
             return linear(x, folded, self._base_bias())
         if self.rows is not None:
-            delta = self.rows(x.shape[0] if x.ndim > 1 else 1)
-            if delta is None:
-                return self.base_layer(x, *args, **kwargs)
-            return self._gated(x, delta.reshape(-1, *[1] * (x.ndim - 2), delta.shape[-1]), *args, **kwargs)
+            if self.merged:
+                raise ValueError(f"{self.module_name} got merged within a mixed batch; call `unmerge_adapter` first.")
+            delta = self.rows(x)
+            return self.base_layer(x, *args, **kwargs) if delta is None else self._gated(x, delta, *args, **kwargs)
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
         names = tuple(name for name in self.active_adapters if name in self.svf_delta)

@@ -35,6 +35,7 @@ from .rows import (
     RowDeltas,
     batch_size,
     checked_weights,
+    expansion_of,
     group_of_each,
     names_and_index,
     names_hook,
@@ -161,10 +162,12 @@ class SVFModel(BaseTuner):
         it, `"__base__"` none."""
         adapter_names = kwargs.pop("adapter_names", None)
         rows = batch_size(args, kwargs)
+        expansion = expansion_of(kwargs, getattr(self.model, "generation_config", None))
         if adapter_names is None:
             if self._mixture_rows is not None and rows is not None:
                 _check_rows("the mixture weights", self._mixture_rows, rows)
-            yield
+            with self._expanding(expansion):
+                yield
             return
         if isinstance(adapter_names, str) or not isinstance(adapter_names, Sequence):
             raise TypeError(f"`adapter_names` must be a list with one name for each row, got {adapter_names!r}.")
@@ -182,7 +185,7 @@ class SVFModel(BaseTuner):
             if isinstance(module, AuxiliaryTrainingWrapper)
         ]
         try:
-            with self._rows("`adapter_names`", names, len(adapter_names), lambda layer: index):
+            with self._rows("`adapter_names`", names, len(adapter_names), lambda _: index), self._expanding(expansion):
                 yield
         finally:
             for handle in handles:
@@ -222,8 +225,12 @@ class SVFModel(BaseTuner):
             ...     model.generate(**two_prompts)
             ```
         """
+        if isinstance(adapter_names, str):
+            raise TypeError(f"`adapter_names` must be a list of names, got {adapter_names!r}.")
         names = list(self.peft_config) if adapter_names is None else list(adapter_names)
         self._check_known(names)
+        if not names:
+            raise ValueError("`adapter_names` is empty; name at least one adapter.")
         if len(set(names)) < len(names):
             raise ValueError(f"`adapter_names` holds a name twice: {names}.")
         for name in names:
@@ -254,12 +261,9 @@ class SVFModel(BaseTuner):
     ) -> Iterator[None]:
         layers = self._layers()
         if self.training:
-            raise ValueError(f"{what} cannot be used when the model is in training mode; call `model.eval()` first.")
-        if merged := sorted({name for layer in layers for name in layer.merged_adapters}):
-            raise ValueError(
-                f"{what} cannot be used when there are merged adapters ({', '.join(merged)}), please call "
-                "`unmerge_adapter` first."
-            )
+            raise ValueError(f"Cannot pass {what} when the model is in training mode.")
+        if any(layer.merged for layer in layers):
+            raise ValueError(f"Cannot pass {what} when there are merged adapters, please call `unmerge_adapter` first.")
 
         def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             found = batch_size(args, kwargs)
@@ -276,6 +280,15 @@ class SVFModel(BaseTuner):
             handle.remove()
             for layer in layers:
                 layer.rows = None
+
+    @contextmanager
+    def _expanding(self, expansion: int) -> Iterator[None]:
+        deltas = [layer.rows for layer in self._layers() if layer.rows is not None]
+        for each in deltas:
+            each.expansion = expansion
+        yield
+        for each in deltas:
+            each.expansion = 1
 
     def release_folded(self) -> None:
         """Free the effective weights that layers keep for speed (`SVFRuntimeConfig.fold`); they come back with use."""

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, Union
 import torch
 from torch.nn.functional import pad
 
+from .fold import has_plain_deltas
+
 if TYPE_CHECKING:
     from .layer import SVFLayer
 
@@ -25,54 +27,75 @@ class RowDeltas:
         names (`list[str]`): The experts.
         weights (`torch.Tensor`): α, `[rows, experts]`; or the index of one expert for each row, `[rows]`, in integers,
             where the number of experts stands for the base model.
+
+    Attributes:
+        expansion (`int`): How many rows `generate` makes of one, for beams or returned sequences.
     """
 
     def __init__(self, layer: SVFLayer, names: Sequence[str], weights: torch.Tensor) -> None:
+        self.expansion = 1
         self._layer, self._names, self._weights = layer, names, weights
-        self._stacked: torch.Tensor | None = None
-        self._last: torch.Tensor | None = None
+        self._last: torch.Tensor | None = None  # δ of the last call, as decoding calls again and again
+        self._made_of: list[tuple[torch.Tensor, int, int]] | None = None
 
-    def __len__(self) -> int:
-        return len(self._weights)
+    def __call__(self, x: torch.Tensor) -> torch.Tensor | None:
+        """δ `[rows, 1, ..., r]` for an input `[rows, ..., in]`; `None` if the layer has none of the experts.
 
-    def __call__(self, rows: int) -> torch.Tensor | None:
-        """δ `[rows, r]` for a batch of so many rows; `None` if the layer has none of the experts.
-
-        As many rows as weights were given for, or a multiple, each standing for several consecutive ones: beams,
-        returned sequences, or tokens where a layer is called with the batch flattened.
+        The input has a row for each row of the weights, or as many as `generate` makes of them. One of two dimensions
+        may be a batch with its tokens flattened: then consecutive rows belong together.
 
         Raises:
-            ValueError: Any other number.
+            ValueError: The input has another number of rows.
         """
-        if self._last is not None and len(self._last) == rows:
-            return self._last
-        if len(self) == 0 or rows % len(self):
+        rows, given = (1 if x.ndim == 1 else len(x)), len(self._weights)
+        fits = rows in (given, given * self.expansion) or (x.ndim == 2 and rows % given == 0)
+        if not fits:
             raise ValueError(
-                f"{self._layer.module_name} was called with {rows} rows, but adapters were given for {len(self)}. Pass "
-                "one entry for each row of the batch."
+                f"{self._layer.module_name} was called with {rows} rows, but adapters were given for {given}. Pass one "
+                "entry for each row of the batch, and call `generate` on the PEFT model."
             )
-        if not any(name in self._layer.svf_delta for name in self._names):
+        if self._last is None or len(self._last) != rows or not self._is_current():
+            present = [name for name in self._names if name in self._layer.svf_delta]
+            if not present:
+                return None
+            self._last = self._deltas(rows // given)
+            self._made_of = self._seen(present)
+        deltas, r = self._last, self._last.shape[-1]
+        if self._made_of is None:
+            self._last = None
+        return deltas.reshape([rows, *[1] * (x.ndim - 2), r] if x.ndim > 1 else [r])
+
+    def _deltas(self, repeats: int) -> torch.Tensor:
+        choices = not self._weights.is_floating_point()
+        # here and not before, as FSDP and offload have δ in place only while the layer runs
+        deltas = {name: self._layer.svf_delta[name]() for name in self._names if name in self._layer.svf_delta}
+        zeros = torch.zeros_like(max(deltas.values(), key=len))
+        missing = zeros[:0]
+        stacked = torch.stack(
+            [_widened(deltas.get(name, missing), len(zeros)) for name in self._names] + [zeros] * choices
+        )
+        weights = self._weights.to(stacked.device).repeat_interleave(repeats, dim=0)
+        return stacked[weights] if choices else weights.to(stacked.dtype) @ stacked
+
+    def _seen(self, present: Sequence[str]) -> list[tuple[torch.Tensor, int, int]] | None:
+        """What to recognise unchanged δ by; `None` if there is nothing, or if a graph may hang on the result."""
+        if torch.is_grad_enabled() or not has_plain_deltas(self._layer, present):
             return None
-        # only now, as FSDP and offload have δ here only while the layer runs
-        if self._stacked is None:
-            self._stacked = _stack(self._layer, self._names, base=not self._weights.is_floating_point())
-        weights = self._weights.to(self._stacked.device).repeat_interleave(rows // len(self), dim=0)
-        if weights.is_floating_point():
-            deltas = weights.to(self._stacked.dtype) @ self._stacked
-        else:
-            deltas = self._stacked[weights]
-        if not deltas.requires_grad:
-            self._last = deltas
-        return deltas
+        return [(delta, delta._version, delta.data_ptr()) for delta in self._layer.delta_weights(present)]
+
+    def _is_current(self) -> bool:
+        if self._made_of is None or torch.is_grad_enabled():
+            return False
+        present = [name for name in self._names if name in self._layer.svf_delta]
+        found = self._layer.delta_weights(present)
+        return len(found) == len(self._made_of) and all(
+            new is old and new._version == version and new.data_ptr() == pointer
+            for new, (old, version, pointer) in zip(found, self._made_of, strict=True)
+        )
 
 
-def _stack(layer: SVFLayer, names: Sequence[str], base: bool) -> torch.Tensor:
-    """The δ of all experts `[experts, widest r]`, zeros for those that the layer lacks, and for the base at the end."""
-    deltas = {name: layer.svf_delta[name]() for name in names if name in layer.svf_delta}
-    widest = max(deltas.values(), key=len)
-    zeros = torch.zeros_like(widest)
-    rows = [pad(deltas[name], (0, len(widest) - len(deltas[name]))) if name in deltas else zeros for name in names]
-    return torch.stack([*rows, zeros] if base else rows)
+def _widened(delta: torch.Tensor, r: int) -> torch.Tensor:
+    return delta if len(delta) == r else pad(delta, (0, r - len(delta)))
 
 
 def names_and_index(adapter_names: Sequence[str]) -> tuple[list[str], torch.Tensor]:
@@ -125,14 +148,21 @@ def group_of_each(groups: Groups, modules: Sequence[str]) -> dict[str, int]:
     return {name: groups[name] for name in modules}
 
 
-# In this order: what a model is given may hold several tensors, and not every one has the batch in front.
+# not everything that a model takes has the batch in front
 _BATCHED = ("input_ids", "inputs", "inputs_embeds", "input_features", "input_values", "pixel_values", "attention_mask")
 
 
 def batch_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
     """Rows of a model's inputs; `None` if they do not tell."""
-    candidates = [*args[:1], *(kwargs.get(key) for key in _BATCHED), *kwargs.values()]
+    candidates = [*args[:1], *(kwargs.get(key) for key in _BATCHED)]
     return next((len(value) for value in candidates if isinstance(value, torch.Tensor) and value.ndim), None)
+
+
+def expansion_of(kwargs: Mapping[str, Any], default: Any) -> int:
+    """How many rows `generate` makes of one, from its arguments and the model's generation config."""
+    config = kwargs.get("generation_config") or default
+    numbers = [kwargs.get(key) or getattr(config, key, None) or 1 for key in ("num_beams", "num_return_sequences")]
+    return int(max(numbers))
 
 
 def names_hook(adapter_names: Sequence[str]) -> Callable[..., tuple[Any, Any]]:
@@ -141,6 +171,7 @@ def names_hook(adapter_names: Sequence[str]) -> Callable[..., tuple[Any, Any]]:
     def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         rows = batch_size(args, kwargs) or len(adapter_names)
         repeats = rows // len(adapter_names) if rows % len(adapter_names) == 0 else 1
-        return args, {**kwargs, "adapter_names": [name for name in adapter_names for _ in range(repeats)]}
+        known = [name if name in module._adapters else BASE for name in adapter_names]
+        return args, {**kwargs, "adapter_names": [name for name in known for _ in range(repeats)]}
 
     return hook
