@@ -39,6 +39,7 @@ from .rows import (
     group_of_each,
     names_and_index,
     names_hook,
+    wrong_length,
 )
 
 
@@ -164,8 +165,8 @@ class SVFModel(BaseTuner):
         rows = batch_size(args, kwargs)
         expansion = expansion_of(kwargs, getattr(self.model, "generation_config", None))
         if adapter_names is None:
-            if self._mixture_rows is not None and rows is not None:
-                _check_rows("the mixture weights", self._mixture_rows, rows)
+            if self._mixture_rows is not None and rows is not None and rows != self._mixture_rows:
+                raise wrong_length("the mixture weights", self._mixture_rows, rows)
             with self._expanding(expansion):
                 yield
             return
@@ -175,8 +176,8 @@ class SVFModel(BaseTuner):
             raise ValueError("Cannot pass `adapter_names` within `row_mixture`.")
         if unknown := sorted(set(adapter_names) - {*self.peft_config, BASE}):
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-        if rows is not None:
-            _check_rows("`adapter_names`", len(adapter_names), rows)
+        if rows is not None and rows != len(adapter_names):
+            raise wrong_length("`adapter_names`", len(adapter_names), rows)
         names, index = names_and_index(adapter_names)
 
         handles = [
@@ -266,29 +267,37 @@ class SVFModel(BaseTuner):
             raise ValueError(f"Cannot pass {what} when there are merged adapters, please call `unmerge_adapter` first.")
 
         def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found = batch_size(args, kwargs)
-            if found is not None:
-                _check_rows(what, rows, found)
+            found = batch_size(args, kwargs, complete=True)
+            if found is not None and found not in (rows, rows * self._expansion):
+                raise wrong_length(what, rows, found)
 
-        # PEFT tells `_enable_peft_forward_hooks` the inputs of `generate`, but not always those of `forward`
-        handle = self.register_forward_pre_hook(check, with_kwargs=True)
+        # PEFT tells `_enable_peft_forward_hooks` the inputs of `generate`, but not always those of `forward`, which
+        # go through one of these two
+        handles = [module.register_forward_pre_hook(check, with_kwargs=True) for module in (self, self.model)]
         try:
             for layer in layers:
-                layer.rows = RowDeltas(layer, names, weights(layer))
+                layer.rows = RowDeltas(layer, names, what, weights(layer))
             yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
             for layer in layers:
                 layer.rows = None
+
+    _expansion: int = 1
 
     @contextmanager
     def _expanding(self, expansion: int) -> Iterator[None]:
         deltas = [layer.rows for layer in self._layers() if layer.rows is not None]
-        for each in deltas:
-            each.expansion = expansion
-        yield
-        for each in deltas:
-            each.expansion = 1
+        try:
+            self._expansion = expansion
+            for each in deltas:
+                each.expansion = expansion
+            yield
+        finally:
+            self._expansion = 1
+            for each in deltas:
+                each.expansion = 1
 
     def release_folded(self) -> None:
         """Free the effective weights that layers keep for speed (`SVFRuntimeConfig.fold`); they come back with use."""
@@ -482,10 +491,3 @@ class SVFModel(BaseTuner):
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             if name not in self.peft_config:
                 raise ValueError(f"Adapter {name!r} not found; there are {', '.join(self.peft_config) or 'none'}.")
-
-
-def _check_rows(what: str, given: int, rows: int) -> None:
-    if given != rows:
-        raise ValueError(
-            f"Length of {what} should be the same as the number of inputs, but got {given} and {rows} respectively."
-        )

@@ -25,6 +25,7 @@ class RowDeltas:
     Args:
         layer ([`SVFLayer`]): The layer.
         names (`list[str]`): The experts.
+        what (`str`): What the rows were given as, for messages.
         weights (`torch.Tensor`): α, `[rows, experts]`; or the index of one expert for each row, `[rows]`, in integers,
             where the number of experts stands for the base model.
 
@@ -32,9 +33,9 @@ class RowDeltas:
         expansion (`int`): How many rows `generate` makes of one, for beams or returned sequences.
     """
 
-    def __init__(self, layer: SVFLayer, names: Sequence[str], weights: torch.Tensor) -> None:
+    def __init__(self, layer: SVFLayer, names: Sequence[str], what: str, weights: torch.Tensor) -> None:
         self.expansion = 1
-        self._layer, self._names, self._weights = layer, names, weights
+        self._layer, self._names, self._what, self._weights = layer, names, what, weights
         self._last: torch.Tensor | None = None  # δ of the last call, as decoding calls again and again
         self._made_of: list[tuple[torch.Tensor, int, int]] | None = None
 
@@ -48,12 +49,8 @@ class RowDeltas:
             ValueError: The input has another number of rows.
         """
         rows, given = (1 if x.ndim == 1 else len(x)), len(self._weights)
-        fits = rows in (given, given * self.expansion) or (x.ndim == 2 and rows % given == 0)
-        if not fits:
-            raise ValueError(
-                f"{self._layer.module_name} was called with {rows} rows, but adapters were given for {given}. Pass one "
-                "entry for each row of the batch, and call `generate` on the PEFT model."
-            )
+        if rows not in (given, given * self.expansion) and not (x.ndim == 2 and given and rows % given == 0):
+            raise wrong_length(self._what, given, rows)
         if self._last is None or len(self._last) != rows or not self._is_current():
             present = [name for name in self._names if name in self._layer.svf_delta]
             if not present:
@@ -79,19 +76,26 @@ class RowDeltas:
 
     def _seen(self, present: Sequence[str]) -> list[tuple[torch.Tensor, int, int]] | None:
         """What to recognise unchanged δ by; `None` if there is nothing, or if a graph may hang on the result."""
-        if torch.is_grad_enabled() or not has_plain_deltas(self._layer, present):
+        if torch.is_grad_enabled() or self._weights.is_inference() or not has_plain_deltas(self._layer, present):
             return None
-        return [(delta, delta._version, delta.data_ptr()) for delta in self._layer.delta_weights(present)]
+        return [(t, t._version, t.data_ptr()) for t in (self._weights, *self._layer.delta_weights(present))]
 
     def _is_current(self) -> bool:
         if self._made_of is None or torch.is_grad_enabled():
             return False
         present = [name for name in self._names if name in self._layer.svf_delta]
-        found = self._layer.delta_weights(present)
+        found = [self._weights, *self._layer.delta_weights(present)]
         return len(found) == len(self._made_of) and all(
             new is old and new._version == version and new.data_ptr() == pointer
             for new, (old, version, pointer) in zip(found, self._made_of, strict=True)
         )
+
+
+def wrong_length(what: str, given: int, rows: int) -> ValueError:
+    """In PEFT's words."""
+    return ValueError(
+        f"Length of {what} should be the same as the number of inputs, but got {given} and {rows} respectively."
+    )
 
 
 def _widened(delta: torch.Tensor, r: int) -> torch.Tensor:
@@ -149,27 +153,30 @@ def group_of_each(groups: Groups, modules: Sequence[str]) -> dict[str, int]:
 
 
 # not everything that a model takes has the batch in front
-_BATCHED = ("input_ids", "inputs", "inputs_embeds", "input_features", "input_values", "pixel_values", "attention_mask")
+_BATCHED = ("input_ids", "inputs", "inputs_embeds", "input_features", "input_values", "attention_mask")
 
 
-def batch_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
-    """Rows of a model's inputs; `None` if they do not tell."""
-    candidates = [*args[:1], *(kwargs.get(key) for key in _BATCHED)]
+def batch_size(args: Sequence[Any], kwargs: Mapping[str, Any], complete: bool = False) -> int | None:
+    """Rows of a model's inputs; `None` if they do not tell. If these are all inputs (`complete`), any of them may."""
+    candidates = [*args[:1], *(kwargs.get(key) for key in _BATCHED), *(kwargs.values() if complete else ())]
     return next((len(value) for value in candidates if isinstance(value, torch.Tensor) and value.ndim), None)
 
 
 def expansion_of(kwargs: Mapping[str, Any], default: Any) -> int:
     """How many rows `generate` makes of one, from its arguments and the model's generation config."""
-    config = kwargs.get("generation_config") or default
-    numbers = [kwargs.get(key) or getattr(config, key, None) or 1 for key in ("num_beams", "num_return_sequences")]
-    return int(max(numbers))
+
+    def number(key: str) -> int:
+        sources = (kwargs.get(key), getattr(kwargs.get("generation_config"), key, None), getattr(default, key, None))
+        return next((int(value) for value in sources if value is not None), 1)
+
+    return max(number("num_beams"), number("num_return_sequences"))
 
 
 def names_hook(adapter_names: Sequence[str]) -> Callable[..., tuple[Any, Any]]:
     """A forward pre-hook that tells PEFT's own wrappers (`modules_to_save`) the adapter of each row."""
 
     def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        rows = batch_size(args, kwargs) or len(adapter_names)
+        rows = batch_size(args, kwargs, complete=True) or len(adapter_names)
         repeats = rows // len(adapter_names) if rows % len(adapter_names) == 0 else 1
         known = [name if name in module._adapters else BASE for name in adapter_names]
         return args, {**kwargs, "adapter_names": [name for name in known for _ in range(repeats)]}

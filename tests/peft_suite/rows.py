@@ -42,6 +42,20 @@ MULTIPLE_ACTIVE_ADAPTERS = [
 ]
 
 
+def mixed(name: str, config_0: dict[str, Any], config_1: dict[str, Any]) -> Row:
+    return (
+        f"SVF mixed adapter {name}",
+        SVFConfig(**config_0, init_weights=False),
+        SVFConfig(**config_1, init_weights=False),
+    )
+
+
+MIXED_ADAPTERS = [
+    mixed("same", {"target_modules": ["lin0"]}, {"target_modules": ["lin0"]}),
+    mixed("different r", {"target_modules": ["lin0"], "r": 4}, {"target_modules": ["lin0"]}),
+]
+
+
 def transformers_rows(task_type: str, *configs: dict[str, Any]) -> list[Row]:
     return [(SVFConfig, {"task_type": task_type, "target_modules": None} | config) for config in configs]
 
@@ -56,6 +70,7 @@ MATRICES: dict[str, dict[str, list[Any]]] = {
         "TEST_CASES": CUSTOM_MODELS,
         "ALL_PEFT_CONFIG_CLASSES": [SVFConfig],
         "MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES": MULTIPLE_ACTIVE_ADAPTERS,
+        "MIXED_ADAPTER_TEST_CASES": MIXED_ADAPTERS,
     },
     "test_decoder_models": {"ALL_CONFIGS": transformers_rows("CAUSAL_LM", {})},
     "test_encoder_decoder_models": {
@@ -65,6 +80,8 @@ MATRICES: dict[str, dict[str, list[Any]]] = {
     "test_seq_classifier": {"ALL_CONFIGS": transformers_rows("SEQ_CLS", {})},
     "test_config": {"ALL_CONFIG_CLASSES": [(SVFConfig, {})], "LAYER_INDEXING_CONFIG_CLASSES": [(SVFConfig, {})]},
 }
+
+_TWO_CONFIGS = "test_name, config0, config1"
 
 # By test: the parameter names and the rows of tests that bring a matrix of their own, where it is not about LoRA alone.
 ONE_TEST_MATRICES: dict[str, tuple[str, list[Any]]] = {
@@ -79,6 +96,42 @@ ONE_TEST_MATRICES: dict[str, tuple[str, list[Any]]] = {
     "test_default_target_modules_list_of_str": ("config_cls", [SVFConfig]),
     "test_default_target_modules_str": ("config_cls", [SVFConfig]),
     "test_save_pretrained_with_target_modules": ("config_class", [SVFConfig]),
+    "test_mixed_adapter_batches_different_target_layers": (
+        _TWO_CONFIGS,
+        [
+            mixed("different layers", {"target_modules": ["lin0"]}, {"target_modules": ["lin1"]}),
+            mixed("different layers, switched", {"target_modules": ["lin1"]}, {"target_modules": ["lin0"]}),
+        ],
+    ),
+    "test_mixed_adapter_batches_multiple_modules_to_save": (
+        _TWO_CONFIGS,
+        [mixed("modules_to_save", *[{"target_modules": ["lin0"], "modules_to_save": ["lin1"]}] * 2)],
+    ),
+    "test_mixed_adapter_batches_unsupported_layer_raises": (
+        _TWO_CONFIGS,
+        [mixed("unsupported modules_to_save", *[{"target_modules": ["lin0"], "modules_to_save": ["gru"]}] * 2)],
+    ),
+    "test_mixed_adapter_batches_partly_overlapping_target_layers": (
+        _TWO_CONFIGS,
+        [mixed("overlapping layers", {"target_modules": ["lin0"]}, {"target_modules": ["lin0", "lin1"]})],
+    ),
+    # without the embedding, which LoRA adapts there, too
+    "test_mixed_adapter_batches_lora_conv1d_emb": (
+        _TWO_CONFIGS,
+        [mixed("conv1d", {"target_modules": ["conv1d"], "r": 2}, {"target_modules": ["conv1d", "lin0"]})],
+    ),
+    "test_mixed_adapter_batches_lora_conv1d_emb_multiple_modules_to_save": (
+        _TWO_CONFIGS,
+        [
+            mixed(
+                "conv1d and modules_to_save", *[{"target_modules": ["conv1d"], "modules_to_save": ["emb", "lin0"]}] * 2
+            )
+        ],
+    ),
+    "test_mixed_adapter_batches_lora_wrong_adapter_name_raises": (
+        "test_name, config",
+        [("SVF mixed batch wrong adapter name", SVFConfig(target_modules=["lin0"], init_weights=False))],
+    ),
 }
 
 # The only tests that we leave out, by name, and why.
