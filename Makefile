@@ -18,7 +18,7 @@ help:
 	@echo "make test-fast  without the real model and PEFT's suite"
 	@echo "make test-peft  PEFT's own test suite on SVF"
 	@echo "make lint       ruff and mypy"
-	@echo "make bench      what attaching costs, and how far fingerprints tell base models apart"
+	@echo "make bench      speed and memory beside other methods, into docs/benchmarks.md (15 minutes on two cores)"
 
 $(READY): pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'The pinned versions need Python >= 3.11; pass PYTHON=python3.12, say.')"
@@ -46,8 +46,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)
-	$(BIN)/python benchmarks/attach.py $(ARGS)
-	$(BIN)/python benchmarks/base_check.py $(ARGS)
+	$(BIN)/python benchmarks/run_all.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,6 +1,6 @@
 """Claim: the fingerprint accepts a base model in another precision and refuses other weights.
 
-    python benchmarks/base_check.py [--model NAME] [--output FILE]
+    python benchmarks/base_check.py [--model NAME] [--quick]
 
 For every adapted weight, the fingerprint of a changed copy is compared with that of the original: casts, simulated
 quantization, and small noise as after further training. Reported: the largest difference in any of the four numbers, in
@@ -10,19 +10,13 @@ random expert when the changed copy's basis is used, which is what a mismatch co
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from collections.abc import Callable
-from pathlib import Path
-from statistics import median
 
 import torch
+from common import Record, argument_parser, linear_layers, load_base, median, parse
 
 from peft_svf.spectral import delta_weight, fingerprint, singular_basis
 from peft_svf.spectral.fingerprint import tolerances
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 
 def round_to_bits(bits: int, group: int) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -53,45 +47,35 @@ CHANGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="Hub id or folder (default: SmolLM2-135M-Instruct from the wheel)")
-    parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks/base_check.json"))
-    parser.add_argument("--quick", action="store_true", help="every tenth weight")
-    arguments = parser.parse_args()
-
-    from smollm2 import load_model
-
-    model, _ = load_model(arguments.model)
-    torch.manual_seed(0)
-    linears = [
-        m.weight.detach() for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "head" not in n
-    ]
-    linears = linears[:: 10 if arguments.quick else 1]
-    record = {}
-    print(f"{len(linears)} weights{'':12s}difference/tolerance: median    max   mismatch   ΔW wrong by (median)")
+    arguments = parse(argument_parser(__doc__, rounds=1))
+    record = Record(arguments, __doc__)
+    base = load_base(arguments)
+    weights = [layer.weight.detach() for layer in linear_layers(base.model)][:: 10 if arguments.quick else 1]
+    measured = {}
     for name, change in CHANGES.items():
         differences, errors = [], []
-        for weight in linears:
+        for weight in weights:
             original, changed = singular_basis(weight), singular_basis(change(weight))
             want, have = fingerprint(original.spectrum), fingerprint(changed.spectrum)
             allowed = tolerances(want, tuple(weight.shape))
             differences.append(max(abs(a - b) / t for a, b, t in zip(want, have, allowed, strict=True)))
-            delta = torch.randn(len(original.spectrum)) * 0.1
+            delta = torch.randn(len(original.spectrum), device=weight.device) * 0.1
             right = delta_weight(weight, original.vectors, delta)
             errors.append(float((delta_weight(weight, changed.vectors, delta) - right).norm() / right.norm()))
-        mismatch = sum(difference > 1 for difference in differences) / len(differences)
-        record[name] = {
+        measured[name] = {
             "median": median(differences),
             "max": max(differences),
-            "mismatch": mismatch,
+            "mismatch": sum(difference > 1 for difference in differences) / len(differences),
             "dW": median(errors),
         }
-        print(
-            f"{name:24s}{median(differences):25.3f}{max(differences):8.2f}{mismatch:10.0%}{median(errors):16.1%}",
-            flush=True,
-        )
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(record, indent=2) + "\n")
+    rows = [
+        [name, f"{found['median']:.2f}", f"{found['max']:.2f}", f"{found['mismatch']:.0%}", f"{found['dW']:.1%}"]
+        for name, found in measured.items()
+    ]
+    header = ["", "difference / tolerance, median", "largest", "weights that mismatch", "ΔW wrong by (median)"]
+    record.table(f"Fingerprints of {len(weights)} weights of {base.label}", header, rows)
+    record.raw(changes=measured)
+    record.write()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -418,7 +418,7 @@ def test_every_row_generates_as_its_expert_does(task_type: str | None, configs: 
 @pytest.mark.parametrize("kind", ["gpt2", "t5"])
 def test_every_row_generates_as_its_expert_does_in_other_models(kind: str, beams: int) -> None:
     model = experts(gpt2() if kind == "gpt2" else t5(2.0), *OTHER_RANKS)
-    assert_every_row_is_as_if_alone(model, lambda m, **kwargs: generate(m, num_beams=beams, **kwargs), atol=0)
+    assert_every_row_is_as_if_alone(model, partial(generate, num_beams=beams), atol=0)
 
 
 @pytest.mark.parametrize("task_type", ["CAUSAL_LM", "SEQ_2_SEQ_LM"])
@@ -426,9 +426,7 @@ def test_every_row_generates_as_its_expert_does_in_other_models(kind: str, beams
 def test_beams_have_the_expert_of_their_row(search: dict[str, int], task_type: str) -> None:
     model = experts(llama() if task_type == "CAUSAL_LM" else t5(2.0), *OTHER_RANKS, task_type=task_type)
     sequences = search.get("num_return_sequences", 1)
-    assert_every_row_is_as_if_alone(
-        model, lambda m, **kwargs: generate(m, **search, **kwargs), atol=0, per_row=sequences
-    )
+    assert_every_row_is_as_if_alone(model, partial(generate, **search), atol=0, per_row=sequences)
 
 
 def test_beams_from_the_generation_config_have_the_expert_of_their_row() -> None:
@@ -442,14 +440,14 @@ def test_beams_from_the_generation_config_have_the_expert_of_their_row() -> None
 def test_beams_from_a_generation_config_of_the_call(task_type: str | None) -> None:
     model = experts(llama(), *SAME_RANK, task_type=task_type)
     expected = generate(model, num_beams=3, adapter_names=NAMES)
-    mixture = mixed(model, WEIGHTS, lambda m: generate(m, num_beams=3))
+    mixture = mixed(model, WEIGHTS, partial(generate, num_beams=3))
     config = GenerationConfig(num_beams=3, bos_token_id=1, eos_token_id=2)
     assert torch.equal(generate(model, adapter_names=NAMES, generation_config=config), expected)
-    assert torch.equal(mixed(model, WEIGHTS, lambda m: generate(m, generation_config=config)), mixture)
+    assert torch.equal(mixed(model, WEIGHTS, partial(generate, generation_config=config)), mixture)
     # what a config leaves open comes from that of the model
     model.get_base_model().generation_config.num_beams = 3
     config = GenerationConfig(bos_token_id=1, eos_token_id=2)
-    expected = alone(model, "b", lambda m: generate(m, generation_config=config))[0]
+    expected = alone(model, "b", partial(generate, generation_config=config))[0]
     assert torch.equal(generate(model, adapter_names=NAMES, generation_config=config)[0], expected)
 
 
@@ -474,11 +472,11 @@ def left_padded() -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
 def test_prompts_of_different_length_generate_as_alone(beams: int) -> None:
     model = experts(llama(), *OTHER_RANKS, task_type="CAUSAL_LM")
     batch, prompts = left_padded()
-    call = lambda m, **kwargs: generate(m, **batch, num_beams=beams, **kwargs)  # noqa: E731
+    call = partial(generate, **batch, num_beams=beams)
     assert_every_row_is_as_if_alone(model, call, atol=0)
     mixed = call(model, adapter_names=NAMES)
     for row, name, prompt in zip(mixed, NAMES, prompts, strict=True):
-        without = alone(model, name, lambda m, p=prompt: generate(m, input_ids=p.unsqueeze(0), num_beams=beams))
+        without = alone(model, name, partial(generate, input_ids=prompt.unsqueeze(0), num_beams=beams))
         assert torch.equal(row[8:], without[0, len(prompt) :])
 
 
@@ -498,7 +496,7 @@ def test_rows_may_end_at_different_times() -> None:
 def test_a_prompt_alone_in_its_batch() -> None:
     model = experts(llama(), *SAME_RANK, task_type="CAUSAL_LM")
     for name in (BASE, "a", "b"):
-        expected = alone(model, name, lambda m: generate(m, input_ids=IDS[:1]))
+        expected = alone(model, name, partial(generate, input_ids=IDS[:1]))
         assert torch.equal(generate(model, input_ids=IDS[:1], adapter_names=[name]), expected)
 
 
@@ -523,7 +521,7 @@ def test_rows_have_the_saved_modules_of_their_expert(modules: list[str], task_ty
     model = with_saved_modules(task_type, modules, modules, modules)
     assert_every_row_is_as_if_alone(model, logits)
     assert_every_row_is_as_if_alone(model, generate, atol=0)
-    call = lambda m, **kwargs: generate(m, num_beams=4, num_return_sequences=2, **kwargs)  # noqa: E731
+    call = partial(generate, num_beams=4, num_return_sequences=2)
     assert_every_row_is_as_if_alone(model, call, atol=0, per_row=2)
 
 
@@ -584,7 +582,7 @@ LENGTH = r"Length of `adapter_names` should be the same as the number of inputs,
 
 
 @pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
-@pytest.mark.parametrize("call", [logits, generate, lambda m, **kw: generate(m, num_beams=2, **kw)])
+@pytest.mark.parametrize("call", [logits, generate, partial(generate, num_beams=2)])
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 8])
 def test_another_number_of_names_than_rows(count: int, call: Call, task_type: str | None) -> None:
     model = experts(llama(), *SAME_RANK, task_type=task_type)
@@ -593,6 +591,17 @@ def test_another_number_of_names_than_rows(count: int, call: Call, task_type: st
         call(model, adapter_names=["a", "b", BASE, "c", "a", "b", "c", "a"][:count])
     assert_clean(model)
     close(logits(model), before)
+
+
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+def test_a_model_that_generates_with_beams_has_none_in_a_forward_pass(task_type: str | None) -> None:
+    model = experts(llama(), *SAME_RANK, task_type=task_type)
+    model.get_base_model().generation_config.num_beams = 2
+    with pytest.raises(ValueError, match=LENGTH.format(2)):
+        logits(model, adapter_names=["a", "b"])
+    with pytest.raises(ValueError, match=r"Length of the mixture weights .* got 2 and 4"):
+        mixed(model, WEIGHTS[:2], logits)
+    assert_clean(model)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 8])
@@ -802,7 +811,7 @@ def test_a_row_is_its_weighted_adapter(task_type: str | None, configs: list[dict
     names = ["c", "a", "b"]
     found = mixed(model, WEIGHTS, logits, names)
     tokens = mixed(model, WEIGHTS, generate, names)
-    beams = mixed(model, WEIGHTS, lambda m: generate(m, num_beams=3), names)
+    beams = mixed(model, WEIGHTS, partial(generate, num_beams=3), names)
     assert_clean(model)
     for i, weights in enumerate(WEIGHTS):
         model.add_weighted_adapter(names, weights.tolist(), "mix")
@@ -883,22 +892,22 @@ def test_beams_and_samples_have_the_mixture_of_their_row(model: Any) -> None:
     search = {"num_beams": 4, "num_return_sequences": 2}
     picked = torch.tensor([[0.0, 1, 0], [0, 0, 0], [1, 0, 0], [0, 0, 1]])
     expected = generate(model, adapter_names=NAMES, **search)
-    assert torch.equal(mixed(model, picked, lambda m: generate(m, **search)), expected)
+    assert torch.equal(mixed(model, picked, partial(generate, **search)), expected)
     greedy = mixed(model, WEIGHTS, generate)
     cold = {"do_sample": True, "temperature": 1e-4, "num_return_sequences": 3}
-    assert torch.equal(mixed(model, WEIGHTS, lambda m: generate(m, **cold)), greedy.repeat_interleave(3, dim=0))
+    assert torch.equal(mixed(model, WEIGHTS, partial(generate, **cold)), greedy.repeat_interleave(3, dim=0))
 
 
 def test_prompts_of_different_length_in_a_mixture(model: Any) -> None:
     batch, _ = left_padded()
-    call = lambda m, **kwargs: generate(m, **batch, **kwargs)  # noqa: E731
+    call = partial(generate, **batch)
     assert torch.equal(mixed(model, WEIGHTS, call), by_hand(model, WEIGHTS, call))
 
 
 def test_encoder_and_decoder_have_the_mixture_of_their_row() -> None:
     model = experts(t5(2.0), *OTHER_RANKS, task_type="SEQ_2_SEQ_LM")
     for beams in (1, 3):
-        call = lambda m, n=beams: generate(m, num_beams=n)  # noqa: E731
+        call = partial(generate, num_beams=beams)
         assert torch.equal(mixed(model, WEIGHTS, call), by_hand(model, WEIGHTS, call))
 
 
@@ -908,7 +917,7 @@ def test_forward_and_generate_in_one_context(model: Any) -> None:
         tokens = generate(model, num_beams=2)
         second = logits(model)
     assert torch.equal(first, second)
-    assert torch.equal(tokens, mixed(model, WEIGHTS, lambda m: generate(m, num_beams=2)))
+    assert torch.equal(tokens, mixed(model, WEIGHTS, partial(generate, num_beams=2)))
 
 
 @lru_cache(maxsize=1)
@@ -965,8 +974,8 @@ def test_weights_for_each_layer(configs: list[dict[str, Any]]) -> None:
     groups = layer_of(adapted_modules(model))
     assert set(groups.values()) == {0, 1}
     close(mixed(model, weights, logits, groups="layer"), by_hand(model, weights, logits, groups))
-    beams = mixed(model, weights, lambda m: generate(m, num_beams=3), groups="layer")
-    assert torch.equal(beams, by_hand(model, weights, lambda m: generate(m, num_beams=3), groups))
+    beams = mixed(model, weights, partial(generate, num_beams=3), groups="layer")
+    assert torch.equal(beams, by_hand(model, weights, partial(generate, num_beams=3), groups))
 
 
 def test_the_layers_of_encoder_and_decoder_are_groups_of_their_own() -> None:
@@ -1268,7 +1277,7 @@ def test_a_mixture_within_a_mixture(model: Any) -> None:
 
 
 @pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
-@pytest.mark.parametrize("call", [logits, generate, lambda m: generate(m, num_beams=2)])
+@pytest.mark.parametrize("call", [logits, generate, partial(generate, num_beams=2)])
 @pytest.mark.parametrize("rows", [1, 2, 3, 8])
 def test_a_batch_with_another_number_of_rows_than_weights(rows: int, call: Call, task_type: str | None) -> None:
     model = experts(llama(), *SAME_RANK, task_type=task_type)

@@ -261,6 +261,7 @@ def has_plain_deltas(layer: SVFLayer, names: Sequence[str]) -> bool:
 def _is_untouched(module: nn.Module, classes: tuple[type[nn.Module], ...]) -> bool:
     return (
         type(module) in classes
+        and module._parameters.get("weight") is not None  # not so in the replicas of nn.DataParallel
         and not module._forward_hooks
         and not module._forward_pre_hooks
         and not module._backward_hooks

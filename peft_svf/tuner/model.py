@@ -34,6 +34,7 @@ from .rows import (
     Groups,
     RowDeltas,
     batch_size,
+    check_rows,
     checked_weights,
     expansion_of,
     group_of_each,
@@ -174,8 +175,8 @@ class SVFModel(BaseTuner):
             raise TypeError(f"`adapter_names` must be a list with one name for each row, got {adapter_names!r}.")
         if self._mixture_rows is not None:
             raise ValueError("Cannot pass `adapter_names` within `row_mixture`.")
-        if unknown := sorted(set(adapter_names) - {*self.peft_config, BASE}):
-            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        if unknown := sorted(set(adapter_names) - {*self.peft_config, BASE}, key=str):
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(map(str, unknown))}")
         if rows is not None and rows != len(adapter_names):
             raise wrong_length("`adapter_names`", len(adapter_names), rows)
         names, index = names_and_index(adapter_names)
@@ -267,9 +268,8 @@ class SVFModel(BaseTuner):
             raise ValueError(f"Cannot pass {what} when there are merged adapters, please call `unmerge_adapter` first.")
 
         def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found = batch_size(args, kwargs, complete=True)
-            if found is not None and found not in (rows, rows * self._expansion):
-                raise wrong_length(what, rows, found)
+            # `generate` calls the inner model only
+            check_rows(what, [rows] if module is self else [rows, rows * self._expansion], args, kwargs)
 
         # PEFT tells `_enable_peft_forward_hooks` the inputs of `generate`, but not always those of `forward`, which
         # go through one of these two

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Union
 
 import torch
@@ -156,10 +156,25 @@ def group_of_each(groups: Groups, modules: Sequence[str]) -> dict[str, int]:
 _BATCHED = ("input_ids", "inputs", "inputs_embeds", "input_features", "input_values", "attention_mask")
 
 
-def batch_size(args: Sequence[Any], kwargs: Mapping[str, Any], complete: bool = False) -> int | None:
-    """Rows of a model's inputs; `None` if they do not tell. If these are all inputs (`complete`), any of them may."""
-    candidates = [*args[:1], *(kwargs.get(key) for key in _BATCHED), *(kwargs.values() if complete else ())]
-    return next((len(value) for value in candidates if isinstance(value, torch.Tensor) and value.ndim), None)
+def batch_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
+    """Rows of a model's inputs; `None` if they do not tell."""
+    return next(_lengths([*args[:1], *(kwargs.get(key) for key in _BATCHED)]), None)
+
+
+def check_rows(what: str, allowed: Sequence[int], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Compare the number of rows given with that of all inputs of a model, which may have names of its own.
+
+    Raises:
+        ValueError: No input has as many rows as are allowed.
+    """
+    rows = batch_size(args, kwargs)
+    found = list(_lengths(kwargs.values())) if rows is None else [rows]
+    if found and not set(found) & set(allowed):
+        raise wrong_length(what, allowed[0], found[0])
+
+
+def _lengths(values: Iterable[Any]) -> Iterator[int]:
+    return (len(value) for value in values if isinstance(value, torch.Tensor) and value.ndim)
 
 
 def expansion_of(kwargs: Mapping[str, Any], default: Any) -> int:
@@ -176,7 +191,7 @@ def names_hook(adapter_names: Sequence[str]) -> Callable[..., tuple[Any, Any]]:
     """A forward pre-hook that tells PEFT's own wrappers (`modules_to_save`) the adapter of each row."""
 
     def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        rows = batch_size(args, kwargs, complete=True) or len(adapter_names)
+        rows = batch_size(args, kwargs) or len(adapter_names)
         repeats = rows // len(adapter_names) if rows % len(adapter_names) == 0 else 1
         known = [name if name in module._adapters else BASE for name in adapter_names]
         return args, {**kwargs, "adapter_names": [name for name in known for _ in range(repeats)]}
