@@ -483,7 +483,7 @@ class Record:
         words = [Path(sys.argv[0]).name, *sys.argv[1:]]
         if "--output" in words:
             del words[words.index("--output") : words.index("--output") + 2]
-        claim = (doc or "").split("\n\n")[0].removeprefix("Claim: ").replace("\n", " ")
+        claim = (doc or "").split("\n\n")[0].removeprefix("Claim: ").removeprefix("Question: ").replace("\n", " ")
         claim = claim[:1].upper() + claim[1:]
         self.content: dict[str, Any] = {
             "claim": claim,

@@ -1,6 +1,6 @@
-"""Claim: a GRPO update with SVF, from rollout to optimizer step, is faster than one with LoRA.
+"""Claim: a GRPO update with SVF, from rollout to optimizer step, takes no longer than one with LoRA.
 
-    python benchmarks/grpo_update.py
+    python benchmarks/grpo_update.py [--samples N] [--new-tokens N]
 
 TRL's GRPOTrainer with the settings of `examples/train_expert.py`: 64 samples in groups of 8, backward in pieces of 16,
 no KL term. Every completion has the full 64 tokens, so that both methods do the same work, and rewards are random. The
@@ -97,8 +97,12 @@ class StepClock(TrainerCallback):
 
 
 def main() -> None:
-    arguments = parse(argument_parser(__doc__, rounds=2))
-    samples, new_tokens = (8, 8) if arguments.quick else (64, 64)
+    parser = argument_parser(__doc__, rounds=2)
+    parser.add_argument("--samples", type=int, help="per update (default: 64; quick: 8)")
+    parser.add_argument("--new-tokens", type=int, help="default: 64; quick: 8")
+    arguments = parse(parser)
+    samples = arguments.samples or (8 if arguments.quick else 64)
+    new_tokens = arguments.new_tokens or (8 if arguments.quick else 64)
     record = Record(arguments, __doc__)
     base, tokenizer = load_base(arguments), load_tokenizer(arguments)
     models: dict[str, nn.Module] = {}

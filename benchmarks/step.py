@@ -1,4 +1,4 @@
-"""Claim: a training step with SVF takes no longer than one with LoRA, although SVF works with full singular bases.
+"""Question: how long does a training step take, beside LoRA, other methods and the code released with the paper?
 
     python benchmarks/step.py [--part model | block] [--accumulate N] [--tokens T] [--methods NAME ...]
 

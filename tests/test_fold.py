@@ -670,6 +670,22 @@ def test_functorch_sees_the_delta_it_passes() -> None:
             assert torch.allclose(model(x), result, atol=1e-5)
 
 
+def test_replicas_of_data_parallel_use_the_gate() -> None:
+    """Whose parameters are plain attributes."""
+    model = adapted()
+    x = torch.randn(6, 24)
+    with torch.no_grad():
+        expected = model(x)
+        replica = the_layer(model)._replicate_for_data_parallel()
+        base_layer = the_layer(model).get_base_layer()._replicate_for_data_parallel()
+        base_layer.weight, base_layer.bias = (
+            tensor.detach() for tensor in the_layer(model).get_base_layer().parameters()
+        )
+        replica._modules["base_layer"] = base_layer
+        replica.original_module_basis = the_layer(model).basis.detach()
+        assert torch.allclose(replica(x), expected, atol=1e-5)
+
+
 def test_generation_is_the_same_with_and_without_folding() -> None:
     model = get_peft_model(tiny_llama(), SVFConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
     for delta in deltas(model):

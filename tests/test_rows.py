@@ -1319,3 +1319,18 @@ def test_eight_experts_in_one_batch_of_smollm2() -> None:
         expected_tokens, expected_scores = answer(slice(i, i + 1))
         assert torch.equal(tokens[i], expected_tokens[0])
         torch.testing.assert_close(scores[i], expected_scores[0], rtol=1e-4, atol=1e-4)
+
+
+def test_another_tensor_than_the_batch_may_come_first() -> None:
+    class Masked(Net):
+        def forward(self, mask: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x * mask[0])
+
+    model = experts(Masked(), *[{"target_modules": ["first", "second"]}] * 2)
+    x, mask = torch.randn(4, 6), torch.ones(7, 6)
+    close(model(mask=mask, x=x, adapter_names=["a", "b"] * 2), model(x=x, mask=mask, adapter_names=["a", "b"] * 2))
+
+
+def test_a_name_that_is_no_string(model: Any) -> None:
+    with pytest.raises(ValueError, match=r"non-existing adapter\(s\): None"):
+        logits(model, adapter_names=["a", None, "b", "c"])

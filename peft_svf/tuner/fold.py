@@ -52,6 +52,10 @@ class Snapshot:
         self.dtype, self.device_type = base_layer.weight.dtype, base_layer.weight.device.type
         self._doubted = False
 
+    def is_of(self, layer: SVFLayer) -> bool:
+        """Not so for the replicas of `nn.DataParallel`, which share the attributes of the layer."""
+        return self._modules[0][0] is layer._modules
+
     def doubt(self) -> None:
         """δ may be written through `.data` after this: compare its values the next time."""
         self._doubted = True
@@ -112,6 +116,7 @@ class Fold:
             or layer._active_adapter != self._active
             or any(self._hooks)
             or not _is_eager()
+            or not self._snapshot.is_of(layer)
             or not self._snapshot.holds()
             or _policy(layer, self._names) == "never"
             or _compute_dtype(self._snapshot.dtype, self._snapshot.device_type) != self._dtype
