@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_svf import SVFConfig, SVFLayer, SVFRuntimeConfig
 from peft_svf.spectral import (
+    delta_weight,
     effective_weight,
     fold_cost,
     folded_linear,
@@ -28,6 +31,7 @@ from peft_svf.spectral import (
     singular_basis,
     surviving_share,
 )
+from peft_svf.tuner.fold import Snapshot
 
 SHAPES = [(24, 24), (16, 40), (40, 16)]  # [out, in]
 IDS = torch.tensor([[3, 17, 5, 42, 8, 60, 11, 23], [7, 1, 33, 29, 50, 12, 4, 19]])
@@ -587,6 +591,121 @@ def test_nothing_out_of_date_is_used(change: str) -> None:
         assert (found - before).norm() > 1e-3 * before.norm()
 
 
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values are compared only in doubt, where looking at them would wait for the device."""
+    init = Snapshot.__init__
+
+    def elsewhere(self: Snapshot, *args: Any) -> None:
+        init(self, *args)
+        self.device_type = "cuda"
+
+    monkeypatch.setattr(Snapshot, "__init__", elsewhere)
+
+
+VERSIONED = [change for change in CHANGES if not change.startswith("data") and change != "numpy"]
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("change", ["data swapped", *VERSIONED])
+def test_nothing_out_of_date_is_used_where_values_are_not_compared(change: str) -> None:
+    test_nothing_out_of_date_is_used(change)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("after", ["rollout", "training", "merge"])
+def test_an_optimizer_that_leaves_no_version(after: str) -> None:
+    """As those that write to flat buffers do."""
+    model, plain = trained(adapted(16, 40)), adapted(16, 40, fold="never")
+    x = torch.randn(30, 40)
+    for _ in range(2):
+        for each in (model, plain):
+            each(x).sum().backward()
+            each.zero_grad()
+            deltas(each)[0].data.add_(0.1)
+        for _ in range(2):
+            if after == "training":
+                assert_close(gradients(model, x), gradients(plain, x))
+                continue
+            if after == "merge":
+                model.merge_adapter()
+            with torch.no_grad():
+                assert torch.allclose(model(x), plain(x), atol=1e-4)
+            if after == "merge":
+                model.unmerge_adapter()
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_training_after_an_evaluation_with_other_values() -> None:
+    """As with an exponential moving average, put in by version and taken out without."""
+    model, plain = trained(adapted(16, 40)), adapted(16, 40, fold="never")
+    x = torch.randn(30, 40)
+    gradients(model, x)
+    kept = deltas(model)[0].detach().clone()
+    with torch.no_grad():
+        deltas(model)[0].mul_(0.5)
+        model(x)
+    deltas(model)[0].data.copy_(kept)
+    assert_close(gradients(model, x), gradients(plain, x))
+
+
+@pytest.mark.parametrize("tokens", [4, 8, 16, 24])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_checkpointing_with_frozen_deltas(shape: tuple[int, int], tokens: int) -> None:
+    model, plain = adapted(*shape, fold="auto"), adapted(*shape, fold="never")
+    x = torch.randn(tokens, shape[1])
+    found = []
+    for each in (model, plain):
+        each.requires_grad_(False)
+        leaf = x.clone().requires_grad_()
+        sum(checkpoint(each, leaf * i, use_reentrant=False).pow(2).sum() for i in range(1, 9)).backward()
+        found.append(leaf.grad)
+    assert_close(found[:1], found[1:])
+
+
+def test_finding_out_about_in_place_changes_holds_no_memory() -> None:
+    model = adapted(16, 40)
+    y = model(torch.randn(30, 40))
+    storage = weakref.ref(y.untyped_storage())
+    loss = y.clone().sum()
+    del y
+    gc.collect()
+    assert storage() is None
+    loss.backward()
+
+
+def test_merging_and_folding_under_autocast_is_exact() -> None:
+    model = adapted(16, 40, std=1e-3)
+    layer = the_layer(model)
+    weight = layer.get_base_layer().weight.detach().clone()
+    delta = layer.svf_delta["default"]().detach()
+    expected = delta_weight(weight, layer.basis, delta)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model.merge_adapter()
+        assert torch.equal(delta_weight(weight, layer.basis, delta), expected)
+    assert ((layer.get_base_layer().weight - weight) - expected).norm() <= 1e-3 * expected.norm()
+
+
+def test_an_adapter_that_the_layer_lacks_frees_what_was_folded() -> None:
+    model = get_peft_model(tiny_llama(), SVFConfig(target_modules=["q_proj", "v_proj"]), adapter_name="wide").eval()
+    model.add_adapter("narrow", SVFConfig(target_modules=["q_proj"]))
+    set_fold(model, "always")
+    layers = [module for module in model.modules() if isinstance(module, SVFLayer)]
+    with torch.no_grad():
+        model(input_ids=IDS)
+        assert all(layer.fold.weight is not None for layer in layers)
+        model.set_adapter("narrow")
+        model(input_ids=IDS)
+    assert [layer.fold.weight is not None for layer in layers] == ["narrow" in layer.svf_delta for layer in layers]
+
+
+def test_a_mixture_has_a_runtime_config_of_its_own() -> None:
+    model = adapted(adapters=2)
+    model.base_model.add_weighted_adapter(["default", "a1"], [0.5, 0.5], "mix")
+    model.peft_config["mix"].runtime_config.fold = "never"
+    assert model.peft_config["default"].runtime_config.fold == "always"
+
+
 def test_unmerging_brings_the_adapter_back() -> None:
     model = adapted()
     x = torch.randn(6, 24)
@@ -752,6 +871,22 @@ def test_merging_in_bf16_says_what_is_lost() -> None:
     model.unmerge_adapter()
     with pytest.warns(UserWarning, match="too coarse"):
         model.merge_and_unload()
+
+
+def test_only_what_was_merged_now_is_warned_of() -> None:
+    model = get_peft_model(
+        tiny_llama(dtype=torch.bfloat16), SVFConfig(target_modules=["q_proj", "v_proj"]), adapter_name="lossy"
+    )
+    model.add_adapter("fine", SVFConfig(target_modules=["q_proj"]))
+    for name, delta in model.named_parameters():
+        if "svf_delta" in name:
+            delta.data.normal_(std=1e-3 if ".lossy." in name else 0.3)
+    with pytest.warns(UserWarning, match="4 of 4 merged weights"):
+        model.merge_adapter(["lossy"])
+    model.unmerge_adapter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.merge_adapter(["fine"])
 
 
 @pytest.mark.parametrize(("dtype", "std"), [(torch.float32, 1e-3), (torch.bfloat16, 0.2), (torch.bfloat16, 0.0)])

@@ -1334,3 +1334,34 @@ def test_another_tensor_than_the_batch_may_come_first() -> None:
 def test_a_name_that_is_no_string(model: Any) -> None:
     with pytest.raises(ValueError, match=r"non-existing adapter\(s\): None"):
         logits(model, adapter_names=["a", None, "b", "c"])
+
+
+def test_flattened_tokens_of_unequal_rows_are_refused() -> None:
+    """Which cannot be told from rows of the same length by their number alone."""
+
+    class Packed(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(torch.cat([x[0, :6], x[1, :2]]))
+
+    model = experts(Packed(), *[{"target_modules": ["first", "second"]}] * 2)
+    with pytest.raises(ValueError, match="got 2 and 8"):
+        model(torch.randn(2, 6, 6), adapter_names=["a", "b"])
+
+
+def test_values_written_without_a_version_count(model: Any) -> None:
+    weights = WEIGHTS.clone().numpy()
+    with model.base_model.row_mixture(weights), torch.no_grad():
+        before = logits(model)
+        weights *= -0.5
+        halved = logits(model)
+        for layer in layers(model):
+            layer.svf_delta["b"].weight.data.add_(1.0)
+        moved = logits(model)
+    assert not torch.allclose(before, halved, atol=1e-3)
+    close(moved, mixed(model, WEIGHTS * -0.5, logits))
+
+
+def test_adapters_with_biases_of_their_own() -> None:
+    model = experts(Net(), {"target_modules": ["first"], "bias": "all"})
+    with pytest.raises(ValueError, match="'a' has `bias`"):
+        model(torch.randn(2, 6), adapter_names=["a", "__base__"])

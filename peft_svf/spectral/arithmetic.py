@@ -54,10 +54,11 @@ def delta_weight(weight: torch.Tensor, basis: torch.Tensor, delta: torch.Tensor)
     dtype = torch.promote_types(torch.promote_types(weight.dtype, delta.dtype), torch.float32)
     W, Q, d = weight.to(dtype), basis.to(dtype), delta.to(dtype)
     output_side, (k, r), m = gate_side(*weight.shape) == "output", Q.shape, max(weight.shape)
-    if 2 * r * m < k * (r + m):  # through the r coefficients, which is cheaper for a narrow basis
-        return Q @ (d.unsqueeze(1) * (Q.mT @ W)) if output_side else ((W @ Q) * d) @ Q.mT
-    change = (Q * d) @ Q.mT
-    return change @ W if output_side else W @ change
+    with torch.autocast(weight.device.type, enabled=False):
+        if 2 * r * m < k * (r + m):  # through the r coefficients, which is cheaper for a narrow basis
+            return Q @ (d.unsqueeze(1) * (Q.mT @ W)) if output_side else ((W @ Q) * d) @ Q.mT
+        change = (Q * d) @ Q.mT
+        return change @ W if output_side else W @ change
 
 
 def effective_weight(weight: torch.Tensor, basis: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:

@@ -37,12 +37,13 @@ def surviving_share(
     index = torch.linspace(0, out_features - 1, count, device=weight.device).round().long()
     work = torch.promote_types(delta.dtype, torch.float32)
     d, some = delta.to(work), weight[index].to(work)
-    if gate_side(*weight.shape) == "output":
-        gated = (basis[index].to(work) * d).to(basis.dtype) @ basis.mT
-        change = (gated.to(weight.dtype) @ weight).to(work)
-    else:
-        change = ((weight[index].to(basis.dtype) @ basis).to(work) * d).to(basis.dtype) @ basis.mT
-        change = change.to(work)
+    with torch.autocast(weight.device.type, enabled=False):
+        if gate_side(*weight.shape) == "output":
+            gated = (basis[index].to(work) * d).to(basis.dtype) @ basis.mT
+            change = gated.to(weight.dtype) @ weight
+        else:
+            change = ((weight[index].to(basis.dtype) @ basis).to(work) * d).to(basis.dtype) @ basis.mT
+    change = change.to(work)
     kept = (some + change).to(dtype).to(work) - some.to(dtype).to(work)
     total = change.double().pow(2).sum()
     share = float((kept.double() * change.double()).sum() / total) if total > 0 else 1.0

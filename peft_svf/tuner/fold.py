@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.pytorch_utils import Conv1D
 
 from ..spectral import (
@@ -32,12 +33,23 @@ if TYPE_CHECKING:
 SMALLEST_SHARE = 0.98
 
 
+_optimizer_steps = 0
+
+
+def _count_step(*_: Any) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
 class Snapshot:
     """Recognises whether tensors are still the ones they were, and hold what they held.
 
-    By identity, storage and version, and small ones on the CPU by value, too: writing through `.data`, as some
-    optimizers do, leaves no version. On other devices a comparison of values would wait for the device, so it is made
-    only when [`doubt`] asked for it.
+    By identity, storage and version, and δ on the CPU by value, too: fused optimizers, and everything that writes
+    through `.data`, leave no version. On other devices a comparison of values would wait for the device, so it is made
+    only after an optimizer step or when [`doubt`] asked for it.
     """
 
     def __init__(self, layer: SVFLayer, names: tuple[str, ...]) -> None:
@@ -50,7 +62,7 @@ class Snapshot:
         self._tensors = [(owner, key, weakref.ref(t), t.data_ptr(), t._version) for owner, key, t in tensors]
         self._values = [(owner, t.detach().clone()) for owner, _, t in tensors[2:]]
         self.dtype, self.device_type = base_layer.weight.dtype, base_layer.weight.device.type
-        self._doubted = False
+        self._doubted, self._steps = False, _optimizer_steps
 
     def is_of(self, layer: SVFLayer) -> bool:
         """Not so for the replicas of `nn.DataParallel`, which share the attributes of the layer."""
@@ -71,10 +83,10 @@ class Snapshot:
                 return False
             if tensor._version != version or tensor.data_ptr() != pointer:
                 return False
-        if self.device_type == "cpu" or self._doubted:
-            self._doubted = False
-            return all(torch.equal(parameters["weight"], value) for parameters, value in self._values)
-        return True
+        if self.device_type == "cpu" or self._doubted or self._steps != _optimizer_steps:
+            self._doubted = not all(torch.equal(parameters["weight"], value) for parameters, value in self._values)
+            self._steps = _optimizer_steps
+        return not self._doubted
 
 
 class Fold:
@@ -91,7 +103,7 @@ class Fold:
         self._spent_before = 0  # the same, between the snapshot before and this one
         self._exact_enough: bool | None = None
         self._changed_in_place: bool | None = None  # the layer's output, by what follows; not known yet
-        self._in_training: dict[tuple[str, ...], tuple[torch.dtype, Snapshot, bool]] = {}
+        self._decisions: dict[tuple[tuple[str, ...], bool], tuple[torch.dtype, Snapshot, bool]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Fold, ()
@@ -102,9 +114,10 @@ class Fold:
 
     def peek(self, layer: SVFLayer, names: tuple[str, ...]) -> torch.Tensor | None:
         """The folded weight for these adapters in the dtype of the base weight, if there is one that is up to date."""
-        if self.weight is None or self.weight.dtype != layer.get_base_layer().weight.dtype:
+        if self.weight is None or self._snapshot is None or self.weight.dtype != layer.get_base_layer().weight.dtype:
             return None
-        return self.weight if _can_fold(layer, names) and self._is_current(layer, names, self.weight.dtype) else None
+        self._snapshot.doubt()
+        return self.weight if can_fold(layer, names) and self._is_current(layer, names, self.weight.dtype) else None
 
     def ready(self, layer: SVFLayer) -> torch.Tensor | None:
         """What `find` would answer, in a fraction of its time, when there is a folded weight and no gradient is asked
@@ -127,7 +140,7 @@ class Fold:
     def find(self, layer: SVFLayer, names: tuple[str, ...], x: torch.Tensor) -> torch.Tensor | None:
         """The folded weight of a layer for these adapters if it is to be used for this input, else `None`."""
         policy = _policy(layer, names)
-        if policy == "never" or not _can_fold(layer, names):
+        if policy == "never" or not can_fold(layer, names):
             if self._snapshot is not None:
                 self.release()
             return None
@@ -144,9 +157,10 @@ class Fold:
         if training:  # backward goes through the gate, too, but gets the gradient of δ on the way
             self._spent += max(0, gate_cost(k, r, tokens) - products_cost(k, r, tokens, dtype))
         cost = 0 if policy == "always" else fold_cost(*layer.shape, r)
-        if training:
-            if not self._chosen_for_training(layer, cost):
-                self.weight = None  # soon out of date, and memory is short now
+        if training or (torch.is_grad_enabled() and x.requires_grad):
+            if not self._decided(layer, cost, training):
+                if training:
+                    self.weight = None  # soon out of date, and memory is short now
                 return None
         elif self._spent < cost or not self._is_exact_enough(layer):
             return None
@@ -167,27 +181,29 @@ class Fold:
         self._spent, self._spent_before = 0, self._spent
         self._exact_enough = None
 
-    def _chosen_for_training(self, layer: SVFLayer, cost: int) -> bool:
-        """Whether to fold in training: decided at the first training call for a value of δ and kept for all of them.
-        Deciding again later could make the recomputation in a checkpoint differ from the computation. What the value of
-        δ before was used for tells how much may come.
+    def _decided(self, layer: SVFLayer, cost: int, training: bool) -> bool:
+        """Whether to fold where there will be a backward, in which δ gets a gradient (`training`) or only the input.
+
+        Decided at the first such call for a value of δ and kept for all of them: deciding again later could make the
+        recomputation in a checkpoint differ from the computation. What the value of δ before was used for tells how
+        much may come.
         """
         assert self._snapshot is not None
         assert self._dtype is not None
-        self._snapshot.doubt()
-        dtype, snapshot, chosen = self._in_training.get(self._names, (None, None, False))
-        if snapshot is None or dtype != self._dtype or not snapshot.holds():
+        dtype, snapshot, fold = self._decisions.get((self._names, training), (None, None, False))
+        if snapshot is None or dtype != self._dtype or not (snapshot is self._snapshot or snapshot.holds()):
+            self._snapshot.doubt()
+            if not self._snapshot.holds():
+                self._restart(layer, self._names, self._dtype)
+            snapshot = self._snapshot
             worth = self.weight is not None or max(self._spent, self._spent_before) >= cost
-            chosen = (
-                worth
-                and self._may_keep_output(layer)
-                and invertible(_delta(layer, self._names))
-                and self._is_exact_enough(layer)
-            )
-            snapshot = Snapshot(layer, self._names)
-            self._in_training[self._names] = self._dtype, snapshot, chosen
+            fold = worth and self._is_exact_enough(layer)
+            if training:
+                fold = fold and self._may_keep_output(layer) and invertible(_delta(layer, self._names))
+            self._decisions[self._names, training] = self._dtype, snapshot, fold
         snapshot.doubt()
-        return chosen
+        self._snapshot.doubt()
+        return fold
 
     def _may_keep_output(self, layer: SVFLayer) -> bool:
         return layer.side == "input" or self._changed_in_place is False
@@ -198,6 +214,7 @@ class Fold:
         if self._changed_in_place is not None or self._snapshot is None or not output.requires_grad:
             return
         same, version = output.detach(), output._version  # which share the counter
+        same.data = same.new_empty(0)  # and no longer the memory
 
         def look(gradient: torch.Tensor) -> None:
             self._changed_in_place = bool(self._changed_in_place) or same._version != version
@@ -237,7 +254,7 @@ def _is_eager() -> bool:
     return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack())
 
 
-def _can_fold(layer: SVFLayer, names: tuple[str, ...]) -> bool:
+def can_fold(layer: SVFLayer, names: tuple[str, ...]) -> bool:
     """Whether the layer owns plain tensors, calling its base layer means multiplying by its weight, and versions mean
     something. Not so under `torch.compile`, functorch, FSDP, ZeRO-3, tensor parallelism, offload, or with hooks."""
     if not _is_eager():

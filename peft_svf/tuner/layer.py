@@ -109,6 +109,7 @@ class SVFLayer(BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; with the last one the basis goes, too."""
         super().delete_adapter(adapter_name)
+        self.fold = Fold()  # the old one holds on to what it was made of
         if not self.svf_delta:
             self._set_basis(None)
 
@@ -278,6 +279,7 @@ class SVFLayer(BaseTunerLayer):
             return
         self.get_base_layer().weight.data.copy_(self._weight_before_merge)
         self._weight_before_merge = None
+        self.share_merged = 1.0
         self.merged_adapters.clear()
 
     def _share_merged(self, delta: torch.Tensor) -> float:
@@ -335,6 +337,7 @@ class Linear(nn.Module, SVFLayer):
             return self.base_layer(x, *args, **kwargs)
         names = tuple(name for name in self.active_adapters if name in self.svf_delta)
         if not names:
+            self.fold.release()
             return self.base_layer(x, *args, **kwargs)
         if not args and not kwargs:
             folded = self.fold.find(self, names, x)

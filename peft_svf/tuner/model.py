@@ -179,6 +179,9 @@ class SVFModel(BaseTuner):
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(map(str, unknown))}")
         if rows is not None and rows != len(adapter_names):
             raise wrong_length("`adapter_names`", len(adapter_names), rows)
+        for name, config in self.peft_config.items():
+            if config.bias != "none":
+                raise ValueError(f"Adapter {name!r} has `bias`, which all rows of a batch would share.")
         names, index = names_and_index(adapter_names)
 
         handles = [
@@ -267,16 +270,20 @@ class SVFModel(BaseTuner):
         if any(layer.merged for layer in layers):
             raise ValueError(f"Cannot pass {what} when there are merged adapters, please call `unmerge_adapter` first.")
 
+        tokens: set[int] = set()
+
         def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             # `generate` calls the inner model only
             check_rows(what, [rows] if module is self else [rows, rows * self._expansion], args, kwargs)
+            tokens.clear()
+            tokens.update(t.shape[1] for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.ndim > 1)
 
         # PEFT tells `_enable_peft_forward_hooks` the inputs of `generate`, but not always those of `forward`, which
         # go through one of these two
         handles = [module.register_forward_pre_hook(check, with_kwargs=True) for module in (self, self.model)]
         try:
             for layer in layers:
-                layer.rows = RowDeltas(layer, names, what, weights(layer))
+                layer.rows = RowDeltas(layer, names, what, weights(layer), tokens)
             yield
         finally:
             for handle in handles:
@@ -417,6 +424,7 @@ class SVFModel(BaseTuner):
             base_fingerprint=None,
             init_weights=True,
             inference_mode=True,
+            runtime_config=replace(configs[0].runtime_config),
         )
         self.inject_adapter(self.model, adapter_name)
         for layer in layers.values():
@@ -470,8 +478,9 @@ class SVFModel(BaseTuner):
 
     @contextmanager
     def _warning_of_rounding(self) -> Iterator[None]:
-        layers = [layer for layer in self._layers() if not layer.merged]
+        before = [(layer, len(layer.merged_adapters)) for layer in self._layers()]
         yield
+        layers = [layer for layer, merged in before if len(layer.merged_adapters) > merged]
         lossy = sorted((layer.share_merged, layer.module_name) for layer in layers)
         lossy = [(share, name) for share, name in lossy if share < SMALLEST_SHARE]
         if lossy:

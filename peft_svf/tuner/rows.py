@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Union
 
 import torch
 from torch.nn.functional import pad
 
-from .fold import has_plain_deltas
+from .fold import Snapshot, can_fold
 
 if TYPE_CHECKING:
     from .layer import SVFLayer
@@ -28,39 +28,43 @@ class RowDeltas:
         what (`str`): What the rows were given as, for messages.
         weights (`torch.Tensor`): α, `[rows, experts]`; or the index of one expert for each row, `[rows]`, in integers,
             where the number of experts stands for the base model.
+        tokens (`Collection[int]`): Lengths of the model's current inputs.
 
     Attributes:
         expansion (`int`): How many rows `generate` makes of one, for beams or returned sequences.
     """
 
-    def __init__(self, layer: SVFLayer, names: Sequence[str], what: str, weights: torch.Tensor) -> None:
+    def __init__(
+        self, layer: SVFLayer, names: Sequence[str], what: str, weights: torch.Tensor, tokens: Collection[int]
+    ) -> None:
         self.expansion = 1
-        self._layer, self._names, self._what, self._weights = layer, names, what, weights
+        self._layer, self._names, self._what, self._weights, self._tokens = layer, names, what, weights, tokens
         self._last: torch.Tensor | None = None  # δ of the last call, as decoding calls again and again
-        self._made_of: list[tuple[torch.Tensor, int, int]] | None = None
+        self._made_of: tuple[Snapshot, int, torch.Tensor] | None = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor | None:
         """δ `[rows, 1, ..., r]` for an input `[rows, ..., in]`; `None` if the layer has none of the experts.
 
         The input has a row for each row of the weights, or as many as `generate` makes of them. One of two dimensions
-        may be a batch with its tokens flattened: then consecutive rows belong together.
+        may be such a batch with its tokens flattened.
 
         Raises:
             ValueError: The input has another number of rows.
         """
         rows, given = (1 if x.ndim == 1 else len(x)), len(self._weights)
-        if rows not in (given, given * self.expansion) and not (x.ndim == 2 and given and rows % given == 0):
+        allowed = [given, given * self.expansion]
+        if x.ndim == 2:
+            allowed += [n * tokens for n in allowed for tokens in self._tokens]
+        if given == 0 or rows not in allowed:
             raise wrong_length(self._what, given, rows)
-        if self._last is None or len(self._last) != rows or not self._is_current():
-            present = [name for name in self._names if name in self._layer.svf_delta]
-            if not present:
-                return None
-            self._last = self._deltas(rows // given)
-            self._made_of = self._seen(present)
-        deltas, r = self._last, self._last.shape[-1]
-        if self._made_of is None:
-            self._last = None
-        return deltas.reshape([rows, *[1] * (x.ndim - 2), r] if x.ndim > 1 else [r])
+        present = tuple(name for name in self._names if name in self._layer.svf_delta)
+        if not present:
+            return None
+        deltas = self._last if self._is_current(rows) else None
+        if deltas is None:
+            deltas = self._deltas(rows // given)
+            self._remember(deltas, present)
+        return deltas.reshape([rows, *[1] * (x.ndim - 2), -1] if x.ndim > 1 else [-1])
 
     def _deltas(self, repeats: int) -> torch.Tensor:
         choices = not self._weights.is_floating_point()
@@ -68,27 +72,27 @@ class RowDeltas:
         deltas = {name: self._layer.svf_delta[name]() for name in self._names if name in self._layer.svf_delta}
         zeros = torch.zeros_like(max(deltas.values(), key=len))
         missing = zeros[:0]
-        stacked = torch.stack(
-            [_widened(deltas.get(name, missing), len(zeros)) for name in self._names] + [zeros] * choices
-        )
+        each = [_widened(deltas.get(name, missing), len(zeros)) for name in self._names]
+        stacked = torch.stack([*each, zeros] if choices else each)
         weights = self._weights.to(stacked.device).repeat_interleave(repeats, dim=0)
-        return stacked[weights] if choices else weights.to(stacked.dtype) @ stacked
+        with torch.autocast(stacked.device.type, enabled=False):
+            return stacked[weights] if choices else weights.to(stacked.dtype) @ stacked
 
-    def _seen(self, present: Sequence[str]) -> list[tuple[torch.Tensor, int, int]] | None:
-        """What to recognise unchanged δ by; `None` if there is nothing, or if a graph may hang on the result."""
-        if torch.is_grad_enabled() or self._weights.is_inference() or not has_plain_deltas(self._layer, present):
-            return None
-        return [(t, t._version, t.data_ptr()) for t in (self._weights, *self._layer.delta_weights(present))]
+    def _remember(self, deltas: torch.Tensor, present: tuple[str, ...]) -> None:
+        # nothing that a graph may hang on, and nothing that could change unseen
+        if torch.is_grad_enabled() or self._weights.is_inference() or not can_fold(self._layer, present):
+            self._last = self._made_of = None
+            return
+        made_of = Snapshot(self._layer, present), self._weights._version, self._weights.detach().clone()
+        self._last, self._made_of = deltas, made_of
 
-    def _is_current(self) -> bool:
-        if self._made_of is None or torch.is_grad_enabled():
+    def _is_current(self, rows: int) -> bool:
+        if self._made_of is None or self._last is None or len(self._last) != rows or torch.is_grad_enabled():
             return False
-        present = [name for name in self._names if name in self._layer.svf_delta]
-        found = [self._weights, *self._layer.delta_weights(present)]
-        return len(found) == len(self._made_of) and all(
-            new is old and new._version == version and new.data_ptr() == pointer
-            for new, (old, version, pointer) in zip(found, self._made_of, strict=True)
-        )
+        snapshot, version, weights = self._made_of
+        if self._weights._version != version or not snapshot.holds():
+            return False
+        return self._weights.device.type != "cpu" or torch.equal(self._weights, weights)
 
 
 def wrong_length(what: str, given: int, rows: int) -> ValueError:
