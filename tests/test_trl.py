@@ -213,6 +213,7 @@ class Recorder(TrainerCallback):
         self._note(state, model)
 
 
+@pytest.mark.usefixtures("never_fold")  # when a layer starts to fold is not part of a checkpoint
 @pytest.mark.parametrize("kind", KINDS)
 def test_save_and_resume(kind: str, tmp_path: Path) -> None:
     run, record = trainer(kind, tmp_path, save_strategy="steps", save_steps=1, max_steps=3), Recorder()
