@@ -19,7 +19,7 @@ ORDER = (
 )
 INTRO = """# Benchmarks
 
-Written by `benchmarks/report.py`; do not edit. `make bench` measures everything again. Candidates of a table take turns
+Written by `benchmarks/report.py`; do not edit. `make bench` measures a shorter set. Candidates of a table take turns
 in one process; ratios are ratios of medians; every time that was measured is in `outputs/benchmarks/*.json`.
 """
 

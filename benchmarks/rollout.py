@@ -1,4 +1,4 @@
-"""Claim: text is generated with an SVF expert at the speed of the base model, without merging it.
+"""Claim: text is generated with an SVF expert at nearly the speed of the base model, without merging it.
 
     python benchmarks/rollout.py [--prompts N] [--new-tokens N]
 

@@ -525,6 +525,10 @@ def test_training_uses_what_a_rollout_folded() -> None:
 def test_an_unknown_policy() -> None:
     with pytest.raises(ValueError, match="'auto', 'always' or 'never', got 'sometimes'"):
         SVFRuntimeConfig(fold="sometimes")
+    model = adapted()
+    with pytest.raises(ValueError, match="got 'nevr'"):
+        model.peft_config["default"].runtime_config.fold = "nevr"
+    assert model.peft_config["default"].runtime_config.fold == "always"
 
 
 # ---------------------------------------------------------------------------------------------------- invalidation

@@ -13,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 
 from .registration import SVF_PEFT_TYPE
 
+_CHOICES = {"base_check": ("error", "warn", "ignore"), "fold": ("auto", "always", "never")}
+
 
 @dataclass
 class SVFRuntimeConfig:
@@ -41,11 +43,12 @@ class SVFRuntimeConfig:
         default="auto", metadata={"help": "Whether to keep effective weights for speed; takes one more set of weights."}
     )
 
-    def __post_init__(self) -> None:
-        if self.base_check not in ("error", "warn", "ignore"):
-            raise ValueError(f"`base_check` must be 'error', 'warn' or 'ignore', got {self.base_check!r}.")
-        if self.fold not in ("auto", "always", "never"):
-            raise ValueError(f"`fold` must be 'auto', 'always' or 'never', got {self.fold!r}.")
+    def __setattr__(self, name: str, value: Any) -> None:
+        choices = _CHOICES.get(name)
+        if choices is not None and value not in choices:
+            *others, last = (repr(choice) for choice in choices)
+            raise ValueError(f"`{name}` must be {', '.join(others)} or {last}, got {value!r}.")
+        super().__setattr__(name, value)
 
 
 @dataclass
