@@ -14,7 +14,7 @@ from typing import Any
 
 RESULTS = Path("outputs/benchmarks")
 ORDER = (
-    *("step", "step-model", "step-block", "step-accumulate"),
+    *("step", "step-model", "step-block", "step-small-block", "step-accumulate"),
     *("rollout", "grpo_update", "mixed_rows", "memory", "attach", "base_check"),
 )
 INTRO = """# Benchmarks

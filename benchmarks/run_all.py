@@ -22,6 +22,10 @@ RUNS = {
         *["step.py", "--part", "block", "--rounds", "1", "--methods"],
         *["svf", "svf gate", "svf r=k/8", "lora r=16", "dora r=16", "ia3", "full", "released"],
     ],
+    "step-small-block": [
+        *["step.py", "--part", "block", "--rounds", "5", "--model", "smollm2-135m", "--methods"],
+        *["svf", "svf gate", "svf r=k/8", "lora r=16", "osf", "psoft r=32", "released"],
+    ],
     "rollout": ["rollout.py", "--rounds", "1"],
     "grpo_update": ["grpo_update.py", "--rounds", "1", "--samples", "32", "--new-tokens", "32"],
     "mixed_rows": ["mixed_rows.py", "--rounds", "1", "--new-tokens", "32"],

@@ -7,6 +7,7 @@ pytest multiplies the test. What is in our lists is in `rows.py`.
 
 from __future__ import annotations
 
+from functools import partialmethod
 from pathlib import Path
 
 import peft
@@ -71,7 +72,8 @@ def _seeded() -> None:
 def _base_check(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests make their configs themselves, so the default has to change."""
     if request.node.originalname in OTHER_BASE_MODEL:
-        monkeypatch.setattr(SVFRuntimeConfig, "__post_init__", lambda config: setattr(config, "base_check", "ignore"))
+        ignoring = partialmethod(SVFRuntimeConfig.__init__, base_check="ignore")
+        monkeypatch.setattr(SVFRuntimeConfig, "__init__", ignoring)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
