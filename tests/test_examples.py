@@ -14,14 +14,18 @@ from conftest import tiny_llama
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from peft_svf.training.run import recipe_task
+from peft_svf.training.tasks import SPLITS, Split
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
+RECIPES = EXAMPLES / "recipes"
 ALPHABET = "\n?" + string.ascii_letters + string.digits + " .,:;=*+-/()'\""
-sys.path.insert(0, str(EXAMPLES))
 
-from tasks import TASKS, reward  # noqa: E402
+TASKS = {path.stem: recipe_task(path) for path in sorted(RECIPES.glob("*.yaml")) if not path.stem.startswith("paper-")}
+ARITHMETIC = ("arithmetic", "products", "sums")
 
 
-def asked(name: str, split: str) -> list[str]:
+def asked(name: str, split: Split) -> list[str]:
     return [row["prompt"][-1]["content"] for row in TASKS[name].examples(split, 2000)]
 
 
@@ -31,18 +35,20 @@ def sum_of(question: str) -> tuple[str, ...]:
 
 
 def test_no_test_question_is_in_training_in_any_words() -> None:
-    arithmetic = [name for name in TASKS if name != "retrieval"]
-    trained = {sum_of(question) for name in arithmetic for question in asked(name, "train")}
-    tested = {sum_of(question) for name in arithmetic for question in asked(name, "test")}
-    assert len(trained) > 50
-    assert len(tested) > 30
-    assert not trained & tested
-    assert not set(asked("retrieval", "train")) & set(asked("retrieval", "test"))
+    for other in ("test", "validation"):
+        trained = {sum_of(question) for name in ARITHMETIC for question in asked(name, "train")}
+        tested = {sum_of(question) for name in ARITHMETIC for question in asked(name, other)}  # type: ignore[arg-type]
+        assert len(trained) > 50
+        assert len(tested) > 10
+        assert not trained & tested
+    trained_anywhere = {question for name in TASKS for question in asked(name, "train")}
+    tested_anywhere = {question for name in TASKS for question in asked(name, "test")}
+    assert not trained_anywhere & tested_anywhere
 
 
-@pytest.mark.parametrize("name", [name for name in TASKS if name != "retrieval"])
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_the_answers_are_right(name: str, split: str) -> None:
+@pytest.mark.parametrize("name", ARITHMETIC)
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_answers_are_right(name: str, split: Split) -> None:
     for row in TASKS[name].examples(split, 300):
         (expression,) = re.findall(r"-?\d+ [-+*] -?\d+", row["prompt"][-1]["content"])
         assert row["completion"][0]["content"] == str(eval(expression))
@@ -51,12 +57,10 @@ def test_the_answers_are_right(name: str, split: str) -> None:
 @pytest.mark.parametrize("name", TASKS)
 def test_the_reward_is_the_verifier_s(name: str) -> None:
     rows = TASKS[name].examples("test", 8)
-    right = [row["completion"] for row in rows]
+    columns = {name: rows[name] for name in rows.column_names if name not in ("prompt", "completion")}
     wrong = [[{"role": "assistant", "content": "no idea"}]] * len(rows)
-    columns = {"entry": rows["entry"], "task": rows["task"]}
-    assert reward(completions=right, **columns) == [1.0] * len(rows)
-    assert reward(completions=wrong, **columns) == [0.0] * len(rows)
-    assert all(json.loads(entry)["question"] for entry in rows["entry"])
+    assert TASKS[name].reward(prompts=rows["prompt"], completions=rows["completion"], **columns) == [1.0] * len(rows)
+    assert TASKS[name].reward(prompts=rows["prompt"], completions=wrong, **columns) == [0.0] * len(rows)
 
 
 @pytest.mark.slow
@@ -80,6 +84,8 @@ def test_quickstart_on_another_model(tmp_path: Path) -> None:
         cwd=tmp_path,
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    assert set(json.loads((tmp_path / "out" / "results.json").read_text())["accuracy"]) == set(TASKS)
+    experts = {path.name for path in (EXAMPLES / "experts").iterdir()}
+    tested = set(json.loads((tmp_path / "out" / "results.json").read_text())["accuracy"])
+    assert tested == {"products", "arithmetic", *experts}
     config = json.loads((tmp_path / "out" / "sums" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "tiny"

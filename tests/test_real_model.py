@@ -175,13 +175,14 @@ def test_an_adapter_means_the_same_elsewhere(other: str, tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize("folder", SHIPPED, ids=lambda folder: folder.name)
 def test_a_shipped_expert_is_better_at_its_task(folder: Path) -> None:
-    from tasks import TASKS
-    from train_expert import accuracy
+    from peft_svf.training import greedy_accuracy
+    from peft_svf.training.run import recipe_task
 
     base, tokenizer = load()
-    examples = TASKS[folder.name].examples("test", 24)
-    before = accuracy(base, tokenizer, examples)
-    after = accuracy(PeftModel.from_pretrained(base, folder), tokenizer, examples)
+    task = recipe_task(EXAMPLES / "recipes" / f"{folder.name}.yaml")
+    examples = task.examples("test", 24)
+    before = greedy_accuracy(base, tokenizer, examples, task.reward, max_new_tokens=8)
+    after = greedy_accuracy(PeftModel.from_pretrained(base, folder), tokenizer, examples, task.reward, max_new_tokens=8)
     assert after >= before + 0.2
 
 
@@ -214,8 +215,8 @@ def test_quickstart(tmp_path: Path) -> None:
     for row in numbers["accuracy"].values():
         assert set(row) == {"base", *experts, "uniform", "searched"}
     live = numbers["live"]
-    assert live["reloaded"] == live["after"] == numbers["accuracy"]["products"]["products"]
-    assert len(live["rewards"]) == 4
+    assert live["reloaded"] == live["accuracy_after"] == numbers["accuracy"]["products"]["products"]
+    assert len([entry for entry in live["history"] if "reward" in entry]) == 4
     assert numbers["search"]["scores"].keys() == {"base", *experts, "uniform", "searched"}
     assert (output / "results.png").stat().st_size > 10_000
     base, _ = load()

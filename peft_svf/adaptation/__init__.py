@@ -1,8 +1,8 @@
 """Self-adaptation at inference: mixtures of experts, searched from a few examples."""
 
+from ..scoring import LogLikelihoodObjective, Objective, RewardObjective
 from .cem import CrossEntropyMethod
 from .mixture import AdaptiveMixture, MixtureResult
-from .objectives import LogLikelihoodObjective, Objective, RewardObjective
 
 __all__ = [
     "AdaptiveMixture",

@@ -17,9 +17,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .._progress import progress_bar
+from ..scoring import LogLikelihoodObjective, Objective, RewardFunc, RewardObjective
 from ..tuner import SVFConfig, SVFLayer, SVFModel, SVFRuntimeConfig
 from .cem import CrossEntropyMethod
-from .objectives import LogLikelihoodObjective, Objective, RewardFunc, RewardObjective
 
 BASE = "base"
 UNIFORM = "uniform"

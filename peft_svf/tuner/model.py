@@ -316,6 +316,25 @@ class SVFModel(BaseTuner):
 
     # ------------------------------------------------------------------------------------------------ parameters
 
+    def train(self, mode: bool = True) -> SVFModel:
+        """As for every module. Warns if it is to train a δ in 16 bit, in which small updates are lost: TRL casts to
+        bf16 what is trained on quantized models, after the adapter was made."""
+        if mode:
+            coarse = sum(
+                delta.requires_grad and delta.dtype.itemsize == 2
+                for layer in self._layers()
+                for delta in layer.delta_weights(layer.svf_delta)
+            )
+            if coarse:
+                warnings.warn(
+                    f"{coarse} vectors δ are in 16 bit, in which training loses small updates. Cast them back, "
+                    "`for name, p in model.named_parameters(): p.data = p.data.float() if 'svf_delta' in name else "
+                    "p.data`, or give the trainer the callback `peft_svf.training.ExactState()`, which does so.",
+                    stacklevel=2,
+                )
+        super().train(mode)
+        return self
+
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)
         for module in model.modules():

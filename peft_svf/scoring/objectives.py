@@ -1,6 +1,6 @@
-"""What a mixture is searched for: reward on generated text, or likelihood of reference answers.
+"""What a model is scored by: reward on generated text, or likelihood of reference answers.
 
-An objective looks at the model as it is, with the candidate's weights already in place, and returns one score per
+An objective looks at the model as it is, with the adapter or mixture already in place, and returns one score per
 example. Higher is better.
 """
 
@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 
-# TRL's protocol: keyword arguments `prompts`, `completions`, `completion_ids` and every other column, one reward each
-RewardFunc = Callable[..., Sequence["float | None"]]
+from .rewards import RewardFunc, check_rewards
 
 
 class Objective(Protocol):
@@ -94,13 +92,13 @@ class RewardObjective:
         totals = [0.0] * len(rows)
         for function in self.reward_funcs:
             rewards = function(
-                prompts=[row["prompt"] for row in rows],
+                prompts=prompts,
                 completions=completions,
                 completion_ids=completion_ids,
                 **columns,
             )
-            for i, reward in enumerate(_checked(rewards, function, len(rows))):
-                totals[i] += reward
+            for i, reward in enumerate(check_rewards(rewards, function, prompts, completions)):
+                totals[i] += reward or 0.0
         return totals
 
 
@@ -203,15 +201,3 @@ def with_pad_token(tokenizer: Any) -> Any:
 def _until_end(ids: list[int], end: int | None) -> list[int]:
     """Up to and with the end token, without the padding that follows in a batch."""
     return ids[: ids.index(end) + 1] if end in ids else ids
-
-
-def _checked(rewards: Sequence[float | None], function: RewardFunc, expected: int) -> list[float]:
-    name = getattr(function, "__name__", type(function).__name__)
-    if rewards is None or len(rewards) != expected:
-        found = "nothing" if rewards is None else f"{len(rewards)} rewards"
-        raise ValueError(f"Reward function {name!r} returned {found} for {expected} completions.")
-    values = [0.0 if reward is None else float(reward) for reward in rewards]
-    for i, value in enumerate(values):
-        if not math.isfinite(value):
-            raise ValueError(f"Reward function {name!r} returned {value} for completion {i} of its batch.")
-    return values

@@ -1,0 +1,324 @@
+"""Question: what does SVF learn, beside other methods, with the same trainer and the same rollouts?
+
+    make compare          # or: python benchmarks/compare.py [--tasks NAME ...] [--seeds N] [--minutes M]
+
+Every run is one `python -m peft_svf.training.run` with the recipe of a task; only the method, its learning rate and
+the seed differ. The learning rate of each method is the best of at least four on `SWEEP_TASK` with a seed of its own,
+neither of which is in the table. After training, each adapter is tested on the other tasks, too, and its perplexity
+measured on a text that nothing was trained on: what it forgot.
+
+Hours on two cores. Each run leaves one JSON in `benchmarks/compare/`, and is not repeated if that is there: stop it at
+any time, or give it `--minutes`, and call it again, on another machine if you like. The table and the plots in
+`docs/comparison.md` are made of what there is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from common import load_model
+from peft import PeftModel
+
+from peft_svf.training import greedy_accuracy
+from peft_svf.training.checkpoints import write_whole
+from peft_svf.training.run import recipe_task
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from smollm2 import model_name
+
+ROOT = Path(__file__).parents[1]
+RECIPES = ROOT / "examples" / "recipes"
+STORED = Path(__file__).parent / "compare"
+TASKS = ("products", "retrieval", "sums")
+SWEEP_TASK, SWEEP_SEED = "arithmetic", 100
+SEEDS = (1, 2, 3)
+# the budget of every run: 64 completions a step
+BUDGET = {
+    "max_steps": 12,
+    "eval_steps": 3,
+    "validation_size": 32,
+    "load_best_model_at_end": "false",
+    "save_strategy": "no",
+}
+OTHERS_SIZE, TEXT_TOKENS = 64, 4096
+
+
+@dataclass(frozen=True)
+class Method:
+    """A PEFT method, its settings, and the learning rates to choose among."""
+
+    name: str
+    peft_type: str
+    rates: tuple[float, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+METHODS = (
+    Method("svf", "svf", (1e-3, 2e-3, 3e-3, 6e-3)),
+    Method("lora r=16", "lora", (1e-4, 3e-4, 1e-3, 3e-3), {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0}),
+    Method("lora r=1", "lora", (3e-4, 1e-3, 3e-3, 1e-2), {"lora_r": 1, "lora_alpha": 2, "lora_dropout": 0.0}),
+    Method("ia3", "ia3", (1e-3, 3e-3, 1e-2, 3e-2)),
+    Method("vera", "vera", (1e-3, 3e-3, 1e-2, 3e-2), {"peft_kwargs": {"r": 64}}),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of the comparison."""
+
+    task: str
+    method: Method
+    rate: float
+    seed: int
+
+    @property
+    def path(self) -> Path:
+        return (
+            STORED / f"{self.task}-{self.method.name.replace(' ', '-').replace('=', '')}-{self.rate:g}-{self.seed}.json"
+        )
+
+    def stored(self) -> dict[str, Any] | None:
+        return json.loads(self.path.read_text()) if self.path.exists() else None
+
+
+def perform(run: Run, arguments: argparse.Namespace) -> None:
+    """Train, test on everything, store."""
+    output = Path("outputs/compare") / run.path.stem
+    options = {
+        "model_name_or_path": model_name(arguments.model),
+        "output_dir": output,
+        "peft_type": run.method.peft_type,
+        "learning_rate": run.rate,
+        "seed": run.seed,
+        **BUDGET,
+        **run.method.options,
+    }
+    words = [
+        word
+        for name, value in options.items()
+        for word in (f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value))
+    ]
+    command = [sys.executable, "-m", "peft_svf.training.run", "--config", str(RECIPES / f"{run.task}.yaml"), *words]
+    begun = os.times()
+    subprocess.run(command, check=True)
+    ended = os.times()
+    record = json.loads((output / "training.json").read_text())
+    record["cpu_seconds"] = round(
+        ended.children_user + ended.children_system - begun.children_user - begun.children_system
+    )
+    record["load"] = os.getloadavg()[0]
+
+    model, tokenizer = load_model(arguments.model)
+    adapted = PeftModel.from_pretrained(model, str(output)).eval()
+    if run.task != SWEEP_TASK:
+        record["elsewhere"] = {
+            task: accuracy_on(adapted, tokenizer, task) for task in (*TASKS, SWEEP_TASK) if task != run.task
+        }
+        record["perplexity"] = perplexity(adapted, tokenizer)
+    record |= {"task": run.task, "method": run.method.name, "learning_rate": run.rate, "seed": run.seed}
+    STORED.mkdir(exist_ok=True)
+    write_whole(run.path, json.dumps(record, indent=1) + "\n")
+    shutil.rmtree(output)
+
+
+def accuracy_on(model: Any, tokenizer: Any, task: str) -> float:
+    found = recipe_task(RECIPES / f"{task}.yaml")
+    return greedy_accuracy(model, tokenizer, found.examples("test", OTHERS_SIZE), found.reward, max_new_tokens=8)
+
+
+@torch.no_grad()
+def perplexity(model: Any, tokenizer: Any) -> float:
+    """Of the beginning of a public-domain story that comes with reasoning-gym."""
+    import reasoning_gym
+
+    text = (Path(reasoning_gym.__file__).parent / "data" / "in_the_year_2889.txt").read_text()
+    ids = torch.tensor(tokenizer(text)["input_ids"][:TEXT_TOKENS]).view(-1, 512)
+    losses = [model(input_ids=rows, labels=rows).loss.item() for rows in ids.split(2)]
+    return math.exp(mean(losses))
+
+
+def base_line(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The base model on everything."""
+    path = STORED / "base.json"
+    if not path.exists():
+        model, tokenizer = load_model(arguments.model)
+        found = {task: accuracy_on(model.eval(), tokenizer, task) for task in (*TASKS, SWEEP_TASK)}
+        STORED.mkdir(exist_ok=True)
+        write_whole(path, json.dumps({"elsewhere": found, "perplexity": perplexity(model, tokenizer)}, indent=1) + "\n")
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
+
+
+def chosen_rate(method: Method) -> float | None:
+    """The rate with the best accuracy in the sweep; `None` until all are done."""
+    found = {rate: Run(SWEEP_TASK, method, rate, SWEEP_SEED).stored() for rate in method.rates}
+    if any(record is None for record in found.values()):
+        return None
+    return max(method.rates, key=lambda rate: final_accuracy(found[rate]))  # type: ignore[arg-type]
+
+
+def final_accuracy(record: dict[str, Any]) -> float:
+    return float(record["accuracy_after"])
+
+
+def curve(record: dict[str, Any]) -> list[tuple[int, float]]:
+    """Steps and greedy validation accuracy."""
+    return [(entry["step"], entry["eval_accuracy"]) for entry in record["history"] if "eval_accuracy" in entry]
+
+
+# ---------------------------------------------------------------------------------------------------- report
+
+
+def report() -> None:
+    """Write docs/comparison.md, with its plots, from what is stored."""
+    base = json.loads((STORED / "base.json").read_text())
+    found = {method.name: _table_runs(method) for method in METHODS}
+    lines = [
+        "# SVF beside other methods",
+        "",
+        "Written by `benchmarks/compare.py` (`make compare`) from the runs in `benchmarks/compare/`; do not edit.",
+        "SmolLM2-135M-Instruct, all linear layers, TRL's GRPO, "
+        f"{BUDGET['max_steps']} steps of 64 completions, greedy accuracy on held-out questions.",
+        "",
+        "## Learning rates",
+        "",
+        f"Greedy test accuracy on `{SWEEP_TASK}`, seed {SWEEP_SEED}, neither of which is in the next table.",
+        "",
+        "| | " + " | ".join(["rates and accuracies", "chosen"]) + " |",
+        "|---|---|---|",
+    ]
+    for method in METHODS:
+        records = {rate: Run(SWEEP_TASK, method, rate, SWEEP_SEED).stored() for rate in method.rates}
+        cells = ", ".join(f"{r:g}: {final_accuracy(x):.2f}" if x else f"{r:g}: not run" for r, x in records.items())
+        rate = chosen_rate(method)
+        lines.append(f"| {method.name} | {cells} | {f'{rate:g}' if rate else 'open'} |")
+    done = sum(len(records) for records in found.values())
+    lines += [
+        "",
+        "## Accuracy",
+        "",
+        f"Mean ± standard error over seeds (number of seeds). {done} of {len(METHODS) * len(TASKS) * len(SEEDS)} runs "
+        "are done." + ("" if done == len(METHODS) * len(TASKS) * len(SEEDS) else " **The table is not complete.**"),
+        "",
+        "| | trained numbers | " + " | ".join(TASKS) + " | mean of the tasks | CPU s per run |",
+        "|" + "---|" * (4 + len(TASKS)),
+        "| base model | 0 | " + " | ".join(f"{base['elsewhere'][task]:.2f}" for task in TASKS) + " | | |",
+    ]
+    for name, records in found.items():
+        cells = [_spread([final_accuracy(x) for x in records if x["task"] == task]) for task in TASKS]
+        means = [
+            mean(values) for task in TASKS if (values := [final_accuracy(x) for x in records if x["task"] == task])
+        ]
+        whole = f"{mean(means):.3f}" if len(means) == len(TASKS) else ""
+        trained = f"{records[0]['trainable']:,}" if records else ""
+        seconds = f"{mean(x['cpu_seconds'] for x in records):.0f}" if records else ""
+        lines.append(f"| {name} | {trained} | " + " | ".join(cells) + f" | {whole} | {seconds} |")
+    lines += [
+        "",
+        "## What was forgotten",
+        "",
+        "Change on the tasks that were not trained (mean over them, runs and seeds), and perplexity of a story.",
+        "",
+        "| | gain on the trained task | change on the others | perplexity |",
+        "|---|---|---|---|",
+        f"| base model | | | {base['perplexity']:.2f} |",
+    ]
+    for name, records in found.items():
+        gains = [final_accuracy(x) - x["accuracy_before"] for x in records]
+        changes = [mean(x["elsewhere"][t] - base["elsewhere"][t] for t in x["elsewhere"]) for x in records]
+        perplexities = [x["perplexity"] for x in records]
+        lines.append(f"| {name} | {_spread(gains)} | {_spread(changes)} | {_spread(perplexities)} |")
+    if done:
+        _plot(found)
+        lines += ["", "## Budget", "", "![accuracy per rollout and per CPU second](comparison.png)"]
+    write_whole(ROOT / "docs" / "comparison.md", "\n".join(lines) + "\n")
+    print("docs/comparison.md")
+
+
+def _table_runs(method: Method) -> list[dict[str, Any]]:
+    rate = chosen_rate(method)
+    if rate is None:
+        return []
+    stored = [Run(task, method, rate, seed).stored() for task in TASKS for seed in SEEDS]
+    return [record for record in stored if record is not None]
+
+
+def _spread(values: list[float]) -> str:
+    if not values:
+        return ""
+    error = f" ± {stdev(values) / math.sqrt(len(values)):.3f}" if len(values) > 1 else ""
+    return f"{mean(values):.3f}{error} ({len(values)})"
+
+
+def _plot(found: dict[str, list[dict[str, Any]]]) -> None:
+    """Validation accuracy, mean over seeds, per completion and per CPU second."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4 * len(TASKS), 6), layout="constrained")
+    axes = figure.subplots(2, len(TASKS), squeeze=False, sharey="col")
+    for column, task in enumerate(TASKS):
+        for name, records in found.items():
+            curves = [(curve(x), x["cpu_seconds"]) for x in records if x["task"] == task]
+            if not curves:
+                continue
+            steps = [step for step, _ in curves[0][0]]
+            values = [mean(points[i][1] for points, _ in curves) for i in range(len(steps))]
+            per_step = mean(seconds for _, seconds in curves) / steps[-1]
+            axes[0, column].plot([64 * step for step in steps], values, "o-", label=name)
+            axes[1, column].plot([per_step * step for step in steps], values, "o-", label=name)
+        axes[0, column].set(title=task, xlabel="completions", ylabel="greedy accuracy, validation")
+        axes[1, column].set(xlabel="CPU seconds", ylabel="greedy accuracy, validation")
+    axes[0, 0].legend(fontsize="small")
+    figure.savefig(ROOT / "docs" / "comparison.png", dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="Hub id or folder (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--methods", nargs="+", choices=[method.name for method in METHODS])
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after so many minutes")
+    parser.add_argument("--only-report", action="store_true", help="make the page from what is stored")
+    arguments = parser.parse_args()
+    methods = [method for method in METHODS if not arguments.methods or method.name in arguments.methods]
+    start = time.monotonic()
+    if not arguments.only_report:
+        base_line(arguments)
+        while time.monotonic() - start < 60 * arguments.minutes:
+            missing = [run for run in runs(methods, arguments.tasks) if run.stored() is None]
+            if not missing:
+                break
+            print(
+                f"[{(time.monotonic() - start) / 60:4.0f} min] {missing[0].path.stem}; {len(missing)} to do", flush=True
+            )
+            perform(missing[0], arguments)
+    report()
+
+
+def runs(methods: list[Method], tasks: list[str]) -> list[Run]:
+    """All runs that can be named now: the sweep, and where it is done, the table, a seed of everything at a time."""
+    sweep = [Run(SWEEP_TASK, method, rate, SWEEP_SEED) for method in methods for rate in method.rates]
+    table = [
+        Run(task, method, rate, seed)
+        for seed in SEEDS
+        for task in tasks
+        for method in methods
+        if (rate := chosen_rate(method)) is not None
+    ]
+    return [*sweep, *table]
+
+
+if __name__ == "__main__":
+    main()

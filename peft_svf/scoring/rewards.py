@@ -1,0 +1,290 @@
+"""Reward functions: TRL's protocol, a few verifiable ones, and checks that name what went wrong.
+
+A reward function takes `prompts`, `completions`, `completion_ids` and every other column of the dataset as keyword
+arguments, each a list with one entry per completion, and returns one number per completion, or `None` where it does not
+apply. The ones here return **1 for right and 0 for wrong**, so that a mean is an accuracy. GRPO and RLOO subtract a
+baseline, so that any other two numbers would do as well. The paper's REINFORCE has none and wants −1 and 1, which
+`ReinforceConfig(signed_rewards=True)`, the default, makes of 0 and 1.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import math
+import os
+import re
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+# TRL's protocol: keyword arguments `prompts`, `completions`, `completion_ids` and every other column, one reward each
+RewardFunc = Callable[..., Sequence["float | None"]]
+
+REFERENCE_COLUMNS = ("answer", "solution", "completion")
+
+
+def text_of(completion: Any) -> str:
+    """The text of a completion or reference answer: a string, or the last of some messages."""
+    return completion if isinstance(completion, str) else str(completion[-1]["content"])
+
+
+# ------------------------------------------------------------------------------------------- answers in a text
+
+
+def last_number(text: str) -> str:
+    """The last number of a text without thousands separators, `""` if there is none."""
+    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    return numbers[-1].replace(",", "") if numbers else ""
+
+
+def first_word(text: str) -> str:
+    """The first word of a text without punctuation around it, `""` if there is none."""
+    words = text.split()
+    return words[0].strip(".,:;!?\"'*`()") if words else ""
+
+
+def first_line(text: str) -> str:
+    """The first line of a text that is not empty, without space around it."""
+    return next((line.strip() for line in text.splitlines() if line.strip()), "")
+
+
+def boxed(text: str) -> str:
+    r"""What the last `\\boxed{...}` or `<answer>...</answer>` of a text holds, `""` if there is none."""
+    found = re.findall(r"\\boxed\{([^{}]*)\}|<answer>(.*?)</answer>", text, flags=re.DOTALL)
+    return (found[-1][0] or found[-1][1]).strip() if found else ""
+
+
+ANSWERS: dict[str, Callable[[str], str]] = {
+    "number": last_number,
+    "word": first_word,
+    "line": first_line,
+    "boxed": boxed,
+    "text": str.strip,
+}
+
+
+# ------------------------------------------------------------------------------------------- verifiable rewards
+
+
+def number(completions: list[Any], **columns: Any) -> list[float]:
+    """1 if the last number of the completion equals the last one of the reference answer."""
+
+    def right(completion: str, reference: str) -> bool:
+        found, wanted = last_number(completion), last_number(reference)
+        return bool(found and wanted) and math.isclose(float(found), float(wanted), rel_tol=1e-9)
+
+    return _compare(right, completions, columns)
+
+
+def exact(completions: list[Any], **columns: Any) -> list[float]:
+    """1 if the completion is the reference answer, but for case, and space and punctuation around it."""
+    return _compare(lambda completion, reference: _plain(completion) == _plain(reference), completions, columns)
+
+
+def choice(completions: list[Any], **columns: Any) -> list[float]:
+    """1 if the first word of the completion is the reference answer, such as a letter or a label."""
+    return _compare(
+        lambda completion, reference: _plain(first_word(completion)) == _plain(reference), completions, columns
+    )
+
+
+def contains(completions: list[Any], **columns: Any) -> list[float]:
+    """1 if the reference answer occurs in the completion, as whole words in any case."""
+
+    def right(completion: str, reference: str) -> bool:
+        return bool(re.search(rf"(?<!\w){re.escape(_plain(reference))}(?!\w)", completion.casefold()))
+
+    return _compare(right, completions, columns)
+
+
+def regex(completions: list[Any], **columns: Any) -> list[float]:
+    """1 if the reference answer, a regular expression, matches somewhere in the completion."""
+    return _compare(lambda completion, reference: bool(re.search(reference, completion)), completions, columns)
+
+
+def math_verify(completions: list[Any], **columns: Any) -> list[float | None]:
+    """1 if the completion is mathematically equal to the reference answer: TRL's `accuracy_reward`, which needs the
+    package `math-verify`. `None` where the reference cannot be parsed."""
+    try:
+        from trl.rewards import accuracy_reward
+    except ImportError as error:
+        raise ImportError("The reward 'math_verify' needs TRL: `pip install peft-svf[train]`.") from error
+    messages = [[{"role": "assistant", "content": text_of(completion)}] for completion in completions]
+    found: list[float | None] = accuracy_reward(messages, [text_of(answer) for answer in _references(columns)])
+    return found
+
+
+REWARDS: dict[str, RewardFunc] = {
+    function.__name__: function for function in (number, exact, choice, contains, regex, math_verify)
+}
+
+
+def _plain(text: str) -> str:
+    return text.strip().strip(".,:;!?\"'*`()").casefold()
+
+
+def _references(columns: dict[str, Any]) -> list[Any]:
+    for name in REFERENCE_COLUMNS:
+        if name in columns:
+            found: list[Any] = columns[name]
+            return found
+    known = ", ".join(name for name, value in columns.items() if isinstance(value, list)) or "none"
+    raise ValueError(
+        f"There is no reference answer to compare with: expected a column {' or '.join(map(repr, REFERENCE_COLUMNS))} "
+        f"in the dataset; it has {known}."
+    )
+
+
+def _compare(right: Callable[[str, str], bool], completions: list[Any], columns: dict[str, Any]) -> list[float]:
+    answers = [str(answer) if isinstance(answer, (int, float)) else text_of(answer) for answer in _references(columns)]
+    return [float(right(text_of(text), answer)) for text, answer in zip(completions, answers, strict=True)]
+
+
+# ------------------------------------------------------------------------------------------- finding and wrapping
+
+
+def find_reward(name: str) -> RewardFunc:
+    """A reward function by name: one of [`REWARDS`], or a dotted path such as `my_package.rewards.helpful`.
+
+    Raises:
+        ValueError: There is none of that name, or it is no function.
+    """
+    if name in REWARDS:
+        return REWARDS[name]
+    module_name, _, attribute = name.rpartition(".")
+    if not module_name:
+        raise ValueError(
+            f"There is no reward function {name!r}. Expected one of {', '.join(REWARDS)}, or the dotted path of a "
+            "function, such as my_package.rewards.helpful."
+        )
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as TRL's scripts
+    try:
+        function = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"The reward function {name!r} could not be imported: {error}.") from error
+    if not callable(function):
+        raise ValueError(f"The reward function {name!r} is no function but {function!r}.")
+    return function
+
+
+def reward_name(function: Any) -> str:
+    """What to call a reward function in messages and metrics."""
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
+def check_rewards(rewards: Any, function: Any, prompts: Sequence[Any], completions: Sequence[Any]) -> list[Any]:
+    """The rewards as a list with one finite number, or `None`, per completion.
+
+    Raises:
+        ValueError: They are not that; the message names the function, and the first completion that is concerned.
+    """
+    name, expected = reward_name(function), len(completions)
+    if rewards is None or not hasattr(rewards, "__len__") or len(rewards) != expected:
+        found = f"{len(rewards)} rewards" if hasattr(rewards, "__len__") else repr(rewards)
+        raise ValueError(
+            f"Reward function {name!r} returned {found} for {expected} completions; expected a list with one "
+            "number, or None where it does not apply, for each."
+        )
+    values: list[float | None] = []
+    for i, reward in enumerate(rewards):
+        try:
+            value = None if reward is None else float(reward)
+        except (TypeError, ValueError):
+            value = math.nan
+        if value is not None and not math.isfinite(value):
+            raise ValueError(
+                f"Reward function {name!r} returned {reward!r} for completion {i} of its batch; expected a finite "
+                f"number, or None where it does not apply.\n{_sample(prompts, completions, i)}"
+            )
+        values.append(value)
+    return values
+
+
+def checked(function: RewardFunc, timeout: float | None = None) -> RewardFunc:
+    """
+    A reward function whose failures say which function failed on which completion.
+
+    Args:
+        function: Called as by TRL. Coroutine functions stay such.
+        timeout (`float`, *optional*): Seconds per call, after which it is an error. Coroutines are left to themselves.
+
+    Returns:
+        A function of the same name that raises `ValueError` where the rewards are not one finite number or `None` per
+        completion, `RuntimeError` where the function itself raised, and `TimeoutError`.
+    """
+    name = reward_name(function)
+    if inspect.iscoroutinefunction(function):
+
+        @functools.wraps(function)
+        async def wrapped_coroutine(**columns: Any) -> list[Any]:
+            try:
+                rewards = await function(**columns)
+            except Exception as error:
+                raise RuntimeError(_failed(name, error, "")) from error
+            return check_rewards(rewards, function, columns["prompts"], columns["completions"])
+
+        return wrapped_coroutine  # type: ignore[return-value]
+
+    @functools.wraps(function)
+    def wrapped(**columns: Any) -> list[Any]:
+        prompts, completions = columns["prompts"], columns["completions"]
+        try:
+            rewards = function(**columns) if timeout is None else _within(timeout, function, columns)
+        except TimeoutError as error:
+            raise TimeoutError(
+                f"Reward function {name!r} did not return within {timeout:g} s for {len(completions)} completions."
+                f"\n{_sample(prompts, completions, 0)}"
+            ) from error
+        except Exception as error:
+            raise RuntimeError(_failed(name, error, _culprit(function, columns))) from error
+        return check_rewards(rewards, function, prompts, completions)
+
+    wrapped.__name__ = name
+    return wrapped
+
+
+def _within(timeout: float, function: RewardFunc, columns: dict[str, Any]) -> Any:
+    """In a thread, as a call that blocks cannot be stopped, only left behind; the process can end all the same."""
+    outcome: dict[str, Any] = {}
+
+    def run() -> None:
+        try:
+            outcome["rewards"] = function(**columns)
+        except BaseException as error:
+            outcome["error"] = error
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(timeout)
+    if thread.is_alive():
+        raise TimeoutError
+    if "error" in outcome:
+        raise outcome["error"]
+    return outcome["rewards"]
+
+
+def _failed(name: str, error: Exception, sample: str) -> str:
+    return f"Reward function {name!r} raised {type(error).__name__}: {error}" + (f"\n{sample}" if sample else "")
+
+
+def _culprit(function: RewardFunc, columns: dict[str, Any]) -> str:
+    """The first completion on which a function that failed on the batch fails by itself, if there is one."""
+    prompts, completions = columns["prompts"], columns["completions"]
+    for i in range(len(completions)):
+        one = {
+            key: [value[i]] if isinstance(value, list) and len(value) == len(completions) else value
+            for key, value in columns.items()
+        }
+        try:
+            function(**one)
+        except Exception:
+            return _sample(prompts, completions, i)
+    return f"It failed on a batch of {len(completions)} completions, and on none of them alone."
+
+
+def _sample(prompts: Sequence[Any], completions: Sequence[Any], i: int) -> str:
+    return f"Completion {i}: {completions[i]!r}\nto the prompt: {prompts[i]!r}"

@@ -1,0 +1,33 @@
+"""Training experts by reinforcement learning with TRL's trainers."""
+
+try:
+    from .callbacks import EqualRewards, ExactState, RewardBar
+    from .evaluation import GreedyEvaluation, greedy_accuracy
+    from .plots import adapter_deltas, plot_curves, plot_deltas
+    from .reinforce import ReinforceConfig, ReinforceTrainer
+    from .report import Record, machine
+    from .tasks import ClassificationTask, ReasoningGymTask, Task, find_task, split_of
+except ModuleNotFoundError as error:
+    if error.name in ("trl", "datasets", "yaml"):
+        raise ImportError(f"peft_svf.training needs {error.name}: `pip install peft-svf[train]`.") from error
+    raise
+
+__all__ = [
+    "ClassificationTask",
+    "EqualRewards",
+    "ExactState",
+    "GreedyEvaluation",
+    "ReasoningGymTask",
+    "Record",
+    "ReinforceConfig",
+    "ReinforceTrainer",
+    "RewardBar",
+    "Task",
+    "adapter_deltas",
+    "find_task",
+    "greedy_accuracy",
+    "machine",
+    "plot_curves",
+    "plot_deltas",
+    "split_of",
+]

@@ -1,0 +1,198 @@
+"""The options of the training script beside those of TRL's trainers, and the adapter they ask for."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any, Optional, Union
+
+import torch
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from trl import (
+    GRPOConfig,
+    GRPOTrainer,
+    ModelConfig,
+    RLOOConfig,
+    RLOOTrainer,
+    ScriptArguments,
+    get_peft_config,
+)
+
+from ..scoring import ANSWERS, REWARDS
+from ..tuner import SVFConfig
+from .reinforce import ReinforceConfig, ReinforceTrainer
+
+OBJECTIVES: dict[str, tuple[type, type]] = {
+    "grpo": (GRPOConfig, GRPOTrainer),
+    "rloo": (RLOOConfig, RLOOTrainer),
+    "reinforce": (ReinforceConfig, ReinforceTrainer),
+}
+
+
+@dataclass
+class TrainArguments(ScriptArguments):
+    """
+    What to learn: TRL's `ScriptArguments` (a dataset) or a task with a verifier, and how answers are rewarded.
+
+    Args:
+        objective (`str`): `"grpo"`, `"rloo"` or `"reinforce"`, which also decides what further options there are.
+        task (`str`, *optional*): `reasoning_gym:NAME?setting=value&...`, in the place of a dataset.
+        categories (`dict[str, str]`, *optional*): Tasks by name. Trains a classification expert: the prompts are those
+            of the tasks, the answers their names.
+        system_prompt (`str`, *optional*): Put before every prompt.
+        answer_format (`str`): How to take the answer to a `task` out of a completion.
+        prompt_column (`str`): The dataset's column with the prompt.
+        answer_column (`str`, *optional*): The dataset's column with the reference answer, which rewards see as
+            `answer`.
+        reward_funcs (`list[str]`, *optional*): Names of verifiable rewards or dotted paths. Default: the verifier of
+            the task.
+        reward_model_name_or_path (`str`, *optional*): A reward model, as in TRL.
+        reward_timeout (`float`, *optional*): Seconds after which a call of a reward function is an error.
+        train_size, validation_size, test_size (`int`): Examples of a `task`; of a dataset, those for validation are
+            taken off the training split.
+        early_stopping_patience (`int`, *optional*): Evaluations without a better accuracy after which to stop.
+        base_model_name (`str`, *optional*): What to call the base model in the saved adapter, where
+            `model_name_or_path` is a folder of this machine.
+    """
+
+    objective: str = field(default="grpo", metadata={"help": "The objective.", "choices": list(OBJECTIVES)})
+    task: Optional[str] = field(default=None, metadata={"help": "reasoning_gym:NAME?setting=value&..."})
+    categories: Optional[Union[dict[str, str], str]] = field(
+        default=None, metadata={"help": "Tasks by name (JSON): train an expert that names the task of a prompt."}
+    )
+    system_prompt: Optional[str] = field(default=None, metadata={"help": "Put before every prompt."})
+    answer_format: str = field(
+        default="text",
+        metadata={"help": "How to take the answer to a task out of a completion.", "choices": list(ANSWERS)},
+    )
+    prompt_column: str = field(default="prompt", metadata={"help": "The dataset's column with the prompt."})
+    answer_column: Optional[str] = field(
+        default=None, metadata={"help": "The dataset's column with the reference answer."}
+    )
+    reward_funcs: Optional[list[str]] = field(
+        default=None,
+        metadata={"help": f"{', '.join(REWARDS)}, or dotted paths of functions. Default: the verifier of the task."},
+    )
+    reward_model_name_or_path: Optional[str] = field(default=None, metadata={"help": "A reward model, as in TRL."})
+    reward_timeout: Optional[float] = field(
+        default=None, metadata={"help": "Seconds after which a call of a reward function is an error."}
+    )
+    train_size: int = field(default=2000, metadata={"help": "Training examples of a task."})
+    validation_size: int = field(default=64, metadata={"help": "Examples to choose the best model by."})
+    test_size: int = field(default=128, metadata={"help": "Examples for the numbers in the model card."})
+    early_stopping_patience: Optional[int] = field(
+        default=None, metadata={"help": "Evaluations without a better accuracy after which to stop."}
+    )
+    base_model_name: Optional[str] = field(
+        default=None, metadata={"help": "What to call the base model in the saved adapter."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"`objective` must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}.")
+        self.categories = _mapping(self.categories, "categories")
+        given = [name for name in ("task", "categories") if getattr(self, name)]
+        if len(given) > 1:
+            raise ValueError(f"Pass one of {' and '.join(map(repr, given))}, not both.")
+
+
+@dataclass
+class AdapterArguments(ModelConfig):
+    """
+    What to train: TRL's `ModelConfig`, and any PEFT method by name.
+
+    Args:
+        peft_type (`str`): A PEFT method, such as `svf`, `lora`, `ia3`, `vera` or `tinylora`. LoRA takes the `lora_`
+            options.
+        target_modules (`list[str]`, *optional*): Default: `all-linear`.
+        r (`int`, *optional*): Rank of SVF; `None` is full.
+        peft_kwargs (`dict`, *optional*): Further fields of the method's config.
+    """
+
+    peft_type: str = field(default="svf", metadata={"help": "A PEFT method: svf, lora, ia3, vera, tinylora, ..."})
+    target_modules: Optional[list[str]] = field(
+        default=None, metadata={"help": "Modules to adapt; default: all linear"}
+    )
+    r: Optional[int] = field(default=None, metadata={"help": "Rank of SVF; full by default."})
+    peft_kwargs: Optional[Union[dict[str, Any], str]] = field(
+        default=None, metadata={"help": "Further fields of the method's PEFT config (JSON)."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_kwargs = _mapping(self.peft_kwargs, "peft_kwargs") or {}
+        if self.peft_type.upper() not in PEFT_TYPE_TO_CONFIG_MAPPING:
+            known = sorted(str(getattr(name, "value", name)).lower() for name in PEFT_TYPE_TO_CONFIG_MAPPING)
+            raise ValueError(f"PEFT has no method {self.peft_type!r}; it has {', '.join(known)}.")
+
+
+def adapter_config(arguments: AdapterArguments) -> PeftConfig:
+    """The PEFT config that the options describe.
+
+    Raises:
+        ValueError: The method has no field of a given name.
+    """
+    modules: Any = arguments.target_modules or "all-linear"
+    if isinstance(modules, list) and len(modules) == 1:
+        modules = modules[0]  # "all-linear", or a regular expression
+    extra: Any = arguments.peft_kwargs
+    kind = arguments.peft_type.upper()
+    if kind == "LORA":
+        arguments.use_peft = True
+        config = get_peft_config(arguments)
+        config.target_modules = arguments.lora_target_modules or modules
+        for name, value in extra.items():
+            _check_field(type(config), name)
+            setattr(config, name, value)
+        return config
+    config_class = SVFConfig if kind == "SVF" else PEFT_TYPE_TO_CONFIG_MAPPING[kind]
+    options: dict[str, Any] = {"target_modules": modules, "task_type": "CAUSAL_LM", **extra}
+    if kind == "SVF":
+        options["r"] = arguments.r
+    if kind == "IA3" and modules == "all-linear":
+        options.setdefault("feedforward_modules", [])  # rescale outputs everywhere
+    for name in options:
+        _check_field(config_class, name)
+    return config_class(**options)
+
+
+def defaults(objective: str, peft_type: str) -> dict[str, Any]:
+    """Defaults that differ from TRL's: what works for SVF, and what a CPU needs. A recipe or the command line overrides
+    them."""
+    chosen: dict[str, Any] = {
+        "output_dir": f"outputs/{peft_type.lower()}-{objective}",
+        "logging_steps": 1,
+        "metric_for_best_model": "eval_accuracy",
+        "per_device_eval_batch_size": 32,
+        "num_generations_eval": 1,
+        # only what is newest and what was best
+        "save_total_limit": 2,
+    }
+    if objective != "reinforce":
+        chosen["learning_rate"] = 3e-3 if peft_type.upper() == "SVF" else 1e-4
+    if not (torch.cuda.is_available() or torch.backends.mps.is_available() or _has_xpu()):
+        # fp32, and no recomputation: bf16 autocast takes three times as long on most CPUs
+        chosen |= {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
+    return chosen
+
+
+def _has_xpu() -> bool:
+    return hasattr(torch, "xpu") and torch.xpu.is_available()
+
+
+def _mapping(value: Any, name: str) -> Any:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"`{name}` must be JSON, got {value!r}: {error}.") from error
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"`{name}` must be a mapping, got {value!r}.")
+    return value
+
+
+def _check_field(config_class: Any, name: str) -> None:
+    fields = config_class.__dataclass_fields__
+    if name not in fields:
+        raise ValueError(f"{config_class.__name__} has no field {name!r}; it has {', '.join(sorted(fields))}.")

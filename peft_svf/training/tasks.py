@@ -1,0 +1,229 @@
+"""Tasks with answers that can be verified: reasoning-gym's procedural ones by name, and naming a prompt's category.
+
+    find_task("reasoning_gym:products?min_digits=1&max_digits=1").examples("train", 2000)
+
+The splits of a task share no question. Procedural generators repeat themselves when their space is small (there are 55
+one-digit products up to order), so a question goes to a split by a hash of its numbers and operators in any order, or
+of its words if it has no numbers, and not by the seed alone. That holds across tasks: what is asked in the test of one
+task is not in the training data of another, not even in other words.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import random
+import re
+import sys
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Literal, Protocol
+from urllib.parse import parse_qsl
+
+from datasets import Dataset
+
+from ..scoring import ANSWERS, choice, classification_prompt, text_of
+from ..scoring.rewards import RewardFunc
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+SEEDS: dict[Split, int] = {"train": 1, "test": 2, "validation": 3}
+PREFIX = "reasoning_gym:"
+
+
+class Task(Protocol):
+    """Examples for each split and how to score an answer."""
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        ...
+
+    @property
+    def reward(self) -> RewardFunc:
+        """TRL's reward protocol: 1 for right, 0 for wrong."""
+        ...
+
+    def examples(self, split: Split, size: int) -> Dataset:
+        """At most `size` rows: `prompt` and `completion` (messages), `answer`, and what the reward needs besides.
+        The rows of validation and test are all different."""
+        ...
+
+
+def split_of(question: str) -> Split:
+    """The split that a question belongs to: a third goes to the test, a fifth of the rest to validation; `3 * 4` goes
+    where `4 * 3` goes."""
+    parts = re.findall(r"\d+|[-+*/]", question) if re.search(r"\d", question) else question.split()
+    number = int(hashlib.sha256(" ".join(sorted(parts)).encode()).hexdigest(), 16)
+    if number % 3 == 0:
+        return "test"
+    return "validation" if number // 3 % 5 == 0 else "train"
+
+
+def find_task(spec: str, *, system_prompt: str | None = None, answer_format: str = "text") -> Task:
+    """
+    A task by name.
+
+    Args:
+        spec (`str`): `reasoning_gym:NAME`, with the settings of that dataset as in a URL:
+            `reasoning_gym:chain_sum?min_terms=2&max_terms=2`. Values are JSON, or text where they are no JSON.
+        system_prompt (`str`, *optional*): The system message; it should say in what form to answer.
+        answer_format (`str`): How to take the answer out of a completion, one of [`ANSWERS`].
+
+    Raises:
+        ValueError: There is no such task, setting or answer format.
+        ImportError: reasoning-gym is not installed.
+    """
+    if answer_format not in ANSWERS:
+        raise ValueError(f"There is no answer format {answer_format!r}; expected one of {', '.join(ANSWERS)}.")
+    if not spec.startswith(PREFIX):
+        raise ValueError(f"There is no task {spec!r}; expected {PREFIX}NAME, such as {PREFIX}chain_sum?max_terms=2.")
+    name, _, query = spec.removeprefix(PREFIX).partition("?")
+    settings = {key: _value(text) for key, text in parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))}
+    task = ReasoningGymTask(name, settings, system_prompt, answer_format)
+    create_dataset(name, seed=0, size=1, **settings)  # complains now about a name or a setting that does not exist
+    return task
+
+
+@dataclass(frozen=True)
+class ReasoningGymTask:
+    """
+    A dataset of [reasoning-gym](https://github.com/open-thought/reasoning-gym) with its verifier.
+
+    Attributes:
+        name: Its name there.
+        settings: Its settings, such as those of difficulty.
+        system_prompt: The system message.
+        answer_format: How to take the answer out of a completion, one of [`ANSWERS`].
+    """
+
+    name: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    system_prompt: str | None = None
+    answer_format: str = "text"
+
+    @property
+    def reward(self) -> RewardFunc:
+        return reasoning_gym_score
+
+    def examples(self, split: Split, size: int) -> Dataset:
+        system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
+        rows = []
+        for entry in islice(self._entries(split, 4000 + 8 * size), size):
+            question = {"role": "user", "content": entry["question"].strip()}
+            rows.append(
+                {
+                    "prompt": [*system, question],
+                    "completion": [{"role": "assistant", "content": str(entry["answer"])}],
+                    "answer": str(entry["answer"]),
+                    "task": self.name,
+                    "answer_format": self.answer_format,
+                    # as text, for arrow would merge the fields of all rows
+                    "entry": json.dumps(entry, default=str),
+                }
+            )
+        if not rows:
+            raise ValueError(f"The task {self.name!r} with {self.settings} has no question for {split}.")
+        return Dataset.from_list(rows)
+
+    def _entries(self, split: Split, bound: int) -> Iterator[dict[str, Any]]:
+        """Those of a bounded walk, for a small task has fewer different questions than asked for."""
+        seen: set[str] = set()
+        for entry in create_dataset(self.name, seed=SEEDS[split], size=bound, **self.settings):
+            question = entry["question"]
+            if split_of(question) == split and (split == "train" or question not in seen):
+                seen.add(question)
+                yield entry
+
+
+def reasoning_gym_score(
+    completions: list[Any], entry: list[str], task: list[str], answer_format: list[str], **kwargs: Any
+) -> list[float]:
+    """1 for each completion that its task's verifier accepts, else 0. The other arguments are columns of the data."""
+    return [
+        _verify(ANSWERS[how](text_of(completion)), name, json.loads(one))
+        for completion, one, name, how in zip(completions, entry, task, answer_format, strict=True)
+    ]
+
+
+def _verify(answer: str, name: str, entry: dict[str, Any]) -> float:
+    if not answer:
+        return 0.0
+    try:
+        return float(create_dataset(name, seed=0, size=1).score_answer(answer, entry) >= 1.0)
+    except Exception:  # some verifiers of reasoning-gym fail on answers that are not even of the right form
+        return 0.0
+
+
+@dataclass(frozen=True)
+class ClassificationTask:
+    """
+    Naming the category of a prompt, which the paper's classification expert learns.
+
+    The prompts of a split are those of the same split of the categories' own tasks: what is asked there in a test is
+    never seen in training here. (The code released with the paper trains this expert on the test questions of the
+    benchmarks it is evaluated with.)
+
+    Attributes:
+        categories: The task that each category's prompts come from.
+    """
+
+    categories: Mapping[str, Task]
+    name: str = "classification"
+
+    @property
+    def reward(self) -> RewardFunc:
+        return choice
+
+    def examples(self, split: Split, size: int) -> Dataset:
+        each = -(-size // len(self.categories))
+        rows = []
+        for label, task in self.categories.items():
+            for prompt in task.examples(split, each)["prompt"]:
+                rows.append(
+                    {
+                        "prompt": classification_prompt(prompt, list(self.categories)),
+                        "completion": [{"role": "assistant", "content": label}],
+                        "answer": label,
+                    }
+                )
+        random.Random(SEEDS[split]).shuffle(rows)
+        return Dataset.from_list(rows[:size])
+
+
+def create_dataset(name: str, **settings: Any) -> Any:
+    """reasoning-gym's `create_dataset`, with errors that say what there is.
+
+    Raises:
+        ImportError: reasoning-gym is not installed.
+        ValueError: There is no dataset of that name, or it has no such setting.
+    """
+    if importlib.util.find_spec("reasoning_gym") is None:
+        raise ImportError("This task comes from reasoning-gym, which is not installed: `pip install peft-svf[tasks]`.")
+    # Its zebra puzzles import pycosat, which exists only as C source. Where that was left out, an empty module stands
+    # in, and everything else works.
+    if "pycosat" not in sys.modules and importlib.util.find_spec("pycosat") is None:
+        sys.modules["pycosat"] = types.ModuleType("pycosat")
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
+
+    if name not in DATASETS:
+        raise ValueError(f"reasoning-gym has no dataset {name!r}; it has {', '.join(sorted(DATASETS))}.")
+    try:
+        return reasoning_gym.create_dataset(name, **settings)
+    except (TypeError, AssertionError) as error:
+        known = ", ".join(sorted(set(DATASETS[name][1].__dataclass_fields__) - {"seed", "size"}))
+        raise ValueError(
+            f"The reasoning-gym dataset {name!r} refuses {settings}: {error or 'a value out of range'}. Its settings "
+            f"are {known}."
+        ) from error
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text

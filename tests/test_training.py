@@ -1,0 +1,696 @@
+"""Training: REINFORCE, tasks, greedy evaluation, callbacks, checkpoints, the script."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import tiny_llama
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from test_trl import ADAPTER, Recorder, assert_same, dataset, deltas, logged, many_early_letters, tokenizer, trainer
+from transformers import EarlyStoppingCallback, TrainerCallback
+
+from peft_svf import SVFConfig
+from peft_svf.training import (
+    ClassificationTask,
+    EqualRewards,
+    ExactState,
+    GreedyEvaluation,
+    ReinforceConfig,
+    ReinforceTrainer,
+    adapter_deltas,
+    find_task,
+    greedy_accuracy,
+    plot_curves,
+    plot_deltas,
+    split_of,
+)
+from peft_svf.training.arguments import AdapterArguments, TrainArguments, adapter_config
+from peft_svf.training.checkpoints import discard_incomplete, is_complete, last_complete
+from peft_svf.training.plots import delta_sizes
+from peft_svf.training.run import main, parse
+from peft_svf.training.tasks import SPLITS
+
+RECIPES = Path(__file__).parents[1] / "examples" / "recipes"
+
+# ---------------------------------------------------------------------------------------------------------- REINFORCE
+
+
+def reinforce(folder: Path, reward: Any, model: Any = None, **options: Any) -> Any:
+    settings = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "logging_steps": 1,
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "max_completion_length": 6,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "beta": 0.1,
+        **options,
+    }
+    return ReinforceTrainer(
+        model if model is not None else tiny_llama(),
+        reward_funcs=reward,
+        args=ReinforceConfig(**settings),
+        train_dataset=dataset("GRPO"),
+        processing_class=tokenizer(),
+        peft_config=SVFConfig(target_modules="all-linear"),
+    )
+
+
+class Samples:
+    """A reward that notes what it was asked about."""
+
+    __name__ = "samples"
+
+    def __init__(self, values: Any = (1.0, 0.0)) -> None:
+        self.values, self.seen = values, []  # type: ignore[var-annotated]
+
+    def __call__(self, prompts: list[str], completion_ids: list[list[int]], **columns: Any) -> list[float | None]:
+        rewards = [self.values[i % len(self.values)] for i in range(len(prompts))]
+        self.seen.append((prompts, completion_ids, rewards))
+        return rewards
+
+
+def analytic_gradient(
+    model: Any, samples: tuple[list[str], list[list[int]], list[float]], beta: float, length: int
+) -> dict[str, torch.Tensor]:
+    """-∇J of the paper's objective for these samples, from its definition, in fp64: the score function of each token
+    times reward minus λ times the log-ratio at that token, over B · max_completion_length."""
+    prompts, completions, rewards = samples
+    model = model.double().eval()
+    for parameter in model.parameters():
+        parameter.grad = None
+    total = torch.zeros((), dtype=torch.float64)
+    for prompt, completion, reward in zip(prompts, completions, rewards, strict=True):
+        before = tokenizer()(prompt)["input_ids"]
+        ids = torch.tensor([before + completion])
+
+        def logps(ids: torch.Tensor = ids, before: list[int] = before) -> torch.Tensor:
+            logits = model(input_ids=ids).logits[0, len(before) - 1 : -1]
+            return logits.log_softmax(-1).gather(-1, ids[0, len(before) :, None])[:, 0]
+
+        policy = logps()
+        with torch.no_grad(), model.disable_adapter():
+            reference = logps()
+        signal_ = (2 * reward - 1) - beta * (policy.detach() - reference)
+        total = total - (signal_ * policy).sum()
+    (total / (len(prompts) * length)).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_the_gradient_of_reinforce_is_the_paper_s(beta: float, tmp_path: Path) -> None:
+    """Plain SGD with rate 20 moves δ by 20 times the gradient. In the second step the KL is not 0 any more."""
+    reward, record = Samples(), Recorder()
+    run = reinforce(
+        tmp_path,
+        reward,
+        beta=beta,
+        optim="sgd",
+        learning_rate=20.0,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+    )
+    run.add_callback(record)
+    run.train()
+    if beta:
+        assert logged(run, "kl")[0] == 0
+        assert logged(run, "kl")[1] != 0
+    for step in (0, 1):
+        at = get_peft_model(tiny_llama(), SVFConfig(target_modules="all-linear"))
+        for name, delta in deltas(at).items():
+            delta.copy_(record.seen[step][name])
+        expected = analytic_gradient(at, reward.seen[step], beta, length=6)
+        moved = {name: (record.seen[step][name] - record.seen[step + 1][name]) / 20 for name in record.seen[step]}
+        assert max(gradient.abs().max() for gradient in expected.values()) > 1e-3
+        for name, gradient in expected.items():
+            found = moved[name.replace(".default.", ".")]
+            assert (found - gradient).abs().max() <= 1e-6, name
+
+
+def test_reinforce_draws_one_completion_for_each_prompt(tmp_path: Path) -> None:
+    reward = Samples()
+    run = reinforce(tmp_path, reward)
+    run.train()
+    assert len(reward.seen) == 2
+    for prompts, _, _ in reward.seen:
+        assert len(prompts) == len(set(prompts)) == 8
+    assert logged(run, "reward") == [0.5, 0.5]
+
+
+def test_a_completion_that_nothing_scores_teaches_nothing(tmp_path: Path) -> None:
+    run = reinforce(tmp_path, Samples([None]), beta=0.0, max_steps=1)
+    run.train()
+    assert all(delta.abs().max() == 0 for delta in deltas(run.model).values())
+    unsigned = reinforce(tmp_path, Samples([0.0]), beta=0.0, max_steps=1, signed_rewards=False)
+    unsigned.train()
+    assert all(delta.abs().max() == 0 for delta in deltas(unsigned.model).values())
+    signed = reinforce(tmp_path, Samples([0.0]), beta=0.0, max_steps=1)
+    signed.train()
+    assert all(delta.abs().max() > 0 for delta in deltas(signed.model).values())
+
+
+def test_reinforce_shows_its_signal_in_the_table_of_completions(tmp_path: Path) -> None:
+    run = reinforce(tmp_path, Samples(), max_steps=1)
+    run.train()
+    assert sorted(run._logs["advantages"]) == [-1.0] * 4 + [1.0] * 4
+
+
+def test_reinforce_with_a_batch_of_one(tmp_path: Path) -> None:
+    run = reinforce(tmp_path, Samples(), max_steps=1, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    run.train()
+    assert run.state.global_step == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"num_generations": 4}, "`num_generations` must be 1"), ({"num_iterations": 2}, "`num_iterations` must be 1")],
+)
+def test_reinforce_refuses_what_it_is_not(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        ReinforceConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **options)
+
+
+# -------------------------------------------------------------------------------------------------------------- tasks
+
+SUMS = "reasoning_gym:chain_sum?min_digits=1&max_digits=1&min_terms=2&max_terms=2"
+PRODUCTS = "reasoning_gym:products?min_digits=1&max_digits=1&min_terms=2&max_terms=2"
+
+
+def questions(rows: Any) -> list[str]:
+    return [prompt[-1]["content"] for prompt in rows["prompt"]]
+
+
+def test_the_splits_of_tasks_share_no_question() -> None:
+    asked: dict[str, set[str]] = {split: set() for split in SPLITS}
+    for spec in (SUMS, PRODUCTS):
+        task = find_task(spec)
+        for split in SPLITS:
+            rows = task.examples(split, 100)
+            found = questions(rows)
+            assert len(found) > 5
+            if split != "train":
+                assert len(set(found)) == len(found)
+            asked[split] |= {" ".join(sorted(question.split())) for question in found}
+    assert not asked["train"] & asked["test"]
+    assert not asked["train"] & asked["validation"]
+    assert not asked["validation"] & asked["test"]
+
+
+def test_a_question_and_its_mirror_are_on_one_side() -> None:
+    for a in range(10):
+        for b in range(10):
+            assert split_of(f"Calculate {a} * {b}.") == split_of(f"What is {b} * {a}?")
+    sides = [split_of(f"Calculate {a} * {b}.") for a in range(40) for b in range(a)]
+    shares = {split: sides.count(split) / len(sides) for split in SPLITS}
+    assert shares == pytest.approx({"train": 8 / 15, "validation": 2 / 15, "test": 1 / 3}, abs=0.05)
+
+
+def test_a_task_and_its_verifier() -> None:
+    task = find_task(SUMS, system_prompt="Reply with the answer only.", answer_format="number")
+    rows = task.examples("test", 8)
+    assert rows[0]["prompt"][0] == {"role": "system", "content": "Reply with the answer only."}
+    columns = {name: rows[name] for name in rows.column_names if name not in ("prompt", "completion")}
+    right = [f"It is {answer}." for answer in rows["answer"]]
+    wrong = [str(int(answer) + 1) for answer in rows["answer"]]
+    assert task.reward(prompts=rows["prompt"], completions=right, **columns) == [1.0] * 8
+    assert task.reward(prompts=rows["prompt"], completions=wrong, **columns) == [0.0] * 8
+    assert task.reward(prompts=rows["prompt"], completions=[""] * 8, **columns) == [0.0] * 8
+    assert task.examples("test", 8)[:] == rows[:]
+
+
+def test_a_verifier_that_fails_on_an_answer_has_refused_it() -> None:
+    task = find_task("reasoning_gym:prime_factorization", answer_format="line")
+    rows = task.examples("test", 2)
+    columns = {name: rows[name] for name in rows.column_names if name not in ("prompt", "completion")}
+    completions = ["The prime factorization of it can be found", rows["answer"][1]]
+    assert task.reward(prompts=rows["prompt"], completions=completions, **columns) == [0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("reasoning_gym:chian_sum", "no dataset 'chian_sum'; it has (.*)chain_sum"),
+        ("reasoning_gym:chain_sum?max_digit=1", "'chain_sum' refuses .*max_digits"),
+        ("reasoning_gym:chain_sum?min_digits=3&max_digits=1", "'chain_sum' refuses"),
+        ("chain_sum", "no task 'chain_sum'; expected reasoning_gym:NAME"),
+    ],
+)
+def test_a_task_that_does_not_exist(spec: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        find_task(spec)
+
+
+def test_an_answer_format_that_does_not_exist() -> None:
+    with pytest.raises(ValueError, match="no answer format 'numbr'; expected one of number, word"):
+        find_task(SUMS, answer_format="numbr")
+
+
+def test_settings_of_a_task_are_json_or_text() -> None:
+    task = find_task('reasoning_gym:basic_arithmetic?operators=["%2B","-"]&allow_parentheses=false&max_terms=2')
+    assert task.settings == {"operators": ["+", "-"], "allow_parentheses": False, "max_terms": 2}  # type: ignore[attr-defined]
+
+
+def test_the_classification_expert_never_sees_a_test_question() -> None:
+    tasks = {"sums": find_task(SUMS), "products": find_task(PRODUCTS)}
+    task = ClassificationTask(tasks)
+    tested = {question for one in tasks.values() for question in questions(one.examples("test", 1000))}
+    rows = task.examples("train", 400)
+    assert set(rows["answer"]) == {"sums", "products"}
+    assert 150 < rows["answer"].count("sums") < 250
+    asked = {question.partition("\n\nCategory")[0] for question in questions(rows)}
+    assert len(asked) > 50
+    assert not asked & tested
+    assert {split_of(question) for question in asked} == {"train"}
+    assert task.reward(completions=["sums", "Products."], answer=["sums", "products"]) == [1.0, 1.0]
+
+
+# ------------------------------------------------------------------------------------------ evaluation, callbacks
+
+
+def validation(count: int = 4) -> Any:
+    return datasets.Dataset.from_dict({"prompt": [f"{a}+1=" for a in range(count)], "answer": list(range(count))})
+
+
+def test_greedy_accuracy_is_the_mean_over_all_rows_whatever_the_batches() -> None:
+    model = tiny_llama()
+    seen = []
+
+    def first_only(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        seen.append(len(prompts))
+        return [float(prompt == "0+1=") for prompt in prompts]
+
+    model.train()
+    assert greedy_accuracy(model, tokenizer(), validation(5), first_only, batch_size=2, max_new_tokens=3) == 0.2
+    assert seen == [2, 2, 1]
+    assert model.training
+
+
+def test_greedy_accuracy_chooses_the_best_model_and_stops(tmp_path: Path) -> None:
+    values = iter([0.5, 0.9, 0.1, 0.2, 0.3])
+
+    def falling(prompts: list[str], **columns: Any) -> list[float]:
+        return [value] * len(prompts)
+
+    class Next(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            nonlocal value
+            value = next(values)
+
+    value = 0.0
+    evaluation = GreedyEvaluation(validation(), falling, max_new_tokens=2)
+    run = trainer(
+        "GRPO",
+        tmp_path,
+        max_steps=5,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_accuracy",
+        per_device_eval_batch_size=16,
+        num_generations_eval=1,
+    )
+    record = Recorder()
+    for callback in (record, Next(), evaluation, EarlyStoppingCallback(2)):
+        run.add_callback(callback)
+    run.train()
+    assert run.state.global_step == 4  # two without improvement after the best
+    assert run.state.best_global_step == 2
+    assert run.state.best_metric == pytest.approx(0.9)
+    assert_same(deltas(run.model), record.seen[2])
+    assert logged(run, "eval_accuracy") == pytest.approx([0.5, 0.9, 0.1, 0.2])
+
+
+@pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
+def test_equal_rewards_are_called_out_once(kind: str, tmp_path: Path) -> None:
+    def same(completions: list[str], **columns: Any) -> list[float]:
+        return [0.0] * len(completions)
+
+    run = trainer(kind, tmp_path, reward=same, max_steps=5, beta=0.0)
+    run.add_callback(EqualRewards(patience=3))
+    with pytest.warns(UserWarning, match=r"last 3 logged steps \(up to step 3, mean reward 0\).*no gradient") as caught:
+        run.train()
+    assert sum("no gradient" in str(warning.message) for warning in caught) == 1
+
+
+def test_different_rewards_are_not_called_out(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    run = trainer("GRPO", tmp_path, max_steps=3)
+    run.add_callback(EqualRewards(patience=1))
+    run.train()
+    assert not any("no gradient" in str(warning.message) for warning in recwarn)
+
+
+def test_delta_that_was_cast_to_16_bit_is_called_out_and_cast_back(tmp_path: Path) -> None:
+    """TRL casts everything trainable to bf16 on a quantized base model."""
+    run = trainer("GRPO", tmp_path, max_steps=1)
+    for delta in deltas(run.model).values():
+        delta.data = delta.data.to(torch.bfloat16)
+    for name, parameter in run.model.named_parameters():
+        if ".svf_delta." in name:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    with pytest.warns(UserWarning, match=r"14 vectors δ are in 16 bit.*ExactState"):
+        run.model.train()
+    run.add_callback(ExactState())
+    with pytest.warns(UserWarning, match="14 vectors δ had been cast to 16 bit.*fp32 again"):
+        run.train()
+    assert all(delta.dtype == torch.float32 and delta.abs().max() > 0 for delta in deltas(run.model).values())
+
+
+@pytest.mark.parametrize("kind", ["GRPO", "RLOO", "SFT"])
+def test_a_resumed_run_equals_one_that_was_not_interrupted(kind: str, tmp_path: Path) -> None:
+    """Bit for bit, with layers that fold."""
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+    folded = []
+
+    class Folded(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            folded.append(sum(m.fold.weight is not None for m in model.modules() if hasattr(m, "fold")))
+
+    whole, record = trainer(kind, tmp_path / "whole", **options), Recorder()
+    for callback in (record, Folded(), ExactState()):
+        whole.add_callback(callback)
+    whole.train()
+    assert max(folded) > 0
+    again, resumed = trainer(kind, tmp_path / "again", **options), Recorder()
+    for callback in (resumed, ExactState()):
+        again.add_callback(callback)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    for step in (2, 3, 4, 5, 6):
+        assert_same(resumed.seen[step], record.seen[step])
+
+
+# -------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def test_only_whole_checkpoints_count(tmp_path: Path) -> None:
+    run = trainer("SFT", tmp_path, save_strategy="steps", save_steps=1, max_steps=3)
+    run.train()
+    assert last_complete(tmp_path) == tmp_path / "checkpoint-3"
+    state = (tmp_path / "checkpoint-3" / "trainer_state.json").read_text()
+    (tmp_path / "checkpoint-3" / "trainer_state.json").write_text(state[: len(state) // 2])
+    assert last_complete(tmp_path) == tmp_path / "checkpoint-2"
+    weights = (tmp_path / "checkpoint-2" / ADAPTER).read_bytes()
+    (tmp_path / "checkpoint-2" / ADAPTER).write_bytes(weights[: len(weights) // 2])
+    assert last_complete(tmp_path) == tmp_path / "checkpoint-1"
+    (tmp_path / "checkpoint-10").mkdir()
+    with pytest.warns(UserWarning, match="checkpoint-10 was not written to its end"):
+        discard_incomplete(tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1"]
+    assert not is_complete(tmp_path / "nowhere")
+
+
+# -------------------------------------------------------------------------------------------------------------- plots
+
+
+def test_plots(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    model = get_peft_model(tiny_llama(), SVFConfig(target_modules="all-linear"))
+    for i, delta in enumerate(deltas(model).values()):
+        delta.fill_(0.01 * (i + 1))
+    found = adapter_deltas(model)
+    layers, kinds, sizes = delta_sizes(found)
+    assert layers == [0, 1]
+    assert len(kinds) == 7
+    assert sizes == pytest.approx(0.01 * np.arange(1, 15).reshape(2, 7))
+    plot_deltas(found, tmp_path / "delta.png", title="t")
+    history = [{"step": 1, "reward": 0.1, "kl": 0.0}, {"step": 2, "reward": 0.4}, {"step": 2, "eval_accuracy": 0.5}]
+    plot_curves(history, tmp_path / "curve.png")
+    plot_curves([], tmp_path / "empty.png")
+    for name in ("delta", "curve", "empty"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ------------------------------------------------------------------------------------------------------------- script
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A folder with a tiny model and its tokenizer."""
+    folder = tmp_path / "base"
+    tiny_llama().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A dataset of text questions, as a folder of JSON lines."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split, numbers in (("train", range(0, 60)), ("test", range(60, 70))):
+        lines = [json.dumps({"question": f"{n}+1=", "solution": str(n + 1)}) for n in numbers]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def script(base: Path, data: Path, output: Path, **options: Any) -> list[str]:
+    chosen = {
+        "model_name_or_path": base,
+        "dataset_name": data,
+        "prompt_column": "question",
+        "answer_column": "solution",
+        "reward_funcs": "test_training.early_letters",
+        "output_dir": output,
+        "max_steps": 3,
+        "per_device_train_batch_size": 8,
+        "num_generations": 4,
+        "max_completion_length": 6,
+        "validation_size": 6,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "per_device_eval_batch_size": 4,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "disable_tqdm": True,
+        **options,
+    }
+    return [word for name, value in chosen.items() if value is not None for word in (f"--{name}", str(value))]
+
+
+def early_letters(completions: list[str], answer: list[str], **columns: Any) -> list[float]:
+    """A reward by dotted path, which needs the column `answer`."""
+    return many_early_letters(completions)
+
+
+@pytest.mark.parametrize("objective", ["grpo", "rloo", "reinforce"])
+@pytest.mark.parametrize("method", ["svf", "lora", "ia3"])
+def test_the_script_trains_and_leaves_a_whole_adapter(
+    objective: str, method: str, base: Path, data: Path, tmp_path: Path
+) -> None:
+    generations = None if objective == "reinforce" else 4
+    options = script(
+        base, data, tmp_path / "expert", objective=objective, peft_type=method, num_generations=generations
+    )
+    record = main(options)
+    output = tmp_path / "expert"
+    assert {"adapter_config.json", ADAPTER, "README.md", "training.json", "curve.png"} <= set(os.listdir(output))
+    assert (output / "delta.png").exists() == (method == "svf")
+    assert not list(output.glob("*.bin"))
+    assert not list(output.glob(".*"))
+    loaded = PeftModel.from_pretrained(tiny_llama(), output)
+    assert loaded.peft_config["default"].base_model_name_or_path == str(base)
+    if method == "svf":
+        assert_same(deltas(loaded), load_file(output / ADAPTER))
+        assert any(delta.abs().max() > 0 for delta in deltas(loaded).values())
+    saved = json.loads((output / "training.json").read_text())
+    assert saved["recipe"]["max_steps"] == 3
+    assert saved["test_questions"] == 10
+    assert [entry["step"] for entry in saved["history"] if "eval_accuracy" in entry] == [1, 2, 3]
+    assert saved["accuracy_after"] == record.accuracy_after
+    card = (output / "README.md").read_text()
+    assert f"**{record.accuracy_after:.3f}** after" in card
+    assert yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])["max_steps"] == 3
+
+
+def test_a_recipe_and_the_command_line(tmp_path: Path, base: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("objective: rloo\nlearning_rate: 0.005\nmax_steps: 7\npeft_kwargs: {bias: none}\n")
+    arguments, training, adapter, _ = parse(["--config", str(recipe), "--max_steps", "9"])
+    assert type(training).__name__ == "RLOOConfig"
+    assert (training.learning_rate, training.max_steps) == (0.005, 9)
+    assert adapter.peft_kwargs == {"bias": "none"}
+    assert arguments.recipe["max_steps"] == 9
+    assert arguments.recipe["learning_rate"] == 0.005
+    assert "config" not in arguments.recipe
+    _, training, _, _ = parse(["--objective", "grpo", "--peft_type", "lora"])
+    assert training.learning_rate == 1e-4
+    _, training, _, _ = parse([])
+    assert training.learning_rate == 3e-3
+    assert training.metric_for_best_model == "eval_accuracy"
+    _, training, _, _ = parse(["--objective", "reinforce"])
+    assert (training.learning_rate, training.max_grad_norm, training.num_generations) == (2e-3, 1e-3, 1)
+
+
+def test_every_recipe_parses_and_its_task_exists() -> None:
+    recipes = sorted(RECIPES.glob("*.yaml"))
+    assert len(recipes) >= 5
+    from peft_svf.training.run import find_script_task
+
+    for recipe in recipes:
+        arguments, _, adapter, _ = parse(["--config", str(recipe)])
+        adapter_config(adapter)
+        if arguments.task or arguments.categories:
+            task = find_script_task(arguments)
+            assert task is not None
+            assert len(task.examples("train", 4)) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model_name_or_path": None}, "Which model"),
+        ({"dataset_name": None}, "What to learn"),
+        ({"task": SUMS}, "both task and dataset_name are given"),
+        ({"reward_funcs": None}, "How are answers rewarded"),
+        ({"reward_funcs": "nubmer"}, "no reward function 'nubmer'"),
+        ({"prompt_column": "text"}, "no column 'text'; it has question, solution"),
+        ({"dataset_train_split": "training"}, "no split 'training'; it has train, test"),
+        ({"validation_size": 60}, "has 60 rows, of which validation_size=60"),
+        ({"peft_type": "svd"}, "PEFT has no method 'svd'; it has .*svf"),
+        ({"peft_type": "svf", "peft_kwargs": '{"rank": 3}'}, "SVFConfig has no field 'rank'"),
+        ({"peft_kwargs": "rank=3"}, "`peft_kwargs` must be JSON"),
+        ({"objective": "ppo"}, "`objective` must be one of grpo, rloo, reinforce, got 'ppo'"),
+    ],
+)
+def test_options_that_make_no_sense(
+    options: dict[str, Any], message: str, base: Path, data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        main(script(base, data, tmp_path / "expert", **options))
+
+
+def test_rivals_by_name() -> None:
+    for method, kwargs in (("vera", {"r": 8}), ("tinylora", {}), ("lora", {"use_rslora": True})):
+        config = adapter_config(AdapterArguments(peft_type=method, peft_kwargs=kwargs))
+        assert config.peft_type.value.lower() == method
+        model = get_peft_model(tiny_llama(), config)
+        assert any(parameter.requires_grad for parameter in model.parameters())
+    assert adapter_config(AdapterArguments(peft_type="svf", r=4)).r == 4
+    assert TrainArguments(categories='{"a": "b"}').categories == {"a": "b"}
+
+
+_fail_at = math.inf
+
+
+def failing(completions: list[str], **columns: Any) -> list[float]:
+    global _fail_at
+    _fail_at -= 1
+    if _fail_at < 0:
+        raise OSError("the grader is gone")
+    return many_early_letters(completions)
+
+
+def test_an_error_in_a_reward_loses_nothing(base: Path, data: Path, tmp_path: Path) -> None:
+    global _fail_at
+    module = sys.modules["test_training"]
+    options = script(
+        base, data, tmp_path / "expert", reward_funcs="test_training.failing", save_steps=100, eval_strategy="no"
+    )
+    module._fail_at = 2
+    with pytest.raises(RuntimeError, match=r"'failing' raised OSError: the grader is gone(.|\n)*Completion 0"):
+        main(options)
+    assert last_complete(tmp_path / "expert") == tmp_path / "expert" / "checkpoint-2"
+    assert not (tmp_path / "expert" / ADAPTER).exists()
+    module._fail_at = math.inf
+    record = main([*options, "--resume_from_checkpoint", "true"])
+    assert [entry["step"] for entry in record.history if "reward" in entry] == [1, 2, 3]
+
+
+def test_several_datasets_in_a_recipe(base: Path, data: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "mixture.yaml"
+    recipe.write_text(yaml.safe_dump({"datasets": [{"path": str(data)}, {"path": str(data)}], "test_split_size": 0.1}))
+    record = main(["--config", str(recipe), *script(base, data, tmp_path / "expert", dataset_name=None, max_steps=1)])
+    assert record.test_size == 12
+
+
+# --------------------------------------------------------------------------------------------------------------- crash
+
+KILLED = """
+import sys, test_training
+from peft_svf.training.run import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_ten_times_ends_as_if_it_had_not_been(base: Path, data: Path, tmp_path: Path) -> None:
+    """SIGKILL at random moments: every resume works, and δ is that of an uninterrupted run, bit for bit."""
+    options: dict[str, Any] = {"max_steps": 24, "save_steps": 1, "eval_strategy": "no", "validation_size": 0}
+    main(script(base, data, tmp_path / "whole", **options))
+    expected = load_file(tmp_path / "whole" / ADAPTER)
+
+    output, rng, kills = tmp_path / "killed", random.Random(0), 0
+    command = [sys.executable, "-c", KILLED, *script(base, data, output, **options), "--resume_from_checkpoint", "true"]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
+    while kills < 10:
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        before = last_complete(output)
+        while process.poll() is None and last_complete(output) == before:
+            time.sleep(0.01)  # until it trains
+        time.sleep(rng.uniform(0, 0.3))
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        _, errors = process.communicate()
+        assert process.returncode in (-signal.SIGKILL, 0), errors.decode()[-2000:]
+        if process.returncode == 0:
+            assert_same(load_file(output / ADAPTER), expected)
+            shutil.rmtree(output)
+    last = subprocess.run(command, env=environment, capture_output=True, check=False)
+    assert last.returncode == 0, last.stderr.decode()[-2000:]
+    assert_same(load_file(output / ADAPTER), expected)
+
+
+def test_the_command_line(base: Path, data: Path, tmp_path: Path) -> None:
+    testing = pytest.importorskip("typer.testing")
+    from peft_svf.cli import app
+
+    runner = testing.CliRunner()
+    shown = runner.invoke(app, ["--help"])
+    assert "train" in shown.output
+    wrong = runner.invoke(app, ["train", *script(base, data, tmp_path / "expert", reward_funcs="nubmer")])
+    assert wrong.exit_code == 1
+    done = runner.invoke(app, ["train", *script(base, data, tmp_path / "expert", max_steps=1)])
+    assert done.exit_code == 0
+    assert (tmp_path / "expert" / ADAPTER).exists()
+
+
+def test_without_trl_training_says_what_it_needs() -> None:
+    code = """
+import sys
+sys.modules["trl"] = None
+import peft_svf
+try:
+    import peft_svf.training
+except ImportError as error:
+    print(error)
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "pip install peft-svf[train]" in found.stdout
