@@ -25,7 +25,7 @@ class ExactState(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         cast = left = 0
         for layer in _layers(model):
-            layer.fold.release()
+            layer.fold.forget()
             for delta in layer.delta_weights(layer.svf_delta):
                 if delta.dtype.itemsize == 2:
                     if hasattr(delta, "ds_id"):  # ZeRO-3 keeps its own record of the dtype
@@ -47,7 +47,7 @@ class ExactState(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         for layer in _layers(model):
-            layer.fold.release()
+            layer.fold.forget()
 
 
 class EqualRewards(TrainerCallback):

@@ -93,13 +93,13 @@ class Fold:
     """The folded weight of one layer and the bookkeeping behind it. Copies and pickles are empty."""
 
     def __init__(self) -> None:
-        self.release()
+        self.forget()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Fold, ()
 
-    def release(self) -> None:
-        """Free the folded weight, and forget everything: what follows is as for a new layer."""
+    def forget(self) -> None:
+        """Become as for a new layer: free the folded weight, and everything that was found out."""
         self.weight: torch.Tensor | None = None  # W(z), `[out, in]`
         self._names: tuple[str, ...] = ()
         self._active: list[str] | str = []  # as the layer has it
@@ -111,6 +111,10 @@ class Fold:
         self._exact_enough: bool | None = None
         self._changed_in_place: bool | None = None  # the layer's output, by what follows; not known yet
         self._decisions: dict[tuple[tuple[str, ...], bool], tuple[torch.dtype, Snapshot, bool]] = {}
+
+    def release(self) -> None:
+        """Free the folded weight and start counting anew."""
+        self.weight, self._snapshot, self._spent, self._spent_before = None, None, 0, 0
 
     def peek(self, layer: SVFLayer, names: tuple[str, ...]) -> torch.Tensor | None:
         """The folded weight for these adapters in the dtype of the base weight, if there is one that is up to date."""
