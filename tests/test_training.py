@@ -528,19 +528,16 @@ def test_the_script_trains_and_leaves_a_whole_adapter(
 def test_a_recipe_and_the_command_line(tmp_path: Path, base: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("objective: rloo\nlearning_rate: 0.005\nmax_steps: 7\npeft_kwargs: {bias: none}\n")
-    arguments, training, adapter, _ = parse(["--config", str(recipe), "--max_steps", "9"])
+    _, training, adapter, _, given = parse(["--config", str(recipe), "--max_steps", "9"])
     assert type(training).__name__ == "RLOOConfig"
     assert (training.learning_rate, training.max_steps) == (0.005, 9)
     assert adapter.peft_kwargs == {"bias": "none"}
-    assert arguments.recipe["max_steps"] == 9
-    assert arguments.recipe["learning_rate"] == 0.005
-    assert "config" not in arguments.recipe
-    _, training, _, _ = parse(["--objective", "grpo", "--peft_type", "lora"])
-    assert training.learning_rate == 1e-4
-    _, training, _, _ = parse([])
+    assert given == {"objective": "rloo", "learning_rate": 0.005, "max_steps": 9, "peft_kwargs": {"bias": "none"}}
+    assert parse(["--objective", "grpo", "--peft_type", "lora"])[1].learning_rate == 1e-4
+    training = parse([])[1]
     assert training.learning_rate == 3e-3
     assert training.metric_for_best_model == "eval_accuracy"
-    _, training, _, _ = parse(["--objective", "reinforce"])
+    training = parse(["--objective", "reinforce"])[1]
     assert (training.learning_rate, training.max_grad_norm, training.num_generations) == (2e-3, 1e-3, 1)
 
 
@@ -550,7 +547,7 @@ def test_every_recipe_parses_and_its_task_exists() -> None:
     from peft_svf.training.run import find_script_task
 
     for recipe in recipes:
-        arguments, _, adapter, _ = parse(["--config", str(recipe)])
+        arguments, _, adapter, _, _ = parse(["--config", str(recipe)])
         adapter_config(adapter)
         if arguments.task or arguments.categories:
             task = find_script_task(arguments)

@@ -36,12 +36,12 @@ Splits = dict[str, Dataset]
 
 def main(argv: Sequence[str] | None = None) -> Record:
     """Train, evaluate, save. Returns the numbers that the model card shows."""
-    arguments = parse(sys.argv[1:] if argv is None else argv)
-    return train(*arguments)
+    return train(*parse(sys.argv[1:] if argv is None else argv))
 
 
-def parse(argv: Sequence[str]) -> tuple[TrainArguments, Any, AdapterArguments, DatasetMixtureConfig]:
-    """The options, from the recipe and the command line, which has the last word."""
+def parse(argv: Sequence[str]) -> tuple[TrainArguments, Any, AdapterArguments, DatasetMixtureConfig, dict[str, Any]]:
+    """The options, from the recipe and the command line, which has the last word; the fifth are those that were given,
+    for the model card."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("--config", "--objective", "--peft_type"):
         first.add_argument(name)
@@ -59,11 +59,20 @@ def parse(argv: Sequence[str]) -> tuple[TrainArguments, Any, AdapterArguments, D
     parser.set_defaults_with_config(**chosen)
     script, training, adapter, mixture = parser.parse_args_and_config(list(argv))
     given = {**recipe, **_given_on_command_line(parser, argv)}
-    script.recipe = {name: value for name, value in given.items() if name not in ("config", "output_dir")}
-    return script, training, adapter, mixture
+    left_out = ("config", "output_dir", "base_model_name", "resume_from_checkpoint")
+    given = {name: value for name, value in given.items() if name not in left_out}
+    if script.base_model_name:
+        given["model_name_or_path"] = script.base_model_name
+    return script, training, adapter, mixture, given
 
 
-def train(script: TrainArguments, training: Any, adapter: AdapterArguments, mixture: DatasetMixtureConfig) -> Record:
+def train(
+    script: TrainArguments,
+    training: Any,
+    adapter: AdapterArguments,
+    mixture: DatasetMixtureConfig,
+    given: dict[str, Any],
+) -> Record:
     """Train, evaluate and save, as the arguments say."""
     if adapter.model_name_or_path is None:
         raise ValueError("Which model? Pass --model_name_or_path, a Hub id or a folder.")
@@ -109,7 +118,7 @@ def train(script: TrainArguments, training: Any, adapter: AdapterArguments, mixt
 
     record = Record(
         name=name,
-        recipe=script.recipe,
+        recipe=given,
         base_model=script.base_model_name or adapter.model_name_or_path,
         trainable=sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad),
         seconds=seconds,
