@@ -1,14 +1,14 @@
 """Question: what does SVF learn, beside other methods, with the same trainer and the same rollouts?
 
-    make compare          # or: python benchmarks/compare.py [--tasks NAME ...] [--seeds N] [--minutes M]
+    make compare          # or: python benchmarks/compare.py [--tasks NAME ...] [--minutes M]
 
 Every run is one `python -m peft_svf.training.run` with the recipe of a task; only the method, its learning rate and
 the seed differ. The learning rate of each method is the best of at least four on `SWEEP_TASK` with a seed of its own,
 neither of which is in the table. After training, each adapter is tested on the other tasks, too, and its perplexity
 measured on a text that nothing was trained on: what it forgot.
 
-Hours on two cores. Each run leaves one JSON in `benchmarks/compare/`, and is not repeated if that is there: stop it at
-any time, or give it `--minutes`, and call it again, on another machine if you like. The table and the plots in
+Hours on two cores. Each run leaves one JSON in `benchmarks/compare_runs/`, and is not repeated if that is there: stop
+it at any time, or give it `--minutes`, and call it again, on another machine if you like. The table and the plots in
 `docs/comparison.md` are made of what there is.
 """
 
@@ -40,7 +40,7 @@ from smollm2 import model_name
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "examples" / "recipes"
-STORED = Path(__file__).parent / "compare"
+STORED = Path(__file__).parent / "compare_runs"
 TASKS = ("products", "retrieval", "sums")
 SWEEP_TASK, SWEEP_SEED = "arithmetic", 100
 SEEDS = (1, 2, 3)
@@ -188,7 +188,7 @@ def report() -> None:
     lines = [
         "# SVF beside other methods",
         "",
-        "Written by `benchmarks/compare.py` (`make compare`) from the runs in `benchmarks/compare/`; do not edit.",
+        "Written by `benchmarks/compare.py` (`make compare`) from the runs in `benchmarks/compare_runs/`; do not edit.",
         "SmolLM2-135M-Instruct, all linear layers, TRL's GRPO, "
         f"{BUDGET['max_steps']} steps of 64 completions, greedy accuracy on held-out questions.",
         "",

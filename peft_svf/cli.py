@@ -21,8 +21,8 @@ app = typer.Typer(
 
 
 @app.callback()
-def _version() -> None:
-    pass
+def _commands() -> None:
+    """Without this, a single command would be the whole program."""
 
 
 @app.command(
@@ -35,13 +35,12 @@ def train(context: typer.Context) -> None:
     For several processes: `accelerate launch -m peft_svf.training.run` with the same options.
     """
     try:
-        from .training.run import main as run
-    except ImportError as error:
+        from .training.run import prepare
+
+        run = prepare(context.args)
+    except (ValueError, ImportError, OSError) as error:
         _fail(error)
-    try:
-        run(context.args)
-    except (ValueError, ImportError, FileNotFoundError) as error:
-        _fail(error)
+    run()
 
 
 def _fail(error: Exception) -> NoReturn:

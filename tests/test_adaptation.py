@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from peft_svf import AdaptiveMixture, SVFConfig, SVFLayer, SVFRuntimeConfig
 from peft_svf.adaptation import LogLikelihoodObjective, RewardObjective
+from peft_svf.scoring import text_of
 from peft_svf.scoring.objectives import prompt_ids
 
 VOCABULARY = ["<unk>", "<s>", "</s>", "<pad>", *"abcdefghijklmnopqrstuvwxyz0123456789 +=?[]\n"]
@@ -692,12 +693,15 @@ def test_what_is_no_function_is_no_reward(mixture: AdaptiveMixture, bad: Any) ->
         mixture.search(EXAMPLES, [bad])
 
 
-def test_a_coroutine_is_refused(mixture: AdaptiveMixture) -> None:
-    async def reward(**kwargs: Any) -> list[float]:
-        return []
+def test_a_coroutine_is_awaited(mixture: AdaptiveMixture) -> None:
+    def plain(completions: list[Any], **kwargs: Any) -> list[float]:
+        return [float(len(text_of(completion))) for completion in completions]
 
-    with pytest.raises(TypeError, match="coroutine"):
-        mixture.search(EXAMPLES, reward)
+    async def reward(completions: list[Any], trainer_state: Any, **kwargs: Any) -> list[float]:
+        return plain(completions)
+
+    options: dict[str, Any] = {"num_generations": 1, "population_size": 4, "generation_kwargs": {"max_new_tokens": 4}}
+    assert mixture.search(EXAMPLES, reward, **options).scores == mixture.search(EXAMPLES, plain, **options).scores
 
 
 def test_rows_that_are_no_rows(mixture: AdaptiveMixture) -> None:

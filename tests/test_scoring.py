@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_svf.scoring import ANSWERS, REWARDS, check_rewards, checked, classification_prompt, find_reward, text_of
+from peft_svf.scoring import rewards as rewards_module
 from peft_svf.scoring.rewards import boxed, first_line, first_word, last_number
 
 CASES = [
@@ -22,6 +23,10 @@ CASES = [
     ("number", "12.0", "12", 1),
     ("number", "-3", "3", 0),
     ("number", "no idea", "3", 0),
+    ("number", ".5", "0.5", 1),
+    ("number", "3,4", "34", 0),
+    ("number", "3, 4", "4", 1),
+    ("number", "12,345.5 km", "12345.5", 1),
     ("number", "3", "no number", 0),
     ("exact", " Paris. ", "paris", 1),
     ("exact", "Paris, France", "paris", 0),
@@ -43,7 +48,7 @@ def test_verifiable_rewards(name: str, completion: str, reference: str, expected
     chat = REWARDS[name](
         prompts=[[{"role": "user", "content": "?"}]],
         completions=[[{"role": "assistant", "content": completion}]],
-        completion=[[{"role": "assistant", "content": reference}]],
+        solution=[[{"role": "assistant", "content": reference}]],
     )
     assert plain == chat == [expected]
 
@@ -53,7 +58,7 @@ def test_the_reference_may_be_a_number() -> None:
 
 
 def test_without_a_reference_the_columns_are_named() -> None:
-    with pytest.raises(ValueError, match=r"expected a column 'answer' or 'solution' or 'completion'.*it has label"):
+    with pytest.raises(ValueError, match=r"expected a column 'answer' or 'solution'.*it has label"):
         REWARDS["exact"](completions=["a"], label=["a"])
 
 
@@ -144,9 +149,7 @@ def test_an_error_names_the_sample_that_causes_it() -> None:
     def picky(completions: list[str], answer: list[str], **columns: Any) -> list[float]:
         return [1 / (text != "c1") for text in completions]
 
-    with pytest.raises(
-        RuntimeError, match=r"'picky' raised ZeroDivisionError: (.|\n)*Completion 0: 'c1'|Completion 1: 'c1'"
-    ):
+    with pytest.raises(RuntimeError, match=r"'picky' raised ZeroDivisionError: (.|\n)*Completion 1: 'c1'"):
         checked(picky)(**COLUMNS)
 
     def stateful(completions: list[str], **columns: Any) -> list[float]:
@@ -177,6 +180,37 @@ def test_a_reward_that_blocks_is_an_error() -> None:
 
     with pytest.raises(RuntimeError, match=r"'broken' raised ValueError: x"):
         checked(broken, timeout=60)(**COLUMNS)
+
+
+def test_a_timeout_inside_a_reward_is_its_own_error() -> None:
+    def offline(**columns: Any) -> list[float]:
+        raise TimeoutError("no answer from the judge")
+
+    for timeout in (None, 60):
+        with pytest.raises(RuntimeError, match=r"'offline' raised TimeoutError: no answer from the judge"):
+            checked(offline, timeout)(**COLUMNS)
+
+
+def test_looking_for_the_sample_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    forever, culprit = threading.Event(), rewards_module._culprit
+    monkeypatch.setattr(rewards_module, "_culprit", lambda function, columns: culprit(function, columns, seconds=0.1))
+
+    def slow_when_alone(completions: list[str], **columns: Any) -> list[float]:
+        if len(completions) == 1:
+            forever.wait(60)
+        raise ValueError("x")
+
+    try:
+        with pytest.raises(RuntimeError, match=r"'slow_when_alone' raised ValueError: x$"):
+            checked(slow_when_alone)(**COLUMNS)
+    finally:
+        forever.set()
+
+
+@pytest.mark.parametrize("bad", [None, ["a", "b"], {}])
+def test_a_reference_that_is_no_text(bad: Any) -> None:
+    with pytest.raises(ValueError, match=r"Expected text, a number or messages, got"):
+        REWARDS["exact"](completions=["a"], answer=[bad])
 
 
 def test_coroutines_stay_coroutines() -> None:

@@ -73,6 +73,7 @@ def reinforce(folder: Path, reward: Any, model: Any = None, **options: Any) -> A
         reward_funcs=reward,
         args=ReinforceConfig(**settings),
         train_dataset=dataset("GRPO"),
+        eval_dataset=dataset("GRPO") if "eval_strategy" in options else None,
         processing_class=tokenizer(),
         peft_config=SVFConfig(target_modules="all-linear"),
     )
@@ -178,14 +179,26 @@ def test_reinforce_shows_its_signal_in_the_table_of_completions(tmp_path: Path) 
 
 
 def test_reinforce_with_a_batch_of_one(tmp_path: Path) -> None:
-    run = reinforce(tmp_path, Samples(), max_steps=1, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    run = reinforce(tmp_path, Samples(), max_steps=1, per_device_train_batch_size=1, gradient_accumulation_steps=3)
     run.train()
     assert run.state.global_step == 1
 
 
+def test_reinforce_evaluates_on_more_rows_than_it_trains_on(tmp_path: Path) -> None:
+    options = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 16}
+    run = reinforce(tmp_path, Samples(), max_steps=1, **options)
+    run.train()
+    assert logged(run, "eval_reward") == [0.5]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"num_generations": 4}, "`num_generations` must be 1"), ({"num_iterations": 2}, "`num_iterations` must be 1")],
+    [
+        ({"num_generations": 4}, "`num_generations` must be 1"),
+        ({"num_iterations": 2}, "`num_iterations` must be 1"),
+        ({"steps_per_generation": 2}, "`steps_per_generation` .2. must not be greater"),
+        ({"per_device_train_batch_size": 1}, "more than one completion per step"),
+    ],
 )
 def test_reinforce_refuses_what_it_is_not(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
@@ -227,6 +240,12 @@ def test_a_question_and_its_mirror_are_on_one_side() -> None:
     assert shares == pytest.approx({"train": 8 / 15, "validation": 2 / 15, "test": 1 / 3}, abs=0.05)
 
 
+@pytest.mark.parametrize("name", ["syllogism", "letter_counting", "count_primes", "needle_haystack"])
+def test_every_split_has_questions(name: str) -> None:
+    task = find_task(f"reasoning_gym:{name}")
+    assert all(len(task.examples(split, 8)) == 8 for split in SPLITS)
+
+
 def test_a_task_and_its_verifier() -> None:
     task = find_task(SUMS, system_prompt="Reply with the answer only.", answer_format="number")
     rows = task.examples("test", 8)
@@ -254,6 +273,7 @@ def test_a_verifier_that_fails_on_an_answer_has_refused_it() -> None:
         ("reasoning_gym:chian_sum", "no dataset 'chian_sum'; it has (.*)chain_sum"),
         ("reasoning_gym:chain_sum?max_digit=1", "'chain_sum' refuses .*max_digits"),
         ("reasoning_gym:chain_sum?min_digits=3&max_digits=1", "'chain_sum' refuses"),
+        ("reasoning_gym:rearc", "refuses its own reference answer"),
         ("chain_sum", "no task 'chain_sum'; expected reasoning_gym:NAME"),
     ],
 )
@@ -416,6 +436,7 @@ def test_only_whole_checkpoints_count(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-2" / ADAPTER).write_bytes(weights[: len(weights) // 2])
     assert last_complete(tmp_path) == tmp_path / "checkpoint-1"
     (tmp_path / "checkpoint-10").mkdir()
+    (tmp_path / "checkpoint-10" / "trainer_state.json").write_text(state)  # but no weights
     with pytest.warns(UserWarning, match="checkpoint-10 was not written to its end"):
         discard_incomplete(tmp_path)
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1"]
@@ -560,7 +581,7 @@ def test_every_recipe_parses_and_its_task_exists() -> None:
     [
         ({"model_name_or_path": None}, "Which model"),
         ({"dataset_name": None}, "What to learn"),
-        ({"task": SUMS}, "both task and dataset_name are given"),
+        ({"task": SUMS, "prompt_column": None, "answer_column": None}, "both task and dataset_name are given"),
         ({"reward_funcs": None}, "How are answers rewarded"),
         ({"reward_funcs": "nubmer"}, "no reward function 'nubmer'"),
         ({"prompt_column": "text"}, "no column 'text'; it has question, solution"),
@@ -569,6 +590,12 @@ def test_every_recipe_parses_and_its_task_exists() -> None:
         ({"peft_type": "svd"}, "PEFT has no method 'svd'; it has .*svf"),
         ({"peft_type": "svf", "peft_kwargs": '{"rank": 3}'}, "SVFConfig has no field 'rank'"),
         ({"peft_kwargs": "rank=3"}, "`peft_kwargs` must be JSON"),
+        ({"r": 2, "peft_type": "lora"}, "--r would have no effect: it is for --peft_type svf, not lora"),
+        ({"lora_r": 2}, "--lora_r would have no effect: it is for --peft_type lora, not svf"),
+        ({"answer_format": "number"}, "--answer_format would have no effect: it is for --task"),
+        ({"early_stopping_patience": 2, "eval_strategy": "no"}, "--early_stopping_patience would have no effect"),
+        ({"peft_type": "lora", "peft_kwargs": '{"init_lora_weights": "nonsense"}'}, "init_lora_weights"),
+        ({"resume_from_checkpoint": "nowhere"}, "no whole checkpoint in nowhere"),
         ({"objective": "ppo"}, "`objective` must be one of grpo, rloo, reinforce, got 'ppo'"),
     ],
 )
@@ -577,6 +604,72 @@ def test_options_that_make_no_sense(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         main(script(base, data, tmp_path / "expert", **options))
+
+
+def test_an_option_is_not_abbreviated() -> None:
+    with pytest.raises(ValueError, match="--obj"):
+        parse(["--obj", "rloo"])
+
+
+def test_no_secret_gets_into_the_card(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("env: {SOME_TOKEN: secret}\nmax_steps: 3\n")
+    assert parse(["--config", str(recipe), "--hub_token", "secret"])[4] == {"max_steps": 3}
+
+
+def test_another_run_s_folder_is_left_alone(base: Path, data: Path, tmp_path: Path) -> None:
+    options = script(base, data, tmp_path / "expert", max_steps=1, lr_scheduler_type="constant")
+    main(options)
+    before = load_file(tmp_path / "expert" / ADAPTER)
+    with pytest.raises(ValueError, match=r"holds checkpoints of an earlier run, up to checkpoint-1\."):
+        main([*options, "--seed", "5"])
+    for _ in range(2):  # a job that always resumes, although the run is done
+        record = main([*options, "--resume_from_checkpoint", "true"])
+        assert [entry["step"] for entry in record.history if "reward" in entry] == [1]
+        assert_same(load_file(tmp_path / "expert" / ADAPTER), before)
+    record = main([*options, "--resume_from_checkpoint", "true", "--max_steps", "2"])
+    assert [entry["step"] for entry in record.history if "reward" in entry] == [1, 2]
+
+
+async def judged(completions: list[str], trainer_state: Any, log_metric: Any, **columns: Any) -> list[float]:
+    """TRL takes coroutines, and passes these arguments."""
+    log_metric("judged", 1.0)
+    return many_early_letters(completions)
+
+
+def test_a_coroutine_that_logs(base: Path, data: Path, tmp_path: Path) -> None:
+    record = main(script(base, data, tmp_path / "expert", reward_funcs="test_training.judged", max_steps=1))
+    assert record.accuracy_after is not None
+    assert any("judged" in entry for entry in record.history)
+
+
+def test_an_adapter_is_saved_before_it_is_tested(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any, **kwargs: Any) -> float:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("peft_svf.training.run.greedy_accuracy", fails)
+    with pytest.raises(KeyboardInterrupt):
+        main(script(base, data, tmp_path / "expert", max_steps=1, save_strategy="no", eval_strategy="no"))
+    PeftModel.from_pretrained(tiny_llama(), tmp_path / "expert")
+
+
+def test_a_dataset_with_completions(base: Path, tmp_path: Path) -> None:
+    """TRL keeps the column "completion" to itself."""
+    folder = tmp_path / "completions"
+    folder.mkdir()
+    lines = [json.dumps({"prompt": f"{n}+1=", "completion": str(n + 1)}) for n in range(20)]
+    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
+    options = {"prompt_column": None, "answer_column": None, "reward_funcs": "number", "max_steps": 1}
+    record = main(script(base, folder, tmp_path / "expert", **options))
+    assert any("rewards/number/mean" in entry for entry in record.history)
+
+
+def test_a_streamed_dataset(base: Path, data: Path, tmp_path: Path) -> None:
+    options = {"dataset_streaming": "true", "max_steps": 1, "validation_size": 0, "test_size": 4, "eval_strategy": "no"}
+    record = main(script(base, data, tmp_path / "expert", **options))
+    assert record.test_size == 4
 
 
 def test_rivals_by_name() -> None:

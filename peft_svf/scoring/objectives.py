@@ -6,9 +6,11 @@ example. Higher is better.
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import inspect
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import torch
@@ -34,7 +36,8 @@ class RewardObjective:
         examples (`Sequence[dict]`): Rows with a `"prompt"` (text or messages); all columns but it and `"completion"`
             reach the reward functions by name.
         reward_funcs (`Callable` or list of them): Called as by TRL's trainers; several are added up. `None` for an
-            example means that a function does not apply to it. TRL's other forms, coroutines and models, are not taken.
+            example means that a function does not apply to it. Coroutines are awaited; reward models,
+            TRL's other form, are not taken.
         tokenizer: The model's tokenizer.
         batch_size (`int`): Prompts per `generate` call.
         generation_kwargs (`dict`): For `generate`; `max_new_tokens` is 256 by default, as in TRL.
@@ -56,11 +59,8 @@ class RewardObjective:
         if not self.reward_funcs:
             raise ValueError("`reward_funcs` is empty; pass at least one function, or None for the log-likelihood.")
         for function in self.reward_funcs:
-            if not callable(function) or inspect.iscoroutinefunction(function):
-                raise TypeError(
-                    f"{function!r} cannot be used as a reward here: expected an ordinary function, no coroutine and no "
-                    "model."
-                )
+            if not callable(function) or isinstance(function, torch.nn.Module):
+                raise TypeError(f"{function!r} cannot be used as a reward here: expected a function, no model.")
         self.tokenizer = with_pad_token(tokenizer)
         self.batch_size = batch_size
         self.generation_kwargs = {"max_new_tokens": 256, "do_sample": False, **(generation_kwargs or {})}
@@ -96,7 +96,10 @@ class RewardObjective:
                 completions=completions,
                 completion_ids=completion_ids,
                 **columns,
+                **_of_a_trainer(function),
             )
+            if inspect.isawaitable(rewards):
+                rewards = _result_of(rewards)
             for i, reward in enumerate(check_rewards(rewards, function, prompts, completions)):
                 totals[i] += reward or 0.0
         return totals
@@ -196,6 +199,27 @@ def with_pad_token(tokenizer: Any) -> Any:
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _of_a_trainer(function: RewardFunc) -> dict[str, Any]:
+    """Stand-ins for what only a trainer has to pass, for functions that ask for it by name."""
+    wanted = inspect.signature(function).parameters
+    stand_ins = {"trainer_state": None, "log_extra": _log_nothing, "log_metric": _log_nothing}
+    return {name: value for name, value in stand_ins.items() if name in wanted}
+
+
+def _log_nothing(*_: Any, **__: Any) -> None:
+    pass
+
+
+def _result_of(awaitable: Any) -> Any:
+    """Wait for a coroutine, in a thread of its own, as this one may have a running loop (notebooks)."""
+
+    async def wait() -> Any:
+        return await awaitable
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, wait()).result()
 
 
 def _until_end(ids: list[int], end: int | None) -> list[int]:

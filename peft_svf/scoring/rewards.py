@@ -17,26 +17,33 @@ import os
 import re
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 # TRL's protocol: keyword arguments `prompts`, `completions`, `completion_ids` and every other column, one reward each
 RewardFunc = Callable[..., Sequence["float | None"]]
 
-REFERENCE_COLUMNS = ("answer", "solution", "completion")
+# not "completion", which TRL keeps to itself
+REFERENCE_COLUMNS = ("answer", "solution")
 
 
 def text_of(completion: Any) -> str:
-    """The text of a completion or reference answer: a string, or the last of some messages."""
-    return completion if isinstance(completion, str) else str(completion[-1]["content"])
+    """The text of a completion or reference answer: a string, a number, or the last of some messages."""
+    if isinstance(completion, (str, int, float)):
+        return str(completion)
+    try:
+        return str(completion[-1]["content"])
+    except (TypeError, KeyError, IndexError):
+        raise ValueError(f"Expected text, a number or messages, got {completion!r}.") from None
 
 
 # ------------------------------------------------------------------------------------------- answers in a text
 
 
 def last_number(text: str) -> str:
-    """The last number of a text without thousands separators, `""` if there is none."""
-    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    """The last number of a text without thousands separators, `""` if there is none. Of a fraction, the denominator."""
+    numbers = re.findall(r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|-?\.\d+", text)
     return numbers[-1].replace(",", "") if numbers else ""
 
 
@@ -131,15 +138,16 @@ def _references(columns: dict[str, Any]) -> list[Any]:
         if name in columns:
             found: list[Any] = columns[name]
             return found
-    known = ", ".join(name for name, value in columns.items() if isinstance(value, list)) or "none"
+    ours = ("prompts", "completion_ids")
+    known = ", ".join(name for name, value in columns.items() if isinstance(value, list) and name not in ours)
     raise ValueError(
         f"There is no reference answer to compare with: expected a column {' or '.join(map(repr, REFERENCE_COLUMNS))} "
-        f"in the dataset; it has {known}."
+        f"in the dataset; it has {known or 'no other columns'}."
     )
 
 
 def _compare(right: Callable[[str, str], bool], completions: list[Any], columns: dict[str, Any]) -> list[float]:
-    answers = [str(answer) if isinstance(answer, (int, float)) else text_of(answer) for answer in _references(columns)]
+    answers = [text_of(answer) for answer in _references(columns)]
     return [float(right(text_of(text), answer)) for text, answer in zip(completions, answers, strict=True)]
 
 
@@ -234,7 +242,7 @@ def checked(function: RewardFunc, timeout: float | None = None) -> RewardFunc:
         prompts, completions = columns["prompts"], columns["completions"]
         try:
             rewards = function(**columns) if timeout is None else _within(timeout, function, columns)
-        except TimeoutError as error:
+        except _StillRunningError as error:
             raise TimeoutError(
                 f"Reward function {name!r} did not return within {timeout:g} s for {len(completions)} completions."
                 f"\n{_sample(prompts, completions, 0)}"
@@ -245,6 +253,10 @@ def checked(function: RewardFunc, timeout: float | None = None) -> RewardFunc:
 
     wrapped.__name__ = name
     return wrapped
+
+
+class _StillRunningError(Exception):
+    """A call took longer than it may."""
 
 
 def _within(timeout: float, function: RewardFunc, columns: dict[str, Any]) -> Any:
@@ -261,7 +273,7 @@ def _within(timeout: float, function: RewardFunc, columns: dict[str, Any]) -> An
     thread.start()
     thread.join(timeout)
     if thread.is_alive():
-        raise TimeoutError
+        raise _StillRunningError
     if "error" in outcome:
         raise outcome["error"]
     return outcome["rewards"]
@@ -271,19 +283,27 @@ def _failed(name: str, error: Exception, sample: str) -> str:
     return f"Reward function {name!r} raised {type(error).__name__}: {error}" + (f"\n{sample}" if sample else "")
 
 
-def _culprit(function: RewardFunc, columns: dict[str, Any]) -> str:
+def _culprit(function: RewardFunc, columns: dict[str, Any], seconds: float = 10.0) -> str:
     """The first completion on which a function that failed on the batch fails by itself, if there is one."""
     prompts, completions = columns["prompts"], columns["completions"]
+    columns = {**columns, "log_extra": _ignore, "log_metric": _ignore}
+    end = time.monotonic() + seconds
     for i in range(len(completions)):
         one = {
             key: [value[i]] if isinstance(value, list) and len(value) == len(completions) else value
             for key, value in columns.items()
         }
         try:
-            function(**one)
+            _within(end - time.monotonic(), function, one)
+        except _StillRunningError:
+            return ""
         except Exception:
             return _sample(prompts, completions, i)
     return f"It failed on a batch of {len(completions)} completions, and on none of them alone."
+
+
+def _ignore(*_: Any, **__: Any) -> None:
+    """In the place of what logs."""
 
 
 def _sample(prompts: Sequence[Any], completions: Sequence[Any], i: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Optional, Union
 
@@ -16,7 +17,6 @@ from trl import (
     RLOOConfig,
     RLOOTrainer,
     ScriptArguments,
-    get_peft_config,
 )
 
 from ..scoring import ANSWERS, REWARDS
@@ -138,23 +138,51 @@ def adapter_config(arguments: AdapterArguments) -> PeftConfig:
         modules = modules[0]  # "all-linear", or a regular expression
     extra: Any = arguments.peft_kwargs
     kind = arguments.peft_type.upper()
-    if kind == "LORA":
-        arguments.use_peft = True
-        config = get_peft_config(arguments)
-        config.target_modules = arguments.lora_target_modules or modules
-        for name, value in extra.items():
-            _check_field(type(config), name)
-            setattr(config, name, value)
-        return config
-    config_class = SVFConfig if kind == "SVF" else PEFT_TYPE_TO_CONFIG_MAPPING[kind]
-    options: dict[str, Any] = {"target_modules": modules, "task_type": "CAUSAL_LM", **extra}
+    config_class: Any = SVFConfig if kind == "SVF" else PEFT_TYPE_TO_CONFIG_MAPPING[kind]
+    options: dict[str, Any] = {"task_type": "CAUSAL_LM"}
+    if "target_modules" in config_class.__dataclass_fields__:
+        options["target_modules"] = modules
     if kind == "SVF":
         options["r"] = arguments.r
     if kind == "IA3" and modules == "all-linear":
-        options.setdefault("feedforward_modules", [])  # rescale outputs everywhere
+        options["feedforward_modules"] = []  # rescale outputs everywhere
+    if kind == "LORA":
+        options |= {
+            "r": arguments.lora_r,
+            "lora_alpha": arguments.lora_alpha,
+            "lora_dropout": arguments.lora_dropout,
+            "target_modules": arguments.lora_target_modules or modules,
+            "modules_to_save": arguments.lora_modules_to_save,
+            "use_rslora": arguments.use_rslora,
+            "use_dora": arguments.use_dora,
+        }
+        if arguments.lora_target_parameters:
+            options["target_parameters"] = arguments.lora_target_parameters
+    options |= extra
     for name in options:
         _check_field(config_class, name)
     return config_class(**options)
+
+
+def check_given(given: Mapping[str, Any], script: TrainArguments, adapter: AdapterArguments, training: Any) -> None:
+    """Refuse options that would be without effect.
+
+    Raises:
+        ValueError: One was given.
+    """
+    kind, verified = adapter.peft_type.lower(), script.task is not None
+    lora = [name for name in given if name.startswith("lora_") or name in ("use_rslora", "use_dora")]
+    needless = {
+        **(dict.fromkeys(lora, f"--peft_type lora, not {kind}") if kind != "lora" else {}),
+        **({"r": f"--peft_type svf, not {kind} (which has --lora_r or --peft_kwargs)"} if kind != "svf" else {}),
+        **({} if verified else {"answer_format": "--task"}),
+        **({} if not script.categories else {"system_prompt": "a task or a dataset, not --categories"}),
+        **({"prompt_column": "a dataset", "answer_column": "a dataset"} if verified or script.categories else {}),
+        **({"early_stopping_patience": "--eval_strategy steps"} if training.eval_strategy == "no" else {}),
+    }
+    for name, wanted in needless.items():
+        if given.get(name) is not None:
+            raise ValueError(f"--{name} would have no effect: it is for {wanted}.")
 
 
 def defaults(objective: str, peft_type: str) -> dict[str, Any]:
@@ -171,14 +199,10 @@ def defaults(objective: str, peft_type: str) -> dict[str, Any]:
     }
     if objective != "reinforce":
         chosen["learning_rate"] = 3e-3 if peft_type.upper() == "SVF" else 1e-4
-    if not (torch.cuda.is_available() or torch.backends.mps.is_available() or _has_xpu()):
+    if not torch.accelerator.is_available():
         # fp32, and no recomputation: bf16 autocast takes three times as long on most CPUs
         chosen |= {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
     return chosen
-
-
-def _has_xpu() -> bool:
-    return hasattr(torch, "xpu") and torch.xpu.is_available()
 
 
 def _mapping(value: Any, name: str) -> Any:

@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
 
 _PREFIX = "checkpoint-"
+# of a single process, of FSDP, of DeepSpeed
+_WEIGHTS = ("*.safetensors", "pytorch_model_fsdp*", "global_step*")
 
 
 def is_complete(folder: str | Path) -> bool:
@@ -21,12 +23,20 @@ def is_complete(folder: str | Path) -> bool:
     folder = Path(folder)
     try:
         json.loads((folder / TRAINER_STATE_NAME).read_text())
+        if not any(next(folder.glob(pattern), None) for pattern in _WEIGHTS):
+            return False
         for path in folder.glob("*.safetensors"):
             with safe_open(path, "pt"):
                 pass
     except (OSError, ValueError, SafetensorError):
         return False
     return True
+
+
+def steps_done(folder: str | Path) -> tuple[int, int]:
+    """The step of a checkpoint, and how many the run was to have."""
+    state = json.loads((Path(folder) / TRAINER_STATE_NAME).read_text())
+    return int(state["global_step"]), int(state["max_steps"])
 
 
 def last_complete(output_dir: str | Path) -> Path | None:
@@ -49,7 +59,7 @@ def save_whole(trainer: Any, output_dir: str | Path) -> None:
     call it."""
     output_dir = Path(output_dir)
     scratch = output_dir / ".saving"
-    trainer.save_model(str(scratch))
+    trainer.save_model(str(scratch), _internal_call=True)  # or it would push to the Hub, half done
     trainer.accelerator.wait_for_everyone()
     if not trainer.accelerator.is_main_process:
         return

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from ..scoring import RewardFunc, RewardObjective
@@ -42,6 +42,8 @@ def greedy_accuracy(
         generation_kwargs (`dict`, *optional*): More for `generate`.
     """
     rows, state = list(examples), PartialState()
+    if not rows:
+        raise ValueError("There are no examples to evaluate on.")
     # a sharded model needs all ranks in every call, for each layer's weights are with all of them
     together = state.num_processes == 1 or _is_sharded(model)
     part = rows if together else rows[state.process_index :: state.num_processes]
@@ -66,9 +68,9 @@ def greedy_accuracy(
 
 
 def _is_sharded(model: Any) -> bool:
-    parameters = list(model.parameters())
-    return any(hasattr(parameter, "ds_id") for parameter in parameters) or any(
-        type(parameter) not in (torch.Tensor, torch.nn.Parameter) for parameter in parameters
+    """By FSDP1, FSDP2 or tensor parallelism, or ZeRO-3."""
+    return any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()) or any(
+        isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters()
     )
 
 

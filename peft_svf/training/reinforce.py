@@ -26,7 +26,7 @@ class ReinforceConfig(GRPOConfig):
     Args:
         signed_rewards (`bool`):
             Rewards are 1 for right and 0 for wrong, and count 1 and −1: without a baseline, a reward of 0 teaches
-            nothing. `False` takes rewards as they are.
+            nothing. It is the weighted sum of several that is mapped so. `False` takes rewards as they are.
     """
 
     signed_rewards: bool = field(
@@ -50,8 +50,17 @@ class ReinforceConfig(GRPOConfig):
             )
         if self.num_iterations != 1:
             raise ValueError(f"`num_iterations` must be 1 for REINFORCE, got {self.num_iterations}: it is on-policy.")
-        # TRL refuses one generation, as GRPO would learn nothing from it. What follows from this number is divisors.
-        self.num_generations = max(2, self.per_device_train_batch_size)
+        if self.steps_per_generation is not None and self.steps_per_generation > self.gradient_accumulation_steps:
+            raise ValueError(
+                f"`steps_per_generation` ({self.steps_per_generation}) must not be greater than "
+                f"`gradient_accumulation_steps` ({self.gradient_accumulation_steps}) for REINFORCE: it is on-policy."
+            )
+        # TRL refuses one generation, as GRPO would learn nothing from it. All that follows from this number is that it
+        # must divide the completions of a step, which are a multiple of each of these.
+        parts = (self.per_device_train_batch_size, self.steps_per_generation or self.gradient_accumulation_steps)
+        if max(parts) < 2:
+            raise ValueError("REINFORCE needs more than one completion per step: raise `per_device_train_batch_size`.")
+        self.num_generations = max(parts)
         self.num_generations_eval: Optional[int] = self.num_generations_eval or 1
         super().__post_init__()
         self.num_generations = 1
@@ -92,7 +101,8 @@ class ReinforceTrainer(GRPOTrainer):
         output = super()._generate_and_score_completions(inputs)
         start = self.accelerator.process_index * len(inputs)
         output["advantages"] = self._signals[start : start + len(inputs)]
-        for _ in self._signals:  # the table of completions shows them, too
-            self._logs["advantages"].pop()
-        self._logs["advantages"].extend(self._signals.tolist())
+        shown = self._logs["advantages"]  # the table of completions
+        for _ in range(min(len(shown), len(self._signals))):
+            shown.pop()
+        shown.extend(self._signals.tolist())
         return output

@@ -76,7 +76,7 @@ def write_report(model: Any, record: Record, folder: str | Path) -> None:
     """Write `training.json`, `curve.png`, for SVF `delta.png`, and `README.md` beside a saved adapter. Without
     matplotlib there are no plots."""
     folder = Path(folder)
-    write_whole(folder / "training.json", json.dumps(record.to_dict(), indent=2) + "\n")
+    write_whole(folder / "training.json", json.dumps(record.to_dict(), indent=2, default=str) + "\n")
     images = []
     deltas = adapter_deltas(model)
     try:

@@ -12,31 +12,49 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import sys
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from datasets import Dataset, load_dataset
-from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
+from huggingface_hub import upload_folder
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import DatasetMixtureConfig, TrlParser, get_dataset, get_quantization_config
 
-from ..scoring import checked, find_reward
-from .arguments import OBJECTIVES, AdapterArguments, TrainArguments, adapter_config, defaults
+from ..scoring import checked, find_reward, text_of
+from .arguments import OBJECTIVES, AdapterArguments, TrainArguments, adapter_config, check_given, defaults
 from .callbacks import EqualRewards, ExactState, RewardBar
-from .checkpoints import discard_incomplete, last_complete, save_whole
+from .checkpoints import discard_incomplete, is_complete, last_complete, save_whole, steps_done
 from .evaluation import GreedyEvaluation, greedy_accuracy
 from .report import Record, example_of, write_report
 from .tasks import ClassificationTask, Task, find_task
 
 Splits = dict[str, Dataset]
 
+# of the options, what says nothing about the run (and might say too much about the machine) in a model card
+_LEFT_OUT = ("base_model_name", "config", "disable_tqdm", "env", "output_dir", "resume_from_checkpoint")
+
 
 def main(argv: Sequence[str] | None = None) -> Record:
     """Train, evaluate, save. Returns the numbers that the model card shows."""
-    return train(*parse(sys.argv[1:] if argv is None else argv))
+    return prepare(sys.argv[1:] if argv is None else argv)()
+
+
+def prepare(argv: Sequence[str]) -> Callable[[], Record]:
+    """Everything up to the training, which the result does when it is called.
+
+    Raises:
+        ValueError: Something in the options makes no sense.
+        ImportError, OSError: Something that they name is not there.
+    """
+    script, training, adapter, mixture, given = parse(argv)
+    return functools.partial(train, *build(script, training, adapter, mixture, given), script, training, given)
 
 
 def parse(argv: Sequence[str]) -> tuple[TrainArguments, Any, AdapterArguments, DatasetMixtureConfig, dict[str, Any]]:
@@ -53,29 +71,31 @@ def parse(argv: Sequence[str]) -> tuple[TrainArguments, Any, AdapterArguments, D
         raise ValueError(f"`objective` must be one of {', '.join(OBJECTIVES)}, got {objective!r}.")
 
     config_class: Any = OBJECTIVES[objective][0]
-    parser = TrlParser((TrainArguments, config_class, AdapterArguments, DatasetMixtureConfig), prog="peft-svf train")
+    kinds = (TrainArguments, config_class, AdapterArguments, DatasetMixtureConfig)
+    parser = TrlParser(kinds, prog="peft-svf train", allow_abbrev=False)
     chosen = defaults(objective, peft_type)
     chosen = {name: value for name, value in chosen.items() if name in config_class.__dataclass_fields__}
     parser.set_defaults_with_config(**chosen)
     script, training, adapter, mixture = parser.parse_args_and_config(list(argv))
     given = {**recipe, **_given_on_command_line(parser, argv)}
-    left_out = ("config", "output_dir", "base_model_name", "resume_from_checkpoint")
-    given = {name: value for name, value in given.items() if name not in left_out}
+    check_given(given, script, adapter, training)
+    given = {name: value for name, value in given.items() if name not in _LEFT_OUT and not name.endswith("_token")}
     if script.base_model_name:
         given["model_name_or_path"] = script.base_model_name
     return script, training, adapter, mixture, given
 
 
-def train(
+def build(
     script: TrainArguments,
     training: Any,
     adapter: AdapterArguments,
     mixture: DatasetMixtureConfig,
     given: dict[str, Any],
-) -> Record:
-    """Train, evaluate and save, as the arguments say."""
+) -> tuple[Any, Splits, list[Any]]:
+    """The trainer, the data, and the reward functions for an evaluation."""
     if adapter.model_name_or_path is None:
         raise ValueError("Which model? Pass --model_name_or_path, a Hub id or a folder.")
+    _check_output(training)
     task = find_script_task(script)
     data = load_data(script, mixture, task, seed=training.seed)
     rewards = load_rewards(script, task)
@@ -86,7 +106,6 @@ def train(
         "dtype": adapter.dtype,
         **(training.model_init_kwargs or {}),
     }
-
     _, trainer_class = OBJECTIVES[script.objective]
     evaluates = training.eval_strategy != "no" and functions and "validation" in data
     trainer = trainer_class(
@@ -99,10 +118,11 @@ def train(
         quantization_config=get_quantization_config(adapter),
         peft_config=adapter_config(adapter),
     )
-    for callback in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(callback)
-    name = Path(training.output_dir).name
-    trainer.add_callback(RewardBar(f"Training {name}"))
+    trainer.model.peft_config["default"].base_model_name_or_path = script.base_model_name or adapter.model_name_or_path
+    if not training.disable_tqdm:
+        for callback in (ProgressCallback, PrinterCallback):
+            trainer.remove_callback(callback)
+        trainer.add_callback(RewardBar(f"Training {Path(training.output_dir).name}"))
     trainer.add_callback(EqualRewards())
     trainer.add_callback(ExactState())
     if evaluates:
@@ -111,20 +131,25 @@ def train(
         trainer.add_callback(evaluation)
         if script.early_stopping_patience is not None:
             trainer.add_callback(EarlyStoppingCallback(script.early_stopping_patience))
+    return trainer, data, functions
 
+
+def train(
+    trainer: Any, data: Splits, functions: list[Any], script: TrainArguments, training: Any, given: dict[str, Any]
+) -> Record:
+    """Train, save, evaluate and report."""
     start = time.perf_counter()
     _train_through_trouble(trainer, training)
-    seconds = time.perf_counter() - start
-
     record = Record(
-        name=name,
+        name=Path(training.output_dir).name,
         recipe=given,
-        base_model=script.base_model_name or adapter.model_name_or_path,
+        base_model=trainer.model.peft_config["default"].base_model_name_or_path,
         trainable=sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad),
-        seconds=seconds,
+        seconds=time.perf_counter() - start,
         history=trainer.state.log_history,
         best_step=trainer.state.best_global_step if training.load_best_model_at_end else None,
     )
+    save_whole(trainer, training.output_dir)
     if "test" in data and functions:
         record.test_size, record.example = len(data["test"]), example_of(data["test"][0])
         options: dict[str, Any] = {
@@ -136,16 +161,20 @@ def train(
         with model.disable_adapter():
             record.accuracy_before = greedy_accuracy(model, tokenizer, data["test"], functions, **options)
         trainer.accelerator.print(
-            f"{name}: greedy accuracy on {record.test_size} test questions {record.accuracy_before:.3f} -> "
+            f"{record.name}: greedy accuracy on {record.test_size} test questions {record.accuracy_before:.3f} -> "
             f"{record.accuracy_after:.3f}"
         )
-    trainer.model.peft_config["default"].base_model_name_or_path = record.base_model
-    save_whole(trainer, training.output_dir)
     if trainer.accelerator.is_main_process:
         write_report(trainer.model, record, training.output_dir)
+        if training.push_to_hub:
+            upload_folder(
+                repo_id=trainer.hub_model_id,
+                folder_path=training.output_dir,
+                ignore_patterns=["checkpoint-*", ".*", "completions/*", "*.bin"],
+                commit_message="End of training",
+                token=training.hub_token,
+            )
     trainer.accelerator.print(f"saved in {training.output_dir}")
-    if training.push_to_hub:
-        trainer.push_to_hub(dataset_name=script.dataset_name or script.task)
     trainer.end()
     return record
 
@@ -193,7 +222,12 @@ def load_data(script: TrainArguments, mixture: DatasetMixtureConfig, task: Task 
     if names["train"] not in loaded:
         raise ValueError(f"The dataset has no split {names['train']!r}; it has {', '.join(loaded)}.")
     splits = {split: loaded[name] for split, name in names.items() if name in loaded}
-    if "validation" not in splits and script.validation_size > 0 and not script.dataset_streaming:
+    if script.dataset_streaming:
+        sizes = {"validation": script.validation_size, "test": script.test_size}
+        splits |= {
+            split: Dataset.from_list(list(splits[split].take(size))) for split, size in sizes.items() if split in splits
+        }
+    elif "validation" not in splits and script.validation_size > 0:
         if len(splits["train"]) <= script.validation_size:
             raise ValueError(
                 f"The training split has {len(splits['train'])} rows, of which validation_size="
@@ -202,7 +236,7 @@ def load_data(script: TrainArguments, mixture: DatasetMixtureConfig, task: Task 
         parts = splits["train"].train_test_split(test_size=script.validation_size, seed=seed)
         splits |= {"train": parts["train"], "validation": parts["test"]}
     for split, size in (("validation", script.validation_size), ("test", script.test_size)):
-        if split in splits and not script.dataset_streaming:
+        if split in splits:
             splits[split] = splits[split].select(range(min(size, len(splits[split]))))
     return {split: _with_prompts(rows, script) for split, rows in splits.items() if split == "train" or len(rows)}
 
@@ -216,6 +250,9 @@ def _with_prompts(rows: Any, script: TrainArguments) -> Any:
             raise ValueError(f"The dataset has no column {old!r}; it has {', '.join(columns)}.")
         if old != new:
             rows = rows.rename_column(old, new)
+    if "completion" in columns and not {"answer", "solution"} & {*columns, *wanted.values()}:
+        # TRL keeps this column to itself
+        rows = rows.map(lambda row: {"answer": text_of(row["completion"])})
     if script.system_prompt:
 
         def add(row: dict[str, Any]) -> dict[str, Any]:
@@ -242,31 +279,65 @@ def load_rewards(script: TrainArguments, task: Task | None) -> list[Any]:
     return [*models, *(checked(function, script.reward_timeout) for function in found)]
 
 
-def _train_through_trouble(trainer: Any, training: Any) -> None:
-    """Train from the last whole checkpoint if asked to; on an error or Ctrl-C, save one first."""
-    resume = training.resume_from_checkpoint
+def _check_output(training: Any) -> None:
+    """Find the checkpoint to go on from, and make sure that no other run's is in the way."""
+    resume, newest = training.resume_from_checkpoint, last_complete(training.output_dir)
     if isinstance(resume, str) and resume.lower() in ("true", "false"):
         resume = resume.lower() == "true"
+    if not resume and newest:
+        raise ValueError(
+            f"{training.output_dir} holds checkpoints of an earlier run, up to {newest.name}. Pass "
+            "--resume_from_checkpoint true to go on with it, or another --output_dir, or delete them."
+        )
+    if isinstance(resume, str) and not is_complete(resume):
+        found = f"; the newest whole one in {training.output_dir} is {newest.name}" if newest else ""
+        raise ValueError(f"There is no whole checkpoint in {resume}{found}.")
+    if training.process_index == 0:
+        discard_incomplete(training.output_dir)
     if resume is True:
-        if trainer.accelerator.is_main_process:
-            discard_incomplete(training.output_dir)
-        trainer.accelerator.wait_for_everyone()
-        newest = last_complete(training.output_dir)
         resume = str(newest) if newest else None
+    training.resume_from_checkpoint = resume or None
+
+
+def _train_through_trouble(trainer: Any, training: Any) -> None:
+    """Train, from a checkpoint if asked to; on an error or Ctrl-C, save one first."""
+    resume = training.resume_from_checkpoint
+    if resume:
+        step, last = steps_done(resume)
+        if step >= (training.max_steps if training.max_steps > 0 else last):
+            _load_finished(trainer, training, resume)  # transformers would train one more step
+            return
     try:
-        trainer.train(resume_from_checkpoint=resume or None)
+        trainer.train(resume_from_checkpoint=resume)
     except BaseException:
-        step = trainer.state.global_step
         # with several processes the others may be anywhere
-        if trainer.accelerator.num_processes == 1 and step > 0 and training.save_strategy != "no":
-            saved = last_complete(training.output_dir)
-            if saved is None or int(saved.name.rpartition("-")[2]) < step:
-                trainer._save_checkpoint(trainer.model, None)
-            trainer.accelerator.print(
-                f"Stopped after step {step}, which is saved in {training.output_dir}. To go on from there, add "
-                "--resume_from_checkpoint true."
-            )
+        if trainer.accelerator.num_processes == 1 and training.save_strategy != "no":
+            _save_what_there_is(trainer, training)
         raise
+
+
+def _load_finished(trainer: Any, training: Any, checkpoint: str) -> None:
+    trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+    best = trainer.state.best_model_checkpoint if training.load_best_model_at_end else None
+    trainer.model.load_adapter(best or checkpoint, "default", is_trainable=True)
+    trainer.accelerator.print(f"{checkpoint} is of a run that is done; nothing is left to train.")
+
+
+def _save_what_there_is(trainer: Any, training: Any) -> None:
+    step = trainer.state.global_step
+    folder = Path(training.output_dir) / f"checkpoint-{step}"
+    if step == 0:
+        return
+    if not is_complete(folder):
+        try:
+            trainer._save_checkpoint(trainer.model, None)
+        except Exception as error:
+            warnings.warn(f"Step {step} could not be saved: {error}", stacklevel=2)
+            return
+    trainer.accelerator.print(
+        f"Stopped after step {step}, which is saved in {folder}. To go on from there, though with other samples than "
+        "if it had not stopped, add --resume_from_checkpoint true."
+    )
 
 
 def _few(training: Any, rows: Dataset) -> int:

@@ -3,13 +3,14 @@
     find_task("reasoning_gym:products?min_digits=1&max_digits=1").examples("train", 2000)
 
 The splits of a task share no question. Procedural generators repeat themselves when their space is small (there are 55
-one-digit products up to order), so a question goes to a split by a hash of its numbers and operators in any order, or
-of its words if it has no numbers, and not by the seed alone. That holds across tasks: what is asked in the test of one
-task is not in the training data of another, not even in other words.
+one-digit products up to order), so a question goes to a split by a hash of its content and not by the seed alone: of
+the numbers and operators of its arithmetic in any order, or of its words if it has none. That holds across tasks: the
+sum that is asked in the test of one task is not in the training data of another, not even in other words.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -17,7 +18,7 @@ import random
 import re
 import sys
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal, Protocol
@@ -32,6 +33,7 @@ Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 SEEDS: dict[Split, int] = {"train": 1, "test": 2, "validation": 3}
 PREFIX = "reasoning_gym:"
+_FEW_WORDS = 30  # in a longer question arithmetic is not all there is
 
 
 class Task(Protocol):
@@ -55,8 +57,9 @@ class Task(Protocol):
 
 def split_of(question: str) -> Split:
     """The split that a question belongs to: a third goes to the test, a fifth of the rest to validation; `3 * 4` goes
-    where `4 * 3` goes."""
-    parts = re.findall(r"\d+|[-+*/]", question) if re.search(r"\d", question) else question.split()
+    where `4 * 3` goes, whatever is said around it."""
+    arithmetic = re.search(r"\d\s*[-+*/]\s*\d", question) and len(question.split()) <= _FEW_WORDS
+    parts = re.findall(r"\d+|[-+*/]" if arithmetic else r"\w+", question)
     number = int(hashlib.sha256(" ".join(sorted(parts)).encode()).hexdigest(), 16)
     if number % 3 == 0:
         return "test"
@@ -74,7 +77,7 @@ def find_task(spec: str, *, system_prompt: str | None = None, answer_format: str
         answer_format (`str`): How to take the answer out of a completion, one of [`ANSWERS`].
 
     Raises:
-        ValueError: There is no such task, setting or answer format.
+        ValueError: There is no such task, setting or answer format, or its verifier refuses its own answer.
         ImportError: reasoning-gym is not installed.
     """
     if answer_format not in ANSWERS:
@@ -83,9 +86,14 @@ def find_task(spec: str, *, system_prompt: str | None = None, answer_format: str
         raise ValueError(f"There is no task {spec!r}; expected {PREFIX}NAME, such as {PREFIX}chain_sum?max_terms=2.")
     name, _, query = spec.removeprefix(PREFIX).partition("?")
     settings = {key: _value(text) for key, text in parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))}
-    task = ReasoningGymTask(name, settings, system_prompt, answer_format)
-    create_dataset(name, seed=0, size=1, **settings)  # complains now about a name or a setting that does not exist
-    return task
+    entry = create_dataset(name, seed=0, size=1, **settings)[0]  # complains about what does not exist
+    # what is verified later went through JSON
+    if not _verify(str(entry["answer"]), name, json.dumps(settings), json.loads(json.dumps(entry, default=str))):
+        raise ValueError(
+            f"The verifier of {spec!r} refuses its own reference answer, {entry['answer']!r}, given as text. The task "
+            "cannot be used in this way; write a reward function for it."
+        )
+    return ReasoningGymTask(name, settings, system_prompt, answer_format)
 
 
 @dataclass(frozen=True)
@@ -120,13 +128,16 @@ class ReasoningGymTask:
                     "completion": [{"role": "assistant", "content": str(entry["answer"])}],
                     "answer": str(entry["answer"]),
                     "task": self.name,
+                    "settings": json.dumps(self.settings),
                     "answer_format": self.answer_format,
                     # as text, for arrow would merge the fields of all rows
                     "entry": json.dumps(entry, default=str),
                 }
             )
         if not rows:
-            raise ValueError(f"The task {self.name!r} with {self.settings} has no question for {split}.")
+            raise ValueError(
+                f"The task {self.name!r} with {self.settings} has too few different questions: none falls to {split}."
+            )
         return Dataset.from_list(rows)
 
     def _entries(self, split: Split, bound: int) -> Iterator[dict[str, Any]]:
@@ -140,20 +151,33 @@ class ReasoningGymTask:
 
 
 def reasoning_gym_score(
-    completions: list[Any], entry: list[str], task: list[str], answer_format: list[str], **kwargs: Any
+    completions: list[Any],
+    entry: list[str],
+    task: list[str],
+    settings: list[str],
+    answer_format: list[str],
+    **kwargs: Any,
 ) -> list[float]:
     """1 for each completion that its task's verifier accepts, else 0. The other arguments are columns of the data."""
     return [
-        _verify(ANSWERS[how](text_of(completion)), name, json.loads(one))
-        for completion, one, name, how in zip(completions, entry, task, answer_format, strict=True)
+        _verify(ANSWERS[how](text_of(completion)), name, its, json.loads(one))
+        for completion, one, name, its, how in zip(completions, entry, task, settings, answer_format, strict=True)
     ]
 
 
-def _verify(answer: str, name: str, entry: dict[str, Any]) -> float:
+@functools.lru_cache(maxsize=64)
+def _verifier(name: str, settings: str) -> Callable[[str, dict[str, Any]], float]:
+    score: Callable[[str, dict[str, Any]], float] = create_dataset(
+        name, seed=0, size=1, **json.loads(settings)
+    ).score_answer
+    return score
+
+
+def _verify(answer: str, name: str, settings: str, entry: dict[str, Any]) -> float:
     if not answer:
         return 0.0
     try:
-        return float(create_dataset(name, seed=0, size=1).score_answer(answer, entry) >= 1.0)
+        return float(_verifier(name, settings)(answer, entry) >= 1.0)
     except Exception:  # some verifiers of reasoning-gym fail on answers that are not even of the right form
         return 0.0
 
@@ -214,6 +238,10 @@ def create_dataset(name: str, **settings: Any) -> Any:
         raise ValueError(f"reasoning-gym has no dataset {name!r}; it has {', '.join(sorted(DATASETS))}.")
     try:
         return reasoning_gym.create_dataset(name, **settings)
+    except AttributeError as error:
+        raise ImportError(
+            f"The reasoning-gym dataset {name!r} needs more packages ({error}), such as pycosat."
+        ) from error
     except (TypeError, AssertionError) as error:
         known = ", ".join(sorted(set(DATASETS[name][1].__dataclass_fields__) - {"seed", "size"}))
         raise ValueError(
