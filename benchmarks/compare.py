@@ -49,10 +49,11 @@ BUDGET = {
     "max_steps": 12,
     "eval_steps": 3,
     "validation_size": 32,
+    "test_size": 128,
     "load_best_model_at_end": "false",
     "save_strategy": "no",
 }
-OTHERS_SIZE, TEXT_TOKENS = 64, 4096
+TEST_SIZE, TEXT_TOKENS = 128, 4096
 
 
 @dataclass(frozen=True)
@@ -135,12 +136,12 @@ def perform(run: Run, arguments: argparse.Namespace) -> None:
 
 def accuracy_on(model: Any, tokenizer: Any, task: str) -> float:
     found = recipe_task(RECIPES / f"{task}.yaml")
-    return greedy_accuracy(model, tokenizer, found.examples("test", OTHERS_SIZE), found.reward, max_new_tokens=8)
+    return greedy_accuracy(model, tokenizer, found.examples("test", TEST_SIZE), found.reward, max_new_tokens=8)
 
 
 @torch.no_grad()
 def perplexity(model: Any, tokenizer: Any) -> float:
-    """Of the beginning of a public-domain story that comes with reasoning-gym."""
+    """Of the beginning of a public-domain story that comes with reasoning-gym, whose words no task here is made of."""
     import reasoning_gym
 
     text = (Path(reasoning_gym.__file__).parent / "data" / "in_the_year_2889.txt").read_text()
@@ -156,8 +157,14 @@ def base_line(arguments: argparse.Namespace) -> dict[str, Any]:
         model, tokenizer = load_model(arguments.model)
         found = {task: accuracy_on(model.eval(), tokenizer, task) for task in (*TASKS, SWEEP_TASK)}
         STORED.mkdir(exist_ok=True)
-        write_whole(path, json.dumps({"elsewhere": found, "perplexity": perplexity(model, tokenizer)}, indent=1) + "\n")
-    content: dict[str, Any] = json.loads(path.read_text())
+        content = {"model": arguments.model, "elsewhere": found, "perplexity": perplexity(model, tokenizer)}
+        write_whole(path, json.dumps(content, indent=1) + "\n")
+    content = json.loads(path.read_text())
+    if content["model"] != arguments.model:
+        raise SystemExit(
+            f"The runs in {STORED} are of the model {content['model'] or 'SmolLM2-135M-Instruct'}; move them away "
+            "first."
+        )
     return content
 
 

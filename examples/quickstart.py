@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,9 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 def train(task: str, folder: Path, model: str | None, *, quick: bool) -> Record:
-    """Train an expert by its recipe; in 4 steps if `quick`."""
+    """Train an expert by its recipe; in 4 steps if `quick`. What an earlier demo left there makes room."""
+    if (folder / "training.json").exists():
+        shutil.rmtree(folder)
     options = {"model_name_or_path": model_name(model), "output_dir": str(folder)}
     options |= {} if model else {"base_model_name": BASE_NAME}
     options |= {"max_steps": "4", "test_size": "16", "eval_strategy": "no"} if quick else {}
@@ -76,7 +79,8 @@ def main() -> None:
     record = train(LIVE_TASK, expert, arguments.model, quick=quick)
 
     heading("2. Reload it into a fresh base model")
-    others = sorted(path.name for path in SHIPPED.iterdir() if (path / "adapter_config.json").exists())
+    shipped = sorted(path.name for path in SHIPPED.iterdir() if (path / "adapter_config.json").exists())
+    others = [name for name in shipped if name not in (LIVE_TASK, UNSEEN_TASK, "classification")]
     tasks = {name: recipe_task(RECIPES / f"{name}.yaml") for name in (LIVE_TASK, *others, UNSEEN_TASK)}
     test = {name: task.examples("test", test_size) for name, task in tasks.items()}
     fresh, tokenizer = load_model(arguments.model)
