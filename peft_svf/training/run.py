@@ -54,7 +54,8 @@ def prepare(argv: Sequence[str]) -> Callable[[], Record]:
         ImportError, OSError: Something that they name is not there.
     """
     script, training, adapter, mixture, given = parse(argv)
-    return functools.partial(train, *build(script, training, adapter, mixture, given), script, training, given)
+    trainer, data, functions = build(script, training, adapter, mixture)
+    return functools.partial(train, trainer, data, functions, given)
 
 
 def parse(argv: Sequence[str]) -> tuple[TrainArguments, Any, AdapterArguments, DatasetMixtureConfig, dict[str, Any]]:
@@ -86,11 +87,7 @@ def parse(argv: Sequence[str]) -> tuple[TrainArguments, Any, AdapterArguments, D
 
 
 def build(
-    script: TrainArguments,
-    training: Any,
-    adapter: AdapterArguments,
-    mixture: DatasetMixtureConfig,
-    given: dict[str, Any],
+    script: TrainArguments, training: Any, adapter: AdapterArguments, mixture: DatasetMixtureConfig
 ) -> tuple[Any, Splits, list[Any]]:
     """The trainer, the data, and the reward functions for an evaluation."""
     if adapter.model_name_or_path is None:
@@ -134,11 +131,9 @@ def build(
     return trainer, data, functions
 
 
-def train(
-    trainer: Any, data: Splits, functions: list[Any], script: TrainArguments, training: Any, given: dict[str, Any]
-) -> Record:
-    """Train, save, evaluate and report."""
-    start = time.perf_counter()
+def train(trainer: Any, data: Splits, functions: list[Any], given: dict[str, Any]) -> Record:
+    """Train, save, evaluate on the test split, and report."""
+    training, start = trainer.args, time.perf_counter()
     _train_through_trouble(trainer, training)
     record = Record(
         name=Path(training.output_dir).name,

@@ -17,7 +17,7 @@ from packaging.version import Version
 
 from peft_svf import SVFRuntimeConfig
 
-from .rows import MATRICES, NEEDS_HUB, ONE_TEST_MATRICES, OTHER_BASE_MODEL, WRITTEN_FOR
+from .rows import MATRICES, NEEDS_HUB, ONE_TEST_MATRICES, RUN_WITH, WRITTEN_FOR
 from .tiny_models import save_tiny_models
 
 _unused = {name for matrices in MATRICES.values() for name in matrices} | set(ONE_TEST_MATRICES)
@@ -59,7 +59,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Func
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item.originalname not in NEEDS_HUB]
     _notes.extend(f"LEFT OUT {item.name}: {NEEDS_HUB[item.originalname]}" for item in left_out)
-    _notes.extend(f"RUN WITH base_check='ignore' {i.name}" for i in items if i.originalname in OTHER_BASE_MODEL)
+    _notes.extend(f"RUN WITH {RUN_WITH[i.originalname]} {i.name}" for i in items if i.originalname in RUN_WITH)
 
 
 @pytest.fixture(autouse=True)
@@ -69,11 +69,10 @@ def _seeded() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _base_check(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tests make their configs themselves, so the default has to change."""
-    if request.node.originalname in OTHER_BASE_MODEL:
-        ignoring = partialmethod(SVFRuntimeConfig.__init__, base_check="ignore")
-        monkeypatch.setattr(SVFRuntimeConfig, "__init__", ignoring)
+def _settings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests make their configs themselves, so the defaults have to change."""
+    if settings := RUN_WITH.get(request.node.originalname):
+        monkeypatch.setattr(SVFRuntimeConfig, "__init__", partialmethod(SVFRuntimeConfig.__init__, **settings))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -142,9 +142,12 @@ NEEDS_HUB = {
     "test_save_pretrained_with_runtime_config": _REVISION,
 }
 
-# Tests that load an adapter into a base model with other random weights than those it was made for. SVF refuses that on
-# purpose, so here it is told to let it pass.
-OTHER_BASE_MODEL = {
-    "test_loading_model_requires_grad_set_correctly",
-    "test_loading_model_with_modules_to_save_requires_grad_set_correctly",
+# Tests for which a setting of this process has to be another than the default.
+RUN_WITH: dict[str, dict[str, str]] = {
+    # they load an adapter into a base model with other random weights than those it was made for, which SVF refuses on
+    # purpose
+    "test_loading_model_requires_grad_set_correctly": {"base_check": "ignore"},
+    "test_loading_model_with_modules_to_save_requires_grad_set_correctly": {"base_check": "ignore"},
+    # it compares two calls within 1e-6, between which a layer may start to fold, and on some CPUs that rounds by more
+    "test_disable_adapter": {"fold": "never"},
 }
