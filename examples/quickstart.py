@@ -2,7 +2,7 @@
 
    make demo            # or: python examples/quickstart.py [--quick] [--model NAME] [--output FOLDER]
 
-1. trains an expert for one-digit products live: `peft-svf train --config examples/recipes/products.yaml`;
+1. trains an expert for one-digit products live, as `peft-svf train --config examples/recipes/products.yaml` does;
 2. reloads it into a fresh base model;
 3. loads it beside the experts in examples/experts/ (with --model it trains them, as those do not fit);
 4. searches a mixture for a task that none was trained on, from a few examples;
@@ -43,12 +43,14 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 def train(task: str, folder: Path, model: str | None, *, quick: bool) -> Record:
-    """Train an expert by its recipe; in 4 steps if `quick`. What an earlier demo left there makes room."""
+    """Train an expert by its recipe, without its validation; in 4 steps if `quick`. What an earlier demo left there makes
+    room."""
     if (folder / "training.json").exists():
         shutil.rmtree(folder)
     options = {"model_name_or_path": model_name(model), "output_dir": str(folder)}
     options |= {} if model else {"base_model_name": BASE_NAME}
-    options |= {"max_steps": "4", "test_size": "16", "eval_strategy": "no"} if quick else {}
+    options |= {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": "false"}
+    options |= {"max_steps": "4", "test_size": "16"} if quick else {"test_size": "64"}
     words = [word for name, value in options.items() for word in (f"--{name}", value)]
     return run(["--config", str(RECIPES / f"{task}.yaml"), *words])
 
