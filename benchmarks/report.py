@@ -19,8 +19,8 @@ ORDER = (
 )
 INTRO = """# Benchmarks
 
-Written by `make bench` (`benchmarks/report.py`); do not edit. Candidates of a table take turns in one process; ratios are
-ratios of medians; every time that was measured is in `outputs/benchmarks/*.json`.
+Written by `make bench` (`benchmarks/report.py`); do not edit. Candidates of a table take turns in one process; ratios
+are ratios of medians; every time that was measured is in `outputs/benchmarks/*.json`.
 """
 
 
