@@ -43,7 +43,7 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 def train(task: str, folder: Path, model: str | None, *, quick: bool) -> Record:
-    """Train an expert by its recipe, but without validation; in 4 steps if `quick`. What an earlier demo left there goes."""
+    """Train an expert by its recipe, but without validation; in 4 steps if `quick`. What was in the folder goes."""
     if (folder / "training.json").exists():
         shutil.rmtree(folder)
     options = {"model_name_or_path": model_name(model), "output_dir": str(folder)}
