@@ -58,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="Hub id or folder (default: SmolLM2-135M-Instruct from the wheel)")
     parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"))
-    parser.add_argument("--quick", action="store_true", help="a few steps of everything, in three minutes")
+    parser.add_argument("--quick", action="store_true", help="a few steps of everything, in four minutes")
     arguments = parser.parse_args()
     output: Path = arguments.output
     output.mkdir(parents=True, exist_ok=True)

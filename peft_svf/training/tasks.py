@@ -176,8 +176,9 @@ def _verifier(name: str, settings: str) -> Callable[[str, dict[str, Any]], float
 def _verify(answer: str, name: str, settings: str, entry: dict[str, Any]) -> float:
     if not answer:
         return 0.0
+    verifier = _verifier(name, settings)
     try:
-        return float(_verifier(name, settings)(answer, entry) >= 1.0)
+        return float(verifier(answer, entry) >= 1.0)
     except Exception:  # some verifiers of reasoning-gym fail on answers that are not even of the right form
         return 0.0
 
