@@ -1,6 +1,6 @@
 """Question: what does SVF learn, beside other methods, with the same trainer and the same rollouts?
 
-    make compare          # or: python benchmarks/compare.py [--tasks NAME ...] [--minutes M]
+    make compare          # or: python benchmarks/compare.py [--tasks NAME ...] [--minutes M] [--jobs N]
 
 Every run is one `python -m peft_svf.training.run` with the recipe of a task; only the method, its learning rate and
 the seed differ. The learning rate of each method is the best of at least four on `SWEEP_TASK` with a seed of its own,
@@ -9,7 +9,7 @@ measured on a text that nothing was trained on: what it forgot.
 
 Hours on two cores. Each run leaves one JSON in `benchmarks/compare_runs/`, and is not repeated if that is there: stop
 it at any time, or give it `--minutes`, and call it again, on another machine if you like. The table and the plots in
-`docs/comparison.md` are made of what there is.
+`docs/comparison.md` are made of what there is. `--jobs N` does N runs at once, each with its share of the cores.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -33,7 +35,7 @@ from peft import PeftModel
 
 from peft_svf.training import greedy_accuracy
 from peft_svf.training.checkpoints import write_whole
-from peft_svf.training.run import recipe_task
+from peft_svf.training.run import find_script_task, parse
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from smollm2 import model_name
@@ -41,22 +43,22 @@ from smollm2 import model_name
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "examples" / "recipes"
 STORED = Path(__file__).parent / "compare_runs"
-TASKS = ("products", "retrieval", "sums")
+TASKS = ("lists", "products", "sums")
 SWEEP_TASK, SWEEP_SEED = "arithmetic", 100
 SEEDS = (1, 2, 3)
 # the budget of every run: 64 completions a step
 BUDGET = {
-    "max_steps": 12,
-    "eval_steps": 3,
+    "max_steps": 8,
+    "eval_steps": 2,
     "validation_size": 32,
-    "test_size": 128,
+    "test_size": 0,  # tested below, with all the other tasks
     "load_best_model_at_end": "false",
     "save_strategy": "no",
 }
 TEST_SIZE, TEXT_TOKENS = 128, 4096
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Method:
     """A PEFT method, its settings, and the learning rates to choose among."""
 
@@ -123,6 +125,8 @@ def perform(run: Run, arguments: argparse.Namespace) -> None:
 
     model, tokenizer = load_model(arguments.model)
     adapted = PeftModel.from_pretrained(model, str(output)).eval()
+    record["accuracy_before"] = base_line(arguments)["elsewhere"][run.task]
+    record["accuracy_after"] = accuracy_on(adapted, tokenizer, run.task)
     if run.task != SWEEP_TASK:
         record["elsewhere"] = {
             task: accuracy_on(adapted, tokenizer, task) for task in (*TASKS, SWEEP_TASK) if task != run.task
@@ -135,8 +139,11 @@ def perform(run: Run, arguments: argparse.Namespace) -> None:
 
 
 def accuracy_on(model: Any, tokenizer: Any, task: str) -> float:
-    found = recipe_task(RECIPES / f"{task}.yaml")
-    return greedy_accuracy(model, tokenizer, found.examples("test", TEST_SIZE), found.reward, max_new_tokens=8)
+    script, training, *_ = parse(["--config", str(RECIPES / f"{task}.yaml")])
+    found = find_script_task(script)
+    assert found is not None
+    examples, tokens = found.examples("test", TEST_SIZE), training.max_completion_length
+    return greedy_accuracy(model, tokenizer, examples, found.reward, max_new_tokens=tokens)
 
 
 @torch.no_grad()
@@ -297,21 +304,33 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--methods", nargs="+", choices=[method.name for method in METHODS])
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after so many minutes")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once (default: 1)")
     parser.add_argument("--only-report", action="store_true", help="make the page from what is stored")
     arguments = parser.parse_args()
     methods = [method for method in METHODS if not arguments.methods or method.name in arguments.methods]
-    start = time.monotonic()
     if not arguments.only_report:
         base_line(arguments)
-        while time.monotonic() - start < 60 * arguments.minutes:
-            missing = [run for run in runs(methods, arguments.tasks) if run.stored() is None]
-            if not missing:
-                break
-            print(
-                f"[{(time.monotonic() - start) / 60:4.0f} min] {missing[0].path.stem}; {len(missing)} to do", flush=True
-            )
-            perform(missing[0], arguments)
+        perform_all(methods, arguments)
     report()
+
+
+def perform_all(methods: list[Method], arguments: argparse.Namespace) -> None:
+    """What is not stored, `--jobs` runs at a time, until the time is over. If a run fails, none is begun after it."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // arguments.jobs)))
+    start, at_work = time.monotonic(), dict[Run, Future[None]]()
+    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        while True:
+            minutes = (time.monotonic() - start) / 60
+            waiting = [run for run in runs(methods, arguments.tasks) if run not in at_work and run.stored() is None]
+            if minutes < arguments.minutes:
+                for run in waiting[: arguments.jobs - len(at_work)]:
+                    print(f"[{minutes:4.0f} min] {run.path.stem}; {len(waiting)} to do", flush=True)
+                    at_work[run] = pool.submit(perform, run, arguments)
+            if not at_work:
+                return
+            done = wait(at_work.values(), return_when=FIRST_COMPLETED).done
+            for run in [run for run, future in at_work.items() if future in done]:
+                at_work.pop(run).result()
 
 
 def runs(methods: list[Method], tasks: list[str]) -> list[Run]:

@@ -12,9 +12,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_svf.scoring import ANSWERS, REWARDS, check_rewards, checked, classification_prompt, find_reward, text_of
+from peft_svf.scoring import (
+    ANSWERS,
+    REWARDS,
+    check_rewards,
+    checked,
+    classification_prompt,
+    find_reward,
+    named_category,
+    text_of,
+)
 from peft_svf.scoring import rewards as rewards_module
-from peft_svf.scoring.rewards import boxed, first_line, first_word, last_number
+from peft_svf.scoring.rewards import boxed, first_line, first_word, last_number, last_word
 
 CASES = [
     ("number", "It is 12.", "12", 1),
@@ -85,10 +94,11 @@ def test_the_last_number_is_read_with_and_without_separators(value: int) -> None
 
 def test_other_answers() -> None:
     assert first_word(' "Bob" likes it') == "Bob"
+    assert last_word('\nThe last word is "lamp".\nDone') == "lamp"
     assert first_line("\n\n  a b \nc") == "a b"
     assert boxed(r"\boxed{1} or \boxed{ 2 }") == "2"
     assert boxed("<answer>\n[1, 2]\n</answer>") == "[1, 2]"
-    assert boxed("none") == first_word("") == first_line("") == last_number("") == ""
+    assert boxed("none") == first_word("") == last_word("") == first_line("") == last_number("") == ""
 
 
 def test_find_reward(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,6 +245,21 @@ def test_classification_prompt() -> None:
         [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 1 + 1?"}], ["sums", "logic"]
     )
     assert text == chat
-    assert "sums, logic" in text[0]["content"]
+    assert "sums or logic" in text[-1]["content"]
     assert "Be brief" not in str(text)
     assert text_of(chat) == text[-1]["content"]
+
+
+@pytest.mark.parametrize(
+    ("text", "category"),
+    [
+        ("Math.", "math"),
+        ("It is about people, not math", "people"),
+        ("mathematics", None),
+        ("", None),
+        ("A word list", "word list"),
+        ("words", None),
+    ],
+)
+def test_named_category(text: str, category: str | None) -> None:
+    assert named_category(text, ["math", "people", "word", "word list"]) == category

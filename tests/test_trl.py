@@ -55,21 +55,27 @@ def dataset(kind: str) -> Any:
     return datasets.Dataset.from_dict(columns)
 
 
+# small and quiet, on the CPU
+SETTINGS = {
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "logging_steps": 1,
+    "max_steps": 2,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}
+
+
 def trainer(kind: str, folder: Path, model: Any = None, reward: Any = many_early_letters, **options: Any) -> Trainer:
     """A trainer of two steps with `peft_config=`, or around the PeftModel `model`."""
     options = {
+        **SETTINGS,
         "output_dir": str(folder),
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "report_to": "none",
-        "logging_steps": 1,
-        "max_steps": 2,
         "per_device_train_batch_size": 8,
         "learning_rate": 1e-2,
         "lr_scheduler_type": "constant",
-        "save_strategy": "no",
-        "disable_tqdm": True,
         "seed": 7,
         **options,
     }

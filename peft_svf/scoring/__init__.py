@@ -1,9 +1,9 @@
 """How answers are scored: reward functions, and objectives that apply them to a model. Knows models and tokenizers, no
 adapters; training and adaptation stand on it."""
 
-from .categories import classification_prompt
+from .categories import classification_prompt, named_category, right_category
 from .objectives import LogLikelihoodObjective, Objective, RewardObjective
-from .rewards import ANSWERS, REWARDS, RewardFunc, check_rewards, checked, choice, find_reward, reward_name, text_of
+from .rewards import ANSWERS, REWARDS, RewardFunc, check_rewards, checked, find_reward, reward_name, text_of
 
 __all__ = [
     "ANSWERS",
@@ -14,9 +14,10 @@ __all__ = [
     "RewardObjective",
     "check_rewards",
     "checked",
-    "choice",
     "classification_prompt",
     "find_reward",
+    "named_category",
     "reward_name",
+    "right_category",
     "text_of",
 ]

@@ -1,23 +1,52 @@
-"""The prompt by which a model names the category of another prompt, for training and for dispatch."""
+"""The prompt by which a model names the category of another prompt, and its answer, for training and for dispatch."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
+
+from .rewards import text_of
 
 
 def classification_prompt(prompt: Any, categories: Sequence[str]) -> list[dict[str, str]]:
     """
     Messages that ask for the category of a prompt, in one word.
 
+    The prompt comes first and in quotes, or small models answer it.
+
     Args:
         prompt: Text, or messages, of which those of the user count.
-        categories (`Sequence[str]`): The labels to choose from.
+        categories (`Sequence[str]`): The labels to choose from. Plain words that say what they mean
+            (`math`, not `task_1`) are much easier to learn.
     """
     if not isinstance(prompt, str):
         prompt = "\n".join(message["content"] for message in prompt if message["role"] == "user")
-    labels = ", ".join(categories)
+    *others, last = categories
+    labels = f"{', '.join(others)} or {last}" if others else last
     return [
-        {"role": "system", "content": f"Name the category of the question: {labels}. Reply with the category only."},
-        {"role": "user", "content": f"{prompt}\n\nCategory ({labels}):"},
+        {"role": "system", "content": "Reply with the category only."},
+        {"role": "user", "content": f'"{prompt}"\n\nWhat is the category of this text: {labels}?'},
+    ]
+
+
+def named_category(text: str, categories: Sequence[str]) -> str | None:
+    """The first of the categories that a text names, as whole words in any case; of two at the same place, the longer.
+    `None` if it names none."""
+    found = []
+    for label in categories:
+        match = re.search(rf"(?<!\w){re.escape(label.casefold())}(?!\w)", text.casefold())
+        if match:
+            found.append((match.start(), -len(label), label))
+    return min(found)[2] if found else None
+
+
+def right_category(
+    completions: list[Any], answer: list[str], categories: list[Sequence[str]], **kwargs: Any
+) -> list[float]:
+    """1 for each completion that names the right category (first), else 0. The other arguments are columns of the
+    data."""
+    return [
+        float(named_category(text_of(completion), labels) == right)
+        for completion, right, labels in zip(completions, answer, categories, strict=True)
     ]

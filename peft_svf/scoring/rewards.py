@@ -41,6 +41,9 @@ def text_of(completion: Any) -> str:
 # ------------------------------------------------------------------------------------------- answers in a text
 
 
+_MARKS = ".,:;!?\"'*`()"
+
+
 def last_number(text: str) -> str:
     """The last number of a text without thousands separators, `""` if there is none. Of a fraction, the denominator."""
     numbers = re.findall(r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|-?\.\d+", text)
@@ -50,7 +53,13 @@ def last_number(text: str) -> str:
 def first_word(text: str) -> str:
     """The first word of a text without punctuation around it, `""` if there is none."""
     words = text.split()
-    return words[0].strip(".,:;!?\"'*`()") if words else ""
+    return words[0].strip(_MARKS) if words else ""
+
+
+def last_word(text: str) -> str:
+    """The last word of the first line that is not empty, without punctuation around it, `""` if there is none."""
+    words = first_line(text).split()
+    return words[-1].strip(_MARKS) if words else ""
 
 
 def first_line(text: str) -> str:
@@ -67,6 +76,7 @@ def boxed(text: str) -> str:
 ANSWERS: dict[str, Callable[[str], str]] = {
     "number": last_number,
     "word": first_word,
+    "last_word": last_word,
     "line": first_line,
     "boxed": boxed,
     "text": str.strip,

@@ -37,7 +37,8 @@ class TrainArguments(ScriptArguments):
 
     Args:
         objective (`str`): `"grpo"`, `"rloo"` or `"reinforce"`, which also decides what further options there are.
-        task (`str`, *optional*): `reasoning_gym:NAME?setting=value&...`, in the place of a dataset.
+        task (`str`, *optional*): `reasoning_gym:NAME?setting=value&...`, in the place of a dataset. Instead of
+            `reasoning_gym`, a module that registers datasets with it.
         categories (`dict[str, str]`, *optional*): Tasks by name. Trains a classification expert: the prompts are those
             of the tasks, the answers their names.
         system_prompt (`str`, *optional*): Put before every prompt.

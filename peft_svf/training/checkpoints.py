@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,10 @@ def is_complete(folder: str | Path) -> bool:
         for path in folder.glob("*.safetensors"):
             with safe_open(path, "pt"):
                 pass
+        # the first process does not wait for the others' random states
+        return all(zipfile.is_zipfile(path) for path in folder.glob("rng_state_*.pth"))
     except (OSError, ValueError, SafetensorError):
         return False
-    return True
 
 
 def steps_done(folder: str | Path) -> tuple[int, int]:

@@ -21,7 +21,8 @@ class ReinforceConfig(GRPOConfig):
 
     `beta` is the paper's λ, which it chose among 0, 0.1, 0.2 and 0.3 on validation data. The loss of a sequence is the
     sum over its tokens, divided by `max_completion_length` (`loss_type="dr_grpo"`): a constant, which matters for
-    `max_grad_norm` and `beta` only.
+    `max_grad_norm` and `beta` only. Rewards are not normalized, so that `scale_rewards` and
+    `multi_objective_aggregation` are without effect.
 
     Args:
         signed_rewards (`bool`):

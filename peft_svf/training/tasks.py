@@ -1,4 +1,5 @@
-"""Tasks with answers that can be verified: reasoning-gym's procedural ones by name, and naming a prompt's category.
+"""Tasks with answers that can be verified: reasoning-gym's procedural ones by name, your own ones written like those,
+and naming a prompt's category.
 
     find_task("reasoning_gym:products?min_digits=1&max_digits=1").examples("train", 2000)
 
@@ -14,25 +15,24 @@ import functools
 import hashlib
 import importlib.util
 import json
-import random
+import os
 import re
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, zip_longest
 from typing import Any, Literal, Protocol
 from urllib.parse import parse_qsl
 
 from datasets import Dataset
 
-from ..scoring import ANSWERS, choice, classification_prompt, text_of
+from ..scoring import ANSWERS, classification_prompt, right_category, text_of
 from ..scoring.rewards import RewardFunc
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 SEEDS: dict[Split, int] = {"train": 1, "test": 2, "validation": 3}
-PREFIX = "reasoning_gym:"
 _FEW_WORDS = 30  # in a longer question arithmetic is not all there is
 
 
@@ -71,20 +71,25 @@ def find_task(spec: str, *, system_prompt: str | None = None, answer_format: str
     A task by name.
 
     Args:
-        spec (`str`): `reasoning_gym:NAME`, with the settings of that dataset as in a URL:
-            `reasoning_gym:chain_sum?min_terms=2&max_terms=2`. Values are JSON, or text where they are no JSON.
+        spec (`str`): `MODULE:NAME`, where the module is `reasoning_gym` or one of yours that registers datasets with
+            it, and the settings of that dataset as in a URL: `reasoning_gym:chain_sum?min_terms=2&max_terms=2`. Values
+            are JSON, or text where they are no JSON.
         system_prompt (`str`, *optional*): The system message; it should say in what form to answer.
         answer_format (`str`): How to take the answer out of a completion, one of [`ANSWERS`].
 
     Raises:
-        ValueError: There is no such task, setting or answer format, or its verifier refuses its own answer.
+        ValueError: There is no such module, task, setting or answer format, or its verifier refuses its own answer.
         ImportError: reasoning-gym is not installed.
     """
     if answer_format not in ANSWERS:
         raise ValueError(f"There is no answer format {answer_format!r}; expected one of {', '.join(ANSWERS)}.")
-    if not spec.startswith(PREFIX):
-        raise ValueError(f"There is no task {spec!r}; expected {PREFIX}NAME, such as {PREFIX}chain_sum?max_terms=2.")
-    name, _, query = spec.removeprefix(PREFIX).partition("?")
+    module, colon, rest = spec.partition(":")
+    name, _, query = rest.partition("?")
+    if not (colon and name and all(part.isidentifier() for part in module.split("."))):
+        raise ValueError(
+            f"There is no task {spec!r}; expected MODULE:NAME, such as reasoning_gym:chain_sum?max_terms=2."
+        )
+    _import(module)
     settings = {key: _value(text) for key, text in parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))}
     entry = create_dataset(name, seed=0, size=1, **settings)[0]  # complains about what does not exist
     # what is verified later went through JSON
@@ -192,6 +197,9 @@ class ClassificationTask:
     never seen in training here. (The code released with the paper trains this expert on the test questions of the
     benchmarks it is evaluated with.)
 
+    The rows take the categories in turn. A trainer that does not shuffle them (TRL's `shuffle_dataset=False`) sees as
+    many of each in every step; with an uneven draw, the first thing learned is to always name its most frequent one.
+
     Attributes:
         categories: The task that each category's prompts come from.
     """
@@ -201,22 +209,45 @@ class ClassificationTask:
 
     @property
     def reward(self) -> RewardFunc:
-        return choice
+        return right_category
 
     def examples(self, split: Split, size: int) -> Dataset:
-        each = -(-size // len(self.categories))
-        rows = []
-        for label, task in self.categories.items():
-            for prompt in task.examples(split, each)["prompt"]:
-                rows.append(
-                    {
-                        "prompt": classification_prompt(prompt, list(self.categories)),
-                        "completion": [{"role": "assistant", "content": label}],
-                        "answer": label,
-                    }
-                )
-        random.Random(SEEDS[split]).shuffle(rows)
-        return Dataset.from_list(rows[:size])
+        labels = list(self.categories)
+        each = -(-size // len(labels))
+        labelled = [
+            [(label, prompt) for prompt in task.examples(split, each)["prompt"]]
+            for label, task in self.categories.items()
+        ]
+        in_turn = (pair for turn in zip_longest(*labelled) for pair in turn if pair is not None)
+        return Dataset.from_list(
+            [
+                {
+                    "prompt": classification_prompt(prompt, labels),
+                    "completion": [{"role": "assistant", "content": label}],
+                    "answer": label,
+                    "categories": labels,
+                }
+                for label, prompt in islice(in_turn, size)
+            ]
+        )
+
+
+def _import(module: str) -> None:
+    """Import reasoning-gym, and a module that registers more datasets with it."""
+    if importlib.util.find_spec("reasoning_gym") is None:
+        raise ImportError("This task comes from reasoning-gym, which is not installed: `pip install peft-svf[tasks]`.")
+    # Its zebra puzzles import pycosat, which exists only as C source. Where that was left out, an empty module stands
+    # in, and everything else works.
+    if "pycosat" not in sys.modules and importlib.util.find_spec("pycosat") is None:
+        sys.modules["pycosat"] = types.ModuleType("pycosat")
+    import reasoning_gym  # noqa: F401
+
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as for rewards
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(f"The module {module!r} of a task could not be imported: {error}.") from error
 
 
 def create_dataset(name: str, **settings: Any) -> Any:
@@ -226,17 +257,12 @@ def create_dataset(name: str, **settings: Any) -> Any:
         ImportError: reasoning-gym is not installed.
         ValueError: There is no dataset of that name, or it has no such setting.
     """
-    if importlib.util.find_spec("reasoning_gym") is None:
-        raise ImportError("This task comes from reasoning-gym, which is not installed: `pip install peft-svf[tasks]`.")
-    # Its zebra puzzles import pycosat, which exists only as C source. Where that was left out, an empty module stands
-    # in, and everything else works.
-    if "pycosat" not in sys.modules and importlib.util.find_spec("pycosat") is None:
-        sys.modules["pycosat"] = types.ModuleType("pycosat")
+    _import("reasoning_gym")
     import reasoning_gym
     from reasoning_gym.factory import DATASETS
 
     if name not in DATASETS:
-        raise ValueError(f"reasoning-gym has no dataset {name!r}; it has {', '.join(sorted(DATASETS))}.")
+        raise ValueError(f"There is no dataset {name!r}; there are {', '.join(sorted(DATASETS))}.")
     try:
         return reasoning_gym.create_dataset(name, **settings)
     except AttributeError as error:
