@@ -1,4 +1,4 @@
-"""Two small tasks about words, `examples.word_tasks:lists` and `examples.word_tasks:kinds`, for reasoning-gym.
+"""Two small tasks about words, `examples.word_tasks:lists` and `examples.word_tasks:letters`, for reasoning-gym.
 
 A module like this one is all that a task of your own needs; `peft_svf.training.find_task` finds it by its import path.
 """
@@ -24,24 +24,6 @@ WORDS = [
     "star", "stone", "street", "sugar", "sun", "table", "tent", "tiger", "tower", "train", "tree", "truck",
     "umbrella", "valley", "village", "wall", "watch", "wheel", "window", "wolf", "wood", "yard",
 ]
-KINDS = {
-    "animals": ["dog", "cat", "horse", "cow", "lion", "tiger", "bear", "wolf", "sheep", "goat", "rabbit", "mouse",
-        "monkey", "elephant", "fox", "deer", "duck", "hen"],
-    "fruits": ["apple", "banana", "lemon", "grape", "peach", "pear", "cherry", "plum", "mango", "melon",
-        "kiwi", "fig", "apricot", "papaya", "pineapple"],
-    "colors": ["red", "blue", "green", "yellow", "black", "white", "purple", "pink", "brown", "gray", "violet",
-        "silver", "gold", "beige"],
-    "tools": ["hammer", "saw", "drill", "wrench", "shovel", "axe", "rake", "pliers", "ladder", "screwdriver",
-        "chisel", "file", "clamp"],
-    "countries": ["France", "Spain", "Italy", "Germany", "China", "Japan", "India", "Brazil", "Canada", "Egypt",
-        "Mexico", "Russia", "Kenya", "Peru"],
-    "vehicles": ["car", "bus", "truck", "train", "bicycle", "boat", "ship", "plane", "taxi", "tractor", "van", "tram",
-        "helicopter"],
-    "clothes": ["shirt", "coat", "hat", "shoe", "sock", "dress", "jacket", "scarf", "glove", "skirt", "sweater",
-        "belt", "boot"],
-    "furniture": ["chair", "table", "bed", "sofa", "desk", "shelf", "bench", "cupboard", "stool", "wardrobe",
-        "couch"],
-}
 # fmt: on
 
 
@@ -76,35 +58,35 @@ class ListsDataset(ProceduralDataset):
 
 
 @dataclass
-class KindsConfig:
-    """Among how many words to choose."""
+class LettersConfig:
+    """Which letters to ask for."""
 
-    words: int = 3
+    places: tuple[str, ...] = ("first", "last")
     seed: int | None = None
     size: int = 500
 
     def validate(self) -> None:
-        assert 2 <= self.words <= 8, "2 <= words <= 8"
+        assert {"first", "last"} >= set(self.places) > set(), "places are first and last"
 
 
-class KindsDataset(ProceduralDataset):
-    """The one word of a list that is an animal, a color and so on."""
+class LettersDataset(ProceduralDataset):
+    """The first or the last letter of a word."""
 
-    def __init__(self, config: KindsConfig) -> None:
+    def __init__(self, config: LettersConfig) -> None:
         super().__init__(config=config, seed=config.seed, size=config.size)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         rng = random.Random(self.seed + index)
-        kind, other = rng.sample(list(KINDS), 2)
-        answer = rng.choice(KINDS[kind])
-        words = [answer, *rng.sample(KINDS[other], self.config.words - 1)]
-        rng.shuffle(words)
+        word, place = rng.choice(WORDS), rng.choice(self.config.places)
         return {
-            "question": f"Which of these is one of the {kind}? {', '.join(words)}",
-            "answer": answer,
-            "metadata": {"source_dataset": "kinds", "source_index": index},
+            "question": f"What is the {place} letter of the word {word}?",
+            "answer": word[0 if place == "first" else -1],
+            "metadata": {"source_dataset": "letters", "source_index": index},
         }
+
+    def score_answer(self, answer: str | None, entry: dict[str, Any]) -> float:
+        return float((answer or "").lower() == entry["answer"])
 
 
 register_dataset("lists", ListsDataset, ListsConfig)
-register_dataset("kinds", KindsDataset, KindsConfig)
+register_dataset("letters", LettersDataset, LettersConfig)

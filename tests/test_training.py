@@ -263,15 +263,16 @@ def test_a_task_and_its_verifier() -> None:
     assert task.examples("test", 8)[:] == rows[:]
 
 
-@pytest.mark.parametrize(("name", "how"), [("lists", "last_word"), ("kinds", "word")])
+@pytest.mark.parametrize(("name", "how"), [("lists", "last_word"), ("letters", "last_word")])
 def test_a_task_of_one_s_own(name: str, how: str) -> None:
     task = find_task(f"examples.word_tasks:{name}", answer_format=how)
     parts = [task.examples(split, 300) for split in SPLITS]
     assert not set(questions(parts[0])) & set(questions(parts[2]))
     answers = parts[2]["answer"][:]
     columns = {column: parts[2][column] for column in parts[2].column_names if column not in ("prompt", "completion")}
-    assert task.reward(completions=[f'"{answer}".' for answer in answers], **columns) == [1.0] * 300
-    assert sum(task.reward(completions=answers[1:] + answers[:1], **columns)) < 60  # no answer is right for many
+    assert task.reward(completions=[f'"{answer}".' for answer in answers], **columns) == [1.0] * len(answers)
+    for answer in set(answers):  # none is right for many
+        assert sum(task.reward(completions=[answer] * len(answers), **columns)) < 0.25 * len(answers)
 
 
 def test_a_verifier_that_fails_on_an_answer_has_refused_it() -> None:
