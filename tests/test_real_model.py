@@ -182,10 +182,10 @@ def test_a_shipped_expert_is_better_at_its_task(folder: Path) -> None:
     script, training, *_ = parse(["--config", str(EXAMPLES / "recipes" / f"{folder.name}.yaml")])
     task = find_script_task(script)
     assert task is not None
-    examples, options = task.examples("test", 24), {"max_new_tokens": training.max_completion_length}
+    examples, options = task.examples("test", 48), {"max_new_tokens": training.max_completion_length}
     before = greedy_accuracy(base, tokenizer, examples, task.reward, **options)
     after = greedy_accuracy(PeftModel.from_pretrained(base, folder), tokenizer, examples, task.reward, **options)
-    assert after >= before + 0.2
+    assert after >= before + 0.1
 
 
 def test_shipped_experts_mix() -> None:
