@@ -791,9 +791,13 @@ def test_two_processes(objective: str, base: Path, data: Path, tmp_path: Path) -
         common = {"objective": objective, "num_generations": None if objective == "reinforce" else 4}
         arguments = script(base, data, output, **common, lr_scheduler_type="constant", use_cpu=True, **options)
         # what `accelerate launch --multi_gpu` calls; accelerate itself has no launcher for several CPU processes
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
         done = subprocess.run(
-            [*command, "-m", "peft_svf.training.run", *arguments], env=environment, capture_output=True, text=True
+            [*command, "-m", "peft_svf.training.run", *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=600,
         )
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
