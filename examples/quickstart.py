@@ -4,7 +4,7 @@
 
 1. trains an expert for one-digit products live, as `peft-svf train --config examples/recipes/products.yaml` does;
 2. reloads it into a fresh base model;
-3. loads it beside the experts in examples/experts/ (with --model it trains them, as those do not fit);
+3. loads it beside two of those in examples/experts/ (with --model it trains them, as those do not fit);
 4. searches a mixture for a task that none was trained on, from a few examples;
 5. prints one table, task by choice of weights, on held-out questions, whichever wins;
 6. leaves the adapters, all numbers as JSON and a plot in the output folder.
