@@ -94,7 +94,7 @@ def test_the_last_number_is_read_with_and_without_separators(value: int) -> None
 
 def test_other_answers() -> None:
     assert first_word(' "Bob" likes it') == "Bob"
-    assert last_word('\nThe last word is "lamp".\nDone') == "lamp"
+    assert last_word('\nThe last word is "lamp".\nDone') == last_word("It is lamp .") == "lamp"
     assert first_line("\n\n  a b \nc") == "a b"
     assert boxed(r"\boxed{1} or \boxed{ 2 }") == "2"
     assert boxed("<answer>\n[1, 2]\n</answer>") == "[1, 2]"

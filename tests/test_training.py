@@ -275,6 +275,25 @@ def test_a_task_of_one_s_own(name: str, how: str) -> None:
         assert sum(task.reward(completions=[answer] * len(answers), **columns)) < 0.25 * len(answers)
 
 
+def test_rows_of_one_s_own_task_are_scored_where_nothing_was_imported(tmp_path: Path) -> None:
+    find_task("examples.word_tasks:lists", answer_format="last_word").examples("test", 4).save_to_disk(tmp_path)
+    code = f"""
+from datasets import load_from_disk
+from peft_svf.training.tasks import reasoning_gym_score
+rows = load_from_disk({str(tmp_path)!r})
+columns = {{name: rows[name] for name in rows.column_names}}
+print(reasoning_gym_score(completions=rows["answer"], **columns))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=RECIPES.parents[1])
+    assert done.stdout.strip() == "[1.0, 1.0, 1.0, 1.0]", done.stderr
+
+
+@pytest.mark.parametrize("labels", [[], ["math"], ["math", "Math "], ["math", ""], [True, False]])
+def test_categories_that_cannot_be_told_apart(labels: list[Any]) -> None:
+    with pytest.raises(ValueError, match="`categories` must have two or more names"):
+        ClassificationTask(dict.fromkeys(labels, find_task(SUMS)))
+
+
 def test_a_verifier_that_fails_on_an_answer_has_refused_it() -> None:
     task = find_task("reasoning_gym:prime_factorization", answer_format="line")
     rows = task.examples("test", 2)
@@ -286,12 +305,15 @@ def test_a_verifier_that_fails_on_an_answer_has_refused_it() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("reasoning_gym:chian_sum", "no dataset 'chian_sum'; there are (.*)chain_sum"),
+        ("reasoning_gym:chian_sum", "'reasoning_gym' has no dataset 'chian_sum'; it has (.*)chain_sum"),
         ("reasoning_gym:chain_sum?max_digit=1", "'chain_sum' refuses .*max_digits"),
         ("reasoning_gym:chain_sum?min_digits=3&max_digits=1", "'chain_sum' refuses"),
         ("reasoning_gym:rearc", "refuses its own reference answer"),
         ("chain_sum", "no task 'chain_sum'; expected MODULE:NAME"),
         ("reasoning_gym:", "no task 'reasoning_gym:'; expected MODULE:NAME"),
+        ("os:chain_sum", "'os' has no dataset 'chain_sum'; it has none"),
+        ("reasoning_gym:lists", "'reasoning_gym' has no dataset 'lists'"),
+        ("reasoning_gym:chain_sum?size=5", "must not set seed or size"),
         ("no_such_module:chain_sum", "'no_such_module' of a task could not be imported: No module named"),
     ],
 )

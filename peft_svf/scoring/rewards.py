@@ -58,8 +58,8 @@ def first_word(text: str) -> str:
 
 def last_word(text: str) -> str:
     """The last word of the first line that is not empty, without punctuation around it, `""` if there is none."""
-    words = first_line(text).split()
-    return words[-1].strip(_MARKS) if words else ""
+    words = [word.strip(_MARKS) for word in first_line(text).split()]
+    return next((word for word in reversed(words) if word), "")
 
 
 def first_line(text: str) -> str:
@@ -140,7 +140,7 @@ REWARDS: dict[str, RewardFunc] = {
 
 
 def _plain(text: str) -> str:
-    return text.strip().strip(".,:;!?\"'*`()").casefold()
+    return text.strip().strip(_MARKS).casefold()
 
 
 def _references(columns: dict[str, Any]) -> list[Any]:

@@ -58,7 +58,9 @@ class TrainArguments(ScriptArguments):
     """
 
     objective: str = field(default="grpo", metadata={"help": "The objective.", "choices": list(OBJECTIVES)})
-    task: Optional[str] = field(default=None, metadata={"help": "reasoning_gym:NAME?setting=value&..."})
+    task: Optional[str] = field(
+        default=None, metadata={"help": "MODULE:NAME?setting=value&..., such as reasoning_gym:chain_sum?max_terms=2"}
+    )
     categories: Optional[Union[dict[str, str], str]] = field(
         default=None, metadata={"help": "Tasks by name (JSON): train an expert that names the task of a prompt."}
     )

@@ -83,14 +83,14 @@ def find_task(spec: str, *, system_prompt: str | None = None, answer_format: str
     """
     if answer_format not in ANSWERS:
         raise ValueError(f"There is no answer format {answer_format!r}; expected one of {', '.join(ANSWERS)}.")
-    module, colon, rest = spec.partition(":")
-    name, _, query = rest.partition("?")
-    if not (colon and name and all(part.isidentifier() for part in module.split("."))):
+    name, _, query = spec.partition("?")
+    if not re.fullmatch(r"\w+(\.\w+)*:\w+", name):
         raise ValueError(
             f"There is no task {spec!r}; expected MODULE:NAME, such as reasoning_gym:chain_sum?max_terms=2."
         )
-    _import(module)
     settings = {key: _value(text) for key, text in parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))}
+    if settings.keys() & {"seed", "size"}:
+        raise ValueError(f"The task {spec!r} must not set seed or size, which the splits decide.")
     entry = create_dataset(name, seed=0, size=1, **settings)[0]  # complains about what does not exist
     # what is verified later went through JSON
     if not _verify(str(entry["answer"]), name, json.dumps(settings), json.loads(json.dumps(entry, default=str))):
@@ -107,7 +107,7 @@ class ReasoningGymTask:
     A dataset of [reasoning-gym](https://github.com/open-thought/reasoning-gym) with its verifier.
 
     Attributes:
-        name: Its name there.
+        name: `MODULE:NAME`, with the module that registers it.
         settings: Its settings, such as those of difficulty.
         system_prompt: The system message.
         answer_format: How to take the answer out of a completion, one of [`ANSWERS`].
@@ -207,6 +207,14 @@ class ClassificationTask:
     categories: Mapping[str, Task]
     name: str = "classification"
 
+    def __post_init__(self) -> None:
+        labels = list(self.categories)
+        words = [label.strip().casefold() for label in labels if isinstance(label, str)]
+        if len(labels) < 2 or len(words) < len(labels) or not all(words) or len(set(words)) < len(words):
+            raise ValueError(
+                f"`categories` must have two or more names, texts that differ by more than their case, got {labels}."
+            )
+
     @property
     def reward(self) -> RewardFunc:
         return right_category
@@ -232,37 +240,34 @@ class ClassificationTask:
         )
 
 
-def _import(module: str) -> None:
-    """Import reasoning-gym, and a module that registers more datasets with it."""
+def create_dataset(name: str, **settings: Any) -> Any:
+    """reasoning-gym's `create_dataset` for `MODULE:NAME`, with errors that say what there is.
+
+    Raises:
+        ImportError: reasoning-gym is not installed.
+        ValueError: There is no such module, it registers no dataset of that name, or that has no such setting.
+    """
     if importlib.util.find_spec("reasoning_gym") is None:
         raise ImportError("This task comes from reasoning-gym, which is not installed: `pip install peft-svf[tasks]`.")
     # Its zebra puzzles import pycosat, which exists only as C source. Where that was left out, an empty module stands
     # in, and everything else works.
     if "pycosat" not in sys.modules and importlib.util.find_spec("pycosat") is None:
         sys.modules["pycosat"] = types.ModuleType("pycosat")
-    import reasoning_gym  # noqa: F401
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
 
-    if os.getcwd() not in sys.path:
+    module, _, name = name.partition(":")
+    if module not in sys.modules and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as for rewards
     try:
         importlib.import_module(module)
     except ImportError as error:
         raise ValueError(f"The module {module!r} of a task could not be imported: {error}.") from error
 
-
-def create_dataset(name: str, **settings: Any) -> Any:
-    """reasoning-gym's `create_dataset`, with errors that say what there is.
-
-    Raises:
-        ImportError: reasoning-gym is not installed.
-        ValueError: There is no dataset of that name, or it has no such setting.
-    """
-    _import("reasoning_gym")
-    import reasoning_gym
-    from reasoning_gym.factory import DATASETS
-
-    if name not in DATASETS:
-        raise ValueError(f"There is no dataset {name!r}; there are {', '.join(sorted(DATASETS))}.")
+    package = module.partition(".")[0]
+    registered = [key for key, (kind, _) in DATASETS.items() if kind.__module__.partition(".")[0] == package]
+    if name not in registered:
+        raise ValueError(f"{package!r} has no dataset {name!r}; it has {', '.join(sorted(registered)) or 'none'}.")
     try:
         return reasoning_gym.create_dataset(name, **settings)
     except AttributeError as error:
