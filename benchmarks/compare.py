@@ -9,7 +9,8 @@ measured on a text that nothing was trained on: what it forgot.
 
 Hours on two cores. Each run leaves one JSON in `benchmarks/compare_runs/`, and is not repeated if that is there: stop
 it at any time, or give it `--minutes`, and call it again, on another machine if you like. The table and the plots in
-`docs/comparison.md` are made of what there is. `--jobs N` does N runs at once, each with its share of the cores.
+`docs/comparison.md` are made of what there is. `--jobs N` does N runs at once, each a process of its own with its share
+of the cores.
 """
 
 from __future__ import annotations
@@ -22,20 +23,18 @@ import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import torch
 from common import load_model
-from peft import PeftModel
 
 from peft_svf.training import greedy_accuracy
 from peft_svf.training.checkpoints import write_whole
-from peft_svf.training.run import find_script_task, parse
+from peft_svf.training.run import build, parse, recipe_task, train
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from smollm2 import model_name
@@ -55,7 +54,12 @@ BUDGET = {
     "load_best_model_at_end": "false",
     "save_strategy": "no",
 }
-TEST_SIZE, TEXT_TOKENS = 128, 4096
+# test questions of the task that was trained, of each other task, and tokens of the text
+TEST_SIZE, ELSEWHERE_SIZE, TEXT_TOKENS = 128, 64, 2048
+SETTINGS = {"budget": BUDGET, "sizes": [TEST_SIZE, ELSEWHERE_SIZE, TEXT_TOKENS]}
+# glibc gives large blocks back to the system after every operation and takes them anew for the next, a page fault for
+# each 4 KiB: a fifth of a training step on a CPU
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_TOP_PAD_": str(2**28)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,19 +97,31 @@ class Run:
         )
 
     def stored(self) -> dict[str, Any] | None:
-        return json.loads(self.path.read_text()) if self.path.exists() else None
+        """What it left behind, if it was done.
+
+        Raises:
+            SystemExit: It was done with another budget.
+        """
+        if not self.path.exists():
+            return None
+        record: dict[str, Any] = json.loads(self.path.read_text())
+        if record["settings"] != SETTINGS:
+            raise SystemExit(f"{self.path} was run with {record['settings']}, not {SETTINGS}; move it away first.")
+        return record
 
 
-def perform(run: Run, arguments: argparse.Namespace) -> None:
+def perform(run: Run, model: str | None) -> None:
     """Train, test on everything, store."""
-    output = Path("outputs/compare") / run.path.stem
+    output = ROOT / "outputs" / "compare" / run.path.stem
+    shutil.rmtree(output, ignore_errors=True)
     options = {
-        "model_name_or_path": model_name(arguments.model),
+        "model_name_or_path": model_name(model),
         "output_dir": output,
         "peft_type": run.method.peft_type,
         "learning_rate": run.rate,
         "seed": run.seed,
         **BUDGET,
+        **({"eval_strategy": "no"} if run.task == SWEEP_TASK else {}),
         **run.method.options,
     }
     words = [
@@ -113,37 +129,38 @@ def perform(run: Run, arguments: argparse.Namespace) -> None:
         for name, value in options.items()
         for word in (f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value))
     ]
-    command = [sys.executable, "-m", "peft_svf.training.run", "--config", str(RECIPES / f"{run.task}.yaml"), *words]
+    script, training, adapter, mixture, given = parse(["--config", str(RECIPES / f"{run.task}.yaml"), *words])
+    trainer, data, functions = build(script, training, adapter, mixture)
     begun = os.times()
-    subprocess.run(command, check=True)
+    record = train(trainer, data, functions, given).to_dict()
     ended = os.times()
-    record = json.loads((output / "training.json").read_text())
-    record["cpu_seconds"] = round(
-        ended.children_user + ended.children_system - begun.children_user - begun.children_system
-    )
-    record["load"] = os.getloadavg()[0]
+    record["recipe"] = {name: value for name, value in record["recipe"].items() if name != "model_name_or_path"}
+    record["base_model"] = model or "SmolLM2-135M-Instruct"
 
-    model, tokenizer = load_model(arguments.model)
-    adapted = PeftModel.from_pretrained(model, str(output)).eval()
-    record["accuracy_before"] = base_line(arguments)["elsewhere"][run.task]
-    record["accuracy_after"] = accuracy_on(adapted, tokenizer, run.task)
-    if run.task != SWEEP_TASK:
-        record["elsewhere"] = {
-            task: accuracy_on(adapted, tokenizer, task) for task in (*TASKS, SWEEP_TASK) if task != run.task
-        }
-        record["perplexity"] = perplexity(adapted, tokenizer)
-    record |= {"task": run.task, "method": run.method.name, "learning_rate": run.rate, "seed": run.seed}
+    adapted, tokenizer, base = trainer.model.eval(), trainer.processing_class, base_line(model)
+    others = [task for task in (*TASKS, SWEEP_TASK) if task != run.task] if run.task != SWEEP_TASK else []
+    record |= {
+        "task": run.task,
+        "method": run.method.name,
+        "learning_rate": run.rate,
+        "seed": run.seed,
+        "settings": SETTINGS,
+        "cpu_seconds": round(ended.user + ended.system - begun.user - begun.system),
+        "load": os.getloadavg()[0],
+        "accuracy_before": base["accuracy"][run.task],
+        "accuracy_after": accuracy_on(adapted, tokenizer, run.task, TEST_SIZE),
+        "elsewhere": {task: accuracy_on(adapted, tokenizer, task, ELSEWHERE_SIZE) for task in others},
+        "perplexity": perplexity(adapted, tokenizer) if others else None,
+    }
     STORED.mkdir(exist_ok=True)
     write_whole(run.path, json.dumps(record, indent=1) + "\n")
     shutil.rmtree(output)
 
 
-def accuracy_on(model: Any, tokenizer: Any, task: str) -> float:
-    script, training, *_ = parse(["--config", str(RECIPES / f"{task}.yaml")])
-    found = find_script_task(script)
-    assert found is not None
-    examples, tokens = found.examples("test", TEST_SIZE), training.max_completion_length
-    return greedy_accuracy(model, tokenizer, examples, found.reward, max_new_tokens=tokens)
+def accuracy_on(model: Any, tokenizer: Any, task: str, size: int) -> float:
+    _, training, *_ = parse(["--config", str(RECIPES / f"{task}.yaml")])
+    found, tokens = recipe_task(RECIPES / f"{task}.yaml"), training.max_completion_length
+    return greedy_accuracy(model, tokenizer, found.examples("test", size), found.reward, max_new_tokens=tokens)
 
 
 @torch.no_grad()
@@ -157,17 +174,23 @@ def perplexity(model: Any, tokenizer: Any) -> float:
     return math.exp(mean(losses))
 
 
-def base_line(arguments: argparse.Namespace) -> dict[str, Any]:
+def base_line(model: str | None) -> dict[str, Any]:
     """The base model on everything."""
     path = STORED / "base.json"
     if not path.exists():
-        model, tokenizer = load_model(arguments.model)
-        found = {task: accuracy_on(model.eval(), tokenizer, task) for task in (*TASKS, SWEEP_TASK)}
+        base, tokenizer = load_model(model)
+        tasks = (*TASKS, SWEEP_TASK)
+        content = {
+            "model": model,
+            "settings": SETTINGS,
+            "accuracy": {task: accuracy_on(base.eval(), tokenizer, task, TEST_SIZE) for task in tasks},
+            "elsewhere": {task: accuracy_on(base, tokenizer, task, ELSEWHERE_SIZE) for task in tasks},
+            "perplexity": perplexity(base, tokenizer),
+        }
         STORED.mkdir(exist_ok=True)
-        content = {"model": arguments.model, "elsewhere": found, "perplexity": perplexity(model, tokenizer)}
         write_whole(path, json.dumps(content, indent=1) + "\n")
     content = json.loads(path.read_text())
-    if content["model"] != arguments.model:
+    if content["model"] != model:
         raise SystemExit(
             f"The runs in {STORED} are of the model {content['model'] or 'SmolLM2-135M-Instruct'}; move them away "
             "first."
@@ -228,7 +251,7 @@ def report() -> None:
         "",
         "| | trained numbers | " + " | ".join(TASKS) + " | mean of the tasks | CPU s per run |",
         "|" + "---|" * (4 + len(TASKS)),
-        "| base model | 0 | " + " | ".join(f"{base['elsewhere'][task]:.2f}" for task in TASKS) + " | | |",
+        "| base model | 0 | " + " | ".join(f"{base['accuracy'][task]:.2f}" for task in TASKS) + " | | |",
     ]
     for name, records in found.items():
         cells = [_spread([final_accuracy(x) for x in records if x["task"] == task]) for task in TASKS]
@@ -306,34 +329,44 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after so many minutes")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once (default: 1)")
     parser.add_argument("--only-report", action="store_true", help="make the page from what is stored")
+    parser.add_argument("--one", metavar="NAME", help="do the run of this name, and no other")
     arguments = parser.parse_args()
+    if arguments.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {arguments.jobs}")
     methods = [method for method in METHODS if not arguments.methods or method.name in arguments.methods]
+    if arguments.one:
+        perform(next(run for run in runs(METHODS, TASKS) if run.path.stem == arguments.one), arguments.model)
+        return
     if not arguments.only_report:
-        base_line(arguments)
+        base_line(arguments.model)
         perform_all(methods, arguments)
     report()
 
 
-def perform_all(methods: list[Method], arguments: argparse.Namespace) -> None:
+def perform_all(methods: Sequence[Method], arguments: argparse.Namespace) -> None:
     """What is not stored, `--jobs` runs at a time, until the time is over. If a run fails, none is begun after it."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // arguments.jobs)))
-    start, at_work = time.monotonic(), dict[Run, Future[None]]()
-    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        while True:
-            minutes = (time.monotonic() - start) / 60
-            waiting = [run for run in runs(methods, arguments.tasks) if run not in at_work and run.stored() is None]
-            if minutes < arguments.minutes:
-                for run in waiting[: arguments.jobs - len(at_work)]:
-                    print(f"[{minutes:4.0f} min] {run.path.stem}; {len(waiting)} to do", flush=True)
-                    at_work[run] = pool.submit(perform, run, arguments)
-            if not at_work:
-                return
-            done = wait(at_work.values(), return_when=FIRST_COMPLETED).done
-            for run in [run for run, future in at_work.items() if future in done]:
-                at_work.pop(run).result()
+    cores = max(1, (os.cpu_count() or 1) // arguments.jobs)
+    environment = {"OMP_NUM_THREADS": str(cores), **KEEP_MEMORY, **os.environ}
+    command = [sys.executable, __file__, *(["--model", arguments.model] if arguments.model else []), "--one"]
+    start, at_work = time.monotonic(), dict[Run, subprocess.Popen[bytes]]()
+    while True:
+        minutes = (time.monotonic() - start) / 60
+        waiting = [run for run in runs(methods, arguments.tasks) if run not in at_work and run.stored() is None]
+        if minutes < arguments.minutes:
+            for run in waiting[: arguments.jobs - len(at_work)]:
+                print(f"[{minutes:4.0f} min] {run.path.stem}; {len(waiting)} to do", flush=True)
+                at_work[run] = subprocess.Popen([*command, run.path.stem], env=environment)
+        if not at_work:
+            return
+        time.sleep(1)
+        for run in [run for run, process in at_work.items() if process.poll() is not None]:
+            if at_work.pop(run).returncode:
+                for process in at_work.values():
+                    process.wait()
+                raise SystemExit(f"The run {run.path.stem} failed; what it says is above.")
 
 
-def runs(methods: list[Method], tasks: list[str]) -> list[Run]:
+def runs(methods: Sequence[Method], tasks: Sequence[str]) -> list[Run]:
     """All runs that can be named now: the sweep, and where it is done, the table, a seed of everything at a time."""
     sweep = [Run(SWEEP_TASK, method, rate, SWEEP_SEED) for method in methods for rate in method.rates]
     table = [

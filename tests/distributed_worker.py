@@ -222,6 +222,18 @@ def fsdp1_flat(folder: Path) -> dict[str, Any]:
     return fsdp1(folder, use_orig_params=False)
 
 
+def greedy_scores_of_five(folder: Path) -> dict[str, Any]:
+    from test_trl import tokenizer
+
+    from peft_svf.training import greedy_scores
+
+    def number(prompts: list[str], **columns: Any) -> list[float]:
+        return [float(prompt[0]) for prompt in prompts]
+
+    rows = [{"prompt": f"{n}+1="} for n in range(5)]
+    return {"scores": greedy_scores(tiny_llama(), tokenizer(), rows, number, max_new_tokens=2)}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     scenario, folder = sys.argv[1], Path(sys.argv[2])

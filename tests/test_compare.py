@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ import compare
 def record(accuracy: float, task: str) -> dict[str, Any]:
     return {
         "task": task,
+        "settings": compare.SETTINGS,
         "accuracy_before": 0.2,
         "accuracy_after": accuracy,
         "trainable": 10,
@@ -33,7 +35,7 @@ def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(compare, "ROOT", tmp_path)
     (tmp_path / "compare").mkdir()
     (tmp_path / "docs").mkdir()
-    base = {"elsewhere": dict.fromkeys(compare.TASKS, 0.2), "perplexity": 19.0}
+    base = {kind: dict.fromkeys(compare.TASKS, 0.2) for kind in ("accuracy", "elsewhere")} | {"perplexity": 19.0}
     (tmp_path / "compare" / "base.json").write_text(json.dumps(base))
     return tmp_path
 
@@ -74,3 +76,61 @@ def test_the_page_holds_what_there_is(stored: Path) -> None:
     assert "**The table is not complete.**" in page
     assert "0.300 ± 0.100 (2) | -0.100 ± 0.000 (2) | 20.000 ± 0.000 (2)" in page
     assert (stored / "docs" / "comparison.png").exists()
+
+
+def options(**given: Any) -> argparse.Namespace:
+    return argparse.Namespace(**{"model": None, "tasks": compare.TASKS, "minutes": 1e9, "jobs": 3, **given})
+
+
+STAND_IN = """
+import json, sys, time
+from pathlib import Path
+record, folder, fails = json.loads({record!r}), Path({folder!r}), {fails!r}
+name = sys.argv[-1]
+if fails and fails in name:
+    sys.exit("no such luck")
+time.sleep(0.1)
+(folder / (name + ".json")).write_text(json.dumps(record))
+(folder / "order.txt").open("a").write(name + " ")
+"""
+
+
+def stand_in(stored: Path, monkeypatch: pytest.MonkeyPatch, fails: str = "") -> None:
+    """A script in the place of `compare.py --one NAME`."""
+    script = stored / "stand_in.py"
+    text = json.dumps(record(0.5, compare.SWEEP_TASK))
+    script.write_text(STAND_IN.format(record=text, folder=str(stored / "compare"), fails=fails))
+    monkeypatch.setattr(compare, "__file__", str(script))
+
+
+def test_all_runs_are_done_once_and_go_on_where_they_were_stopped(
+    stored: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = compare.METHODS[0]
+    stand_in(stored, monkeypatch)
+    compare.perform_all([method], options(minutes=0))
+    assert not (stored / "compare" / "order.txt").exists()
+    sweep(best=1)
+    compare.perform_all([method], options())
+    done = (stored / "compare" / "order.txt").read_text().split()
+    assert len(done) == len(set(done)) == len(compare.TASKS) * len(compare.SEEDS)
+    assert {name.split("-")[-2] for name in done} == {f"{method.rates[1]:g}"}
+    compare.perform_all([method], options())
+    assert (stored / "compare" / "order.txt").read_text().split() == done
+
+
+def test_after_a_run_that_fails_none_is_begun(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = compare.METHODS[0]
+    stand_in(stored, monkeypatch, fails=f"{method.rates[0]:g}")
+    with pytest.raises(SystemExit, match=f"svf-{method.rates[0]:g}-100 failed"):
+        compare.perform_all([method], options(jobs=2))
+    done = (stored / "compare" / "order.txt").read_text().split()
+    assert done == [compare.Run(compare.SWEEP_TASK, method, method.rates[1], compare.SWEEP_SEED).path.stem]
+
+
+@pytest.mark.usefixtures("stored")
+def test_runs_of_another_budget_are_not_mixed_in() -> None:
+    run = compare.Run(compare.SWEEP_TASK, compare.METHODS[0], 0.1, compare.SWEEP_SEED)
+    run.path.write_text(json.dumps(record(0.5, compare.SWEEP_TASK) | {"settings": {"budget": {"max_steps": 1}}}))
+    with pytest.raises(SystemExit, match=r"was run with .*max_steps"):
+        run.stored()

@@ -48,6 +48,11 @@ def run(scenario: str, folder: Path) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
 
 
+def test_scores_come_back_in_the_order_of_the_examples(tmp_path: Path) -> None:
+    for rank in run("greedy_scores_of_five", tmp_path):
+        assert rank["scores"] == [0.0, 1.0, 2.0, 3.0, 4.0]
+
+
 def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 0) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():

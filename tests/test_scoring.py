@@ -94,6 +94,7 @@ def test_the_last_number_is_read_with_and_without_separators(value: int) -> None
 
 def test_other_answers() -> None:
     assert first_word(' "Bob" likes it') == "Bob"
+    assert first_word("“lamp”") == last_word("It is «lamp».") == last_word("It is [lamp]") == "lamp"
     assert last_word('\nThe last word is "lamp".\nDone') == last_word("It is lamp .") == "lamp"
     assert first_line("\n\n  a b \nc") == "a b"
     assert boxed(r"\boxed{1} or \boxed{ 2 }") == "2"
@@ -259,6 +260,9 @@ def test_classification_prompt() -> None:
         ("", None),
         ("A word list", "word list"),
         ("words", None),
+        ("_Math_", "math"),
+        ("math_", "math"),
+        ("aftermath", None),
     ],
 )
 def test_named_category(text: str, category: str | None) -> None:

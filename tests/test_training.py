@@ -332,12 +332,26 @@ def test_settings_of_a_task_are_json_or_text() -> None:
     assert task.settings == {"operators": ["+", "-"], "allow_parentheses": False, "max_terms": 2}  # type: ignore[attr-defined]
 
 
+class Few:
+    """A task with seven examples."""
+
+    name = "few"
+
+    def __init__(self, task: Any) -> None:
+        self.reward, self.task = task.reward, task
+
+    def examples(self, split: Any, size: int) -> Any:
+        return self.task.examples(split, min(size, 7))
+
+
 def test_the_classification_expert_never_sees_a_test_question() -> None:
     tasks = {"sums": find_task(SUMS), "products": find_task(PRODUCTS)}
     task = ClassificationTask(tasks)
     tested = {question for one in tasks.values() for question in questions(one.examples("test", 1000))}
     rows = task.examples("train", 400)
     assert rows["answer"][:] == ["sums", "products"] * 200  # as many of each in every step, if not shuffled
+    few = ClassificationTask({"sums": tasks["sums"], "products": Few(tasks["products"])}).examples("train", 400)
+    assert few["answer"][:] == ["sums", "products"] * 7  # also where one has fewer prompts
     asked = {question.partition('"\n\nWhat is the category')[0].strip('"') for question in questions(rows)}
     assert len(asked) > 50
     assert not asked & tested
@@ -589,6 +603,20 @@ def test_the_script_trains_and_leaves_a_whole_adapter(
     card = (output / "README.md").read_text()
     assert f"**{record.accuracy_after:.3f}** after" in card
     assert yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])["max_steps"] == 3
+
+
+def test_a_classification_expert_is_reported_by_category(base: Path, tmp_path: Path) -> None:
+    chosen = ("dataset_name", "prompt_column", "answer_column", "reward_funcs")
+    options = {**dict.fromkeys(chosen), "categories": json.dumps({"sums": SUMS, "products": PRODUCTS})}
+    arguments = script(base, tmp_path, tmp_path / "expert", **options, max_steps=1, test_size=5, save_strategy="no")
+    assert parse(arguments)[1].shuffle_dataset is False
+    assert parse([*arguments, "--shuffle_dataset", "true"])[1].shuffle_dataset is True
+    assert parse(["--task", SUMS])[1].shuffle_dataset is True
+    record = main(arguments)
+    by_category = json.loads((tmp_path / "expert" / "training.json").read_text())["accuracy_by_category"]
+    assert set(by_category) == {"sums", "products"}
+    assert (3 * by_category["sums"] + 2 * by_category["products"]) / 5 == pytest.approx(record.accuracy_after)
+    assert "By category: sums " in (tmp_path / "expert" / "README.md").read_text()
 
 
 def test_a_recipe_and_the_command_line(tmp_path: Path, base: Path) -> None:

@@ -35,7 +35,8 @@ def named_category(text: str, categories: Sequence[str]) -> str | None:
     `None` if it names none."""
     found = []
     for label in categories:
-        match = re.search(rf"(?<!\w){re.escape(label.casefold())}(?!\w)", text.casefold())
+        # an underscore may be emphasis, as in _math_
+        match = re.search(rf"(?<![^\W_]){re.escape(label.casefold())}(?![^\W_])", text.casefold())
         if match:
             found.append((match.start(), -len(label), label))
     return min(found)[2] if found else None

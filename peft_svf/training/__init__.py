@@ -2,7 +2,7 @@
 
 try:
     from .callbacks import EqualRewards, ExactState, RewardBar
-    from .evaluation import GreedyEvaluation, greedy_accuracy
+    from .evaluation import GreedyEvaluation, greedy_accuracy, greedy_scores
     from .plots import adapter_deltas, plot_curves, plot_deltas
     from .reinforce import ReinforceConfig, ReinforceTrainer
     from .report import Record, machine
@@ -26,6 +26,7 @@ __all__ = [
     "adapter_deltas",
     "find_task",
     "greedy_accuracy",
+    "greedy_scores",
     "machine",
     "plot_curves",
     "plot_deltas",

@@ -17,7 +17,13 @@ from transformers import TrainerCallback
 from ..scoring import RewardFunc, RewardObjective
 
 
-def greedy_accuracy(
+def greedy_accuracy(*args: Any, **kwargs: Any) -> float:
+    """Mean of [`greedy_scores`], whose arguments it takes: with rewards of 0 and 1, the accuracy."""
+    scores = greedy_scores(*args, **kwargs)
+    return sum(scores) / len(scores)
+
+
+def greedy_scores(
     model: Any,
     tokenizer: Any,
     examples: Sequence[dict[str, Any]],
@@ -26,11 +32,11 @@ def greedy_accuracy(
     batch_size: int = 32,
     max_new_tokens: int = 256,
     generation_kwargs: Mapping[str, Any] | None = None,
-) -> float:
+) -> list[float]:
     """
-    Mean reward of greedily decoded answers: with rewards of 0 and 1, the accuracy.
+    Rewards of greedily decoded answers, one for each example.
 
-    With several processes, each answers a part of the examples, and all return the same number.
+    With several processes, each answers a part of the examples, and all return the same.
 
     Args:
         model: A causal language model on its device. Its training mode is restored.
@@ -62,9 +68,10 @@ def greedy_accuracy(
             scores = objective(model)
         finally:
             model.train(was_training)
-    if not together:
-        scores = gather_object(scores)
-    return sum(scores) / len(rows)
+    if together:
+        return scores
+    parts = gather_object([scores])  # one list of each process
+    return [parts[i % state.num_processes][i // state.num_processes] for i in range(len(rows))]
 
 
 def _is_sharded(model: Any) -> bool:

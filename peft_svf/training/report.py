@@ -29,6 +29,7 @@ class Record:
         base_model: Name of the base model.
         trainable: How many numbers were trained.
         accuracy_before, accuracy_after: Greedy, on the test examples; `None` if there are none.
+        accuracy_by_category: Of a classification expert, after the training.
         test_size: How many test examples.
         example: One of them, as question and reference answer.
         seconds: Wall time of the training.
@@ -42,6 +43,7 @@ class Record:
     trainable: int
     accuracy_before: float | None = None
     accuracy_after: float | None = None
+    accuracy_by_category: Mapping[str, float] | None = None
     test_size: int = 0
     example: tuple[str, str] | None = None
     seconds: float = 0.0
@@ -59,6 +61,7 @@ class Record:
             "test_questions": self.test_size,
             "accuracy_before": self.accuracy_before,
             "accuracy_after": self.accuracy_after,
+            **({"accuracy_by_category": dict(self.accuracy_by_category)} if self.accuracy_by_category else {}),
             "best_step": self.best_step,
             "seconds": round(self.seconds, 1),
             "machine": dict(self.machine),
@@ -106,6 +109,8 @@ def _card(record: Record, folder: Path, images: Sequence[str], *, svf: bool) -> 
         before = f"{record.accuracy_before:.3f} before, " if record.accuracy_before is not None else ""
         after = f"**{record.accuracy_after:.3f}** after"
         parts += [f"Greedy accuracy on {record.test_size} held-out questions: {before}{after}."]
+    if record.accuracy_by_category:
+        parts += ["By category: " + ", ".join(f"{k} {v:.3f}" for k, v in record.accuracy_by_category.items()) + "."]
     parts += [
         f"{record.trainable:,} trained numbers, {record.seconds:.0f} s"
         + (f", the model of step {record.best_step}" if record.best_step is not None else "")

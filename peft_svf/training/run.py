@@ -31,7 +31,7 @@ from ..scoring import checked, find_reward, text_of
 from .arguments import OBJECTIVES, AdapterArguments, TrainArguments, adapter_config, check_given, defaults
 from .callbacks import EqualRewards, ExactState, RewardBar
 from .checkpoints import discard_incomplete, is_complete, last_complete, save_whole, steps_done
-from .evaluation import GreedyEvaluation, greedy_accuracy
+from .evaluation import GreedyEvaluation, greedy_accuracy, greedy_scores
 from .report import Record, example_of, write_report
 from .tasks import ClassificationTask, Task, find_task
 
@@ -62,7 +62,7 @@ def parse(argv: Sequence[str]) -> tuple[TrainArguments, Any, AdapterArguments, D
     """The options, from the recipe and the command line, which has the last word; the fifth are those that were given,
     for the model card."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--config", "--objective", "--peft_type"):
+    for name in ("--config", "--objective", "--peft_type", "--categories"):
         first.add_argument(name)
     known, _ = first.parse_known_args(argv)
     recipe = _read_recipe(known.config) if known.config else {}
@@ -75,6 +75,8 @@ def parse(argv: Sequence[str]) -> tuple[TrainArguments, Any, AdapterArguments, D
     kinds = (TrainArguments, config_class, AdapterArguments, DatasetMixtureConfig)
     parser = TrlParser(kinds, prog="peft-svf train", allow_abbrev=False)
     chosen = defaults(objective, peft_type)
+    if known.categories or recipe.get("categories"):
+        chosen["shuffle_dataset"] = False  # in turn, so that each step has as many of each
     chosen = {name: value for name, value in chosen.items() if name in config_class.__dataclass_fields__}
     parser.set_defaults_with_config(**chosen)
     script, training, adapter, mixture = parser.parse_args_and_config(list(argv))
@@ -152,7 +154,10 @@ def train(trainer: Any, data: Splits, functions: list[Any], given: dict[str, Any
             "max_new_tokens": training.max_completion_length,
         }
         model, tokenizer = trainer.model, trainer.processing_class
-        record.accuracy_after = greedy_accuracy(model, tokenizer, data["test"], functions, **options)
+        scores = greedy_scores(model, tokenizer, data["test"], functions, **options)
+        record.accuracy_after = sum(scores) / len(scores)
+        if "categories" in data["test"].column_names:
+            record.accuracy_by_category = _by_category(data["test"]["answer"], scores)
         with model.disable_adapter():
             record.accuracy_before = greedy_accuracy(model, tokenizer, data["test"], functions, **options)
         trainer.accelerator.print(
@@ -335,8 +340,16 @@ def _save_what_there_is(trainer: Any, training: Any) -> None:
     )
 
 
+def _by_category(categories: Sequence[str], scores: Sequence[float]) -> dict[str, float]:
+    grouped: dict[str, list[float]] = {}
+    for category, score in zip(categories, scores, strict=True):
+        grouped.setdefault(category, []).append(score)
+    return {category: sum(its) / len(its) for category, its in grouped.items()}
+
+
 def _few(training: Any, rows: Dataset) -> int:
-    return min(len(rows), training.per_device_eval_batch_size * training.world_size)
+    """Rows for TRL's own evaluation, of which only the fact that it takes place is needed."""
+    return min(len(rows), 8 * training.world_size)
 
 
 def _read_recipe(path: str) -> dict[str, Any]:

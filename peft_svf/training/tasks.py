@@ -21,7 +21,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice, zip_longest
+from itertools import islice
 from typing import Any, Literal, Protocol
 from urllib.parse import parse_qsl
 
@@ -197,8 +197,9 @@ class ClassificationTask:
     never seen in training here. (The code released with the paper trains this expert on the test questions of the
     benchmarks it is evaluated with.)
 
-    The rows take the categories in turn. A trainer that does not shuffle them (TRL's `shuffle_dataset=False`) sees as
-    many of each in every step; with an uneven draw, the first thing learned is to always name its most frequent one.
+    The rows take the categories in turn, until the first of them has no more prompts. A trainer that does not shuffle
+    them (TRL's `shuffle_dataset=False`) sees as many of each in every step; with an uneven draw, the first thing
+    learned is to always name its most frequent one.
 
     Attributes:
         categories: The task that each category's prompts come from.
@@ -226,7 +227,7 @@ class ClassificationTask:
             [(label, prompt) for prompt in task.examples(split, each)["prompt"]]
             for label, task in self.categories.items()
         ]
-        in_turn = (pair for turn in zip_longest(*labelled) for pair in turn if pair is not None)
+        in_turn = (pair for turn in zip(*labelled, strict=False) for pair in turn)
         return Dataset.from_list(
             [
                 {
