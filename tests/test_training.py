@@ -606,6 +606,9 @@ def test_the_script_trains_and_leaves_a_whole_adapter(
 
 
 def test_a_classification_expert_is_reported_by_category(base: Path, tmp_path: Path) -> None:
+    chat = tokenizer()
+    chat.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    chat.save_pretrained(base)
     chosen = ("dataset_name", "prompt_column", "answer_column", "reward_funcs")
     options = {**dict.fromkeys(chosen), "categories": json.dumps({"sums": SUMS, "products": PRODUCTS})}
     arguments = script(base, tmp_path, tmp_path / "expert", **options, max_steps=1, test_size=5, save_strategy="no")
