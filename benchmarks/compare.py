@@ -32,8 +32,8 @@ from typing import Any
 import torch
 from common import load_model
 
+from peft_svf._files import write_whole
 from peft_svf.training import greedy_accuracy
-from peft_svf.training.checkpoints import write_whole
 from peft_svf.training.run import build, parse, recipe_task, train
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))

@@ -1,14 +1,26 @@
 """Self-adaptation at inference: mixtures of experts, searched from a few examples."""
 
-from ..scoring import LogLikelihoodObjective, Objective, RewardObjective
+from ..scoring import LogLikelihoodObjective, Objective, RewardObjective, WeightedObjective
 from .cem import CrossEntropyMethod
-from .mixture import AdaptiveMixture, MixtureResult
+from .evaluator import Evaluator
+from .mixture import AdaptiveMixture
+from .optimizers import OPTIMIZERS, GradientDescent, Optimizer, RandomShooting, make_optimizer
+from .result import MixtureResult
+from .space import WeightSpace
 
 __all__ = [
+    "OPTIMIZERS",
     "AdaptiveMixture",
     "CrossEntropyMethod",
+    "Evaluator",
+    "GradientDescent",
     "LogLikelihoodObjective",
     "MixtureResult",
     "Objective",
+    "Optimizer",
+    "RandomShooting",
     "RewardObjective",
+    "WeightSpace",
+    "WeightedObjective",
+    "make_optimizer",
 ]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import json
 import os
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,62 +16,15 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from .._progress import progress_bar
 from ..scoring import LogLikelihoodObjective, Objective, RewardFunc, RewardObjective
 from ..tuner import SVFConfig, SVFLayer, SVFModel, SVFRuntimeConfig
-from .cem import CrossEntropyMethod
-
-BASE = "base"
-UNIFORM = "uniform"
-SEARCHED = "searched"
-
-
-@dataclass
-class MixtureResult:
-    """What a search found, next to what needs no search.
-
-    Attributes:
-        weights: The weights that are now in place, per expert.
-        score: Their mean score on the examples.
-        choice: Where they come from: `"searched"`, or the name of the simple choice that was at least as good:
-            `"base"`, an expert, or `"uniform"`.
-        scores: Mean score on the examples of the base model, every expert alone, the uniform mixture, and the best
-            searched mixture.
-        searched_weights: The best weights that the search found, whether chosen or not.
-        history: Per generation: `best`, `mean`, and `incumbent`, the weights of the best candidate.
-        objective: `"reward"` or `"log-likelihood"`.
-        evaluations: Number of mixtures that were scored, simple choices included.
-        seconds: Duration.
-    """
-
-    weights: dict[str, float]
-    score: float
-    choice: str
-    scores: dict[str, float]
-    searched_weights: dict[str, float]
-    objective: str
-    evaluations: int
-    seconds: float
-    history: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def improved(self) -> bool:
-        """Whether the search beat every simple choice on the examples."""
-        return self.choice == SEARCHED
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-serialisable."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        weights = ", ".join(f"{name} {weight:.2f}" for name, weight in self.weights.items())
-        others = ", ".join(f"{name} {score:.3f}" for name, score in self.scores.items())
-        verdict = (
-            "the searched mixture beat every simple choice"
-            if self.improved
-            else f"nothing beat {self.choice!r}, which was kept"
-        )
-        return f"{verdict}: {self.objective} {self.score:.3f} with {weights} (all: {others})"
+from .checkpoint import Checkpoint
+from .evaluator import Evaluator
+from .optimizers import make_optimizer
+from .procedure import Procedure, split_examples
+from .result import IN_CONTEXT, SEARCHED, MixtureResult
+from .search import Limits, Plan
+from .space import BASE, UNIFORM, Granularity, WeightSpace
 
 
 class AdaptiveMixture:
@@ -117,7 +70,8 @@ class AdaptiveMixture:
         model.base_model.add_weighted_adapter(self.experts, [1 / len(self.experts)] * len(self.experts), adapter_name)
         model.set_adapter(adapter_name, inference_mode=True)
         model.eval()
-        self._weights = np.full(len(self.experts), 1 / len(self.experts))
+        self._alpha = np.full((len(self.experts), 1), 1 / len(self.experts))
+        self._group_of: Mapping[str, int] | None = None
         self.result: MixtureResult | None = None
 
     @classmethod
@@ -175,8 +129,8 @@ class AdaptiveMixture:
 
     @property
     def weights(self) -> dict[str, float]:
-        """α, per expert. All 0 is the base model."""
-        return dict(zip(self.experts, self._weights.tolist(), strict=True))
+        """α, per expert; the mean where groups of modules have weights of their own. All 0 is the base model."""
+        return dict(zip(self.experts, self._alpha.mean(axis=1).tolist(), strict=True))
 
     def set_weights(self, weights: Mapping[str, float] | Sequence[float] | np.ndarray) -> None:
         """Put other weights in place: by expert (those left out get 0), or one per expert in order. The result of a
@@ -189,11 +143,6 @@ class AdaptiveMixture:
         self.result = None
 
     def _put(self, weights: Mapping[str, float] | Sequence[float] | np.ndarray) -> None:
-        layers = [m for m in self.model.modules() if isinstance(m, SVFLayer) and self.adapter_name in m.svf_delta]
-        if any(layer.merged for layer in layers):
-            raise ValueError(
-                "The model is merged, so other weights would have no effect; call `unmerge_adapter` first."
-            )
         if isinstance(weights, Mapping):
             if unknown := sorted(set(weights) - set(self.experts)):
                 raise ValueError(f"Unknown expert {unknown[0]!r}; there are {', '.join(self.experts)}.")
@@ -201,143 +150,196 @@ class AdaptiveMixture:
         alpha = np.array(weights, dtype=np.float64)
         if alpha.shape != (len(self.experts),) or not np.isfinite(alpha).all():
             raise ValueError(f"Expected {len(self.experts)} finite weights, got {alpha.tolist()}.")
-        self._weights = alpha
-        for layer in layers:
-            layer.mix(self.adapter_name, self.weights.items())
+        self._put_groups(alpha[:, None], None)
+
+    def _put_groups(self, alpha: np.ndarray, group_of: Mapping[str, int] | None) -> None:
+        """α `[experts, groups]`."""
+        layers = self._mixed_layers(self.adapter_name)
+        if any(layer.merged for layer in layers):
+            raise ValueError(
+                "The model is merged, so other weights would have no effect; call `unmerge_adapter` first."
+            )
+        self._alpha, self._group_of = alpha, group_of
+        self._mix(self.adapter_name)
+
+    def _mix(self, adapter_name: str) -> None:
+        """Give an adapter the δ of the mixture."""
+        for layer in self._mixed_layers(adapter_name):
+            group = 0 if self._group_of is None else self._group_of[layer.module_name]
+            layer.mix(adapter_name, zip(self.experts, self._alpha[:, group].tolist(), strict=True))
+
+    def _mixed_layers(self, adapter_name: str) -> list[SVFLayer]:
+        return [m for m in self.model.modules() if isinstance(m, SVFLayer) and adapter_name in m.svf_delta]
 
     # ------------------------------------------------------------------------------------------------ search
 
     def search(
         self,
-        examples: Sequence[dict[str, Any]],
+        examples: Sequence[dict[str, Any]] | None = None,
         reward_funcs: RewardFunc | Sequence[RewardFunc] | None = None,
         *,
+        objective: Objective | None = None,
+        reward_weights: Sequence[float] | None = None,
+        generation_kwargs: dict[str, Any] | None = None,
+        validation: Literal["auto"] | float | Sequence[dict[str, Any]] | None = "auto",
+        granularity: Granularity = "expert",
+        bounds: tuple[float, float] = (0.0, 1.0),
+        normalize: bool = False,
+        l1: float = 0.0,
+        l2: float = 0.0,
+        optimizer: Any = "cem",
         num_generations: int = 10,
         population_size: int = 16,
-        optimizer: Any = None,
-        batch_size: int = 16,
-        generation_kwargs: dict[str, Any] | None = None,
+        racing: bool = True,
+        patience: int | None = None,
+        max_rows: int | None = None,
+        max_tokens: int | None = None,
+        max_seconds: float | None = None,
+        in_context: bool = True,
+        batch_size: int | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        resume: bool = False,
         seed: int = 0,
     ) -> MixtureResult:
         """
-        Find weights from a few examples, and put them in place.
+        Find weights from a few examples, and put them in place (Transformer², section 3.2, "few-shot adaptation").
 
-        The base model, every expert alone and the uniform mixture are scored on the same examples. If none of the
-        searched mixtures beats them, the best of them is kept and the result says so.
+        The base model, every expert alone, the uniform mixture and in-context prompting are scored on the same
+        examples. If the searched mixture does not beat them, the best of them is kept and the result says so.
+
+        Ctrl-C ends the search with what it found so far.
 
         Args:
             examples (`Sequence[dict]` or `datasets.Dataset`): Rows with `"prompt"`; without `reward_funcs` also with
                 `"completion"`. Text or messages, as for TRL.
             reward_funcs (`Callable` or list of them, *optional*): TRL reward functions for generated answers. Without,
                 the objective is the log-likelihood of the `"completion"` column.
-            num_generations (`int`): Generations of the search.
-            population_size (`int`): Candidates per generation, unless `optimizer` is given.
-            optimizer (*optional*): An object with `ask()`, `tell()` and `population_size` as in the `cmaes` package,
-                over as many variables as there are experts; values are minimised. Default: [`CrossEntropyMethod`] with
-                α in [0, 1], started at the uniform mixture with std 0.5 as in the paper's code, smoothed by 0.2 and
-                floored at std 0.05.
-            batch_size (`int`): Examples per forward or `generate` call.
-            generation_kwargs (`dict`): For `generate`, such as `max_new_tokens`.
-            seed (`int`): Seed of the search, unless `optimizer` is given.
+            objective ([`Objective`], *optional*): In the place of the two, such as a [`WeightedObjective`].
+            reward_weights (`Sequence[float]`, *optional*): A factor for each reward function.
+            generation_kwargs (`dict`, *optional*): For `generate`, such as `max_new_tokens`. Decoding is greedy if it
+                does not say otherwise.
+            validation (`str`, `float`, `int` or rows, *optional*):
+                How to know whether the search was of use. A share below 1 of the examples is held out, or rows of
+                their own are given: finalists are compared on them. A number of folds from 2: the search is repeated
+                without each fold, and scored on it. `None`: on the examples of the search. `"auto"`: a third held out
+                from 24 examples on, 3 folds from 6 on, which takes four searches, else `None`.
+            granularity (`str` or `dict[str, str]`): One α per expert (`"expert"`), per expert and block (`"layer"`),
+                per expert and weight matrix (`"module"`), or per expert and group of modules, by
+                `SVFLayer.module_name`.
+            bounds (`tuple[float, float]`): Smallest and largest α, with 0, the base model, between them.
+            normalize (`bool`): Scale α down where `Σ_k |α_k| > 1`.
+            l1, l2 (`float`): Penalties on `Σ_k |α_k|` and `Σ_k α_k²`, in units of the score.
+            optimizer (`str` or [`Optimizer`]): `"cem"`, `"cem-paper"`, `"cma-es"`, `"sep-cma-es"`, `"random"`,
+                `"gradient"` (log-likelihood only), see [`make_optimizer`]; or an object with `ask()`, `tell()` and
+                `population_size` as in the `cmaes` package, over experts × groups variables, which are minimised.
+            num_generations (`int`): Generations of a search, at most.
+            population_size (`int`): Candidates per generation, unless `optimizer` is an object.
+            racing (`bool`): Drop candidates that do badly on a part of the examples. About half the work.
+            patience (`int`, *optional*): Generations without a better candidate after which a search stops.
+            max_rows, max_tokens, max_seconds (*optional*): No generation is begun that would probably go beyond so many
+                pairs of a mixture and an example, tokens, or seconds, in all.
+            in_context (`bool`): Whether to score in-context prompting, where the examples have answers.
+            batch_size (`int`, *optional*): Rows per batch; by default found, see [`Evaluator`].
+            checkpoint (path, *optional*): A JSON file for all scores, written after each generation.
+            resume (`bool`): Go on from the checkpoint, if there is one. The result is that of a search that was not
+                stopped.
+            seed (`int`): Of everything that is random.
 
         Raises:
-            ValueError: No examples, a missing column, no tokenizer, or a reward function that does not return one
-                finite number (or `None`) per completion.
+            ValueError: No examples, a missing column, no tokenizer, an argument out of range, a checkpoint of another
+                search, or a reward function that does not return one finite number (or `None`) per completion.
         """
-        if self.tokenizer is None:
-            raise ValueError("A search needs a tokenizer; pass one when the mixture is made.")
-        if num_generations < 1:
-            raise ValueError(f"`num_generations` must be at least 1, got {num_generations}.")
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        space = WeightSpace(
+            self.experts,
+            [layer.module_name for layer in self._mixed_layers(self.adapter_name)],
+            granularity,
+            bounds,
+            normalize,
+        )
         if getattr(self.model.config, "is_encoder_decoder", False):
             raise ValueError("A search needs a decoder-only model; this one is an encoder-decoder model.")
-        rows = list(examples)
-        objective: Objective
-        if reward_funcs is None:
-            objective = LogLikelihoodObjective(rows, self.tokenizer, batch_size=batch_size)
-        else:
-            objective = RewardObjective(
-                rows, reward_funcs, self.tokenizer, batch_size=batch_size, generation_kwargs=generation_kwargs
-            )
-        if optimizer is None:
-            optimizer = CrossEntropyMethod(
-                np.full(len(self.experts), 1 / len(self.experts)),
-                0.5,
-                bounds=np.array([[0.0, 1.0]] * len(self.experts)),
-                population_size=population_size,
-                smoothing=0.2,
-                min_std=0.05,
-                seed=seed,
-            )
-        before = self._weights
-        try:
-            self.result = self._search(objective, optimizer, num_generations)
-        except BaseException:
-            self._put(before)
-            raise
-        self._put(self.result.weights)
-        return self.result
-
-    def _search(self, objective: Objective, optimizer: Any, num_generations: int) -> MixtureResult:
-        start = time.perf_counter()
-        self.model.set_adapter(self.adapter_name, inference_mode=True)
+        for name, value in {"num_generations": num_generations, "batch_size": batch_size, "patience": patience}.items():
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        if objective is None:
+            objective = self._objective(examples, reward_funcs, reward_weights, generation_kwargs)
+        elif examples is not None or reward_funcs is not None:
+            raise ValueError("Pass `examples` and `reward_funcs`, or an `objective`, which has both; not all of them.")
+        objective, split = split_examples(objective, validation, seed)
+        evaluator = Evaluator(self.model, space, objective, batch_size=batch_size, seed=seed)
+        settings = {
+            "optimizer": optimizer if isinstance(optimizer, str) else type(optimizer).__name__,
+            "population_size": population_size if isinstance(optimizer, str) else optimizer.population_size,
+            "bounds": list(bounds),
+            "normalize": normalize,
+            "l1": l1,
+            "l2": l2,
+            "racing": racing,
+            "examples": len(objective.examples),
+            "seed": seed,
+        }
+        plan = Plan(
+            num_generations, racing, patience, l1, l2, limits=Limits(max_rows, max_tokens, max_seconds), seed=seed
+        )
+        procedure = Procedure(
+            evaluator,
+            split,
+            plan,
+            (lambda seed: make_optimizer(optimizer, space, population_size=population_size, seed=seed))
+            if isinstance(optimizer, str)
+            else (lambda seed: copy.deepcopy(optimizer) if split.folds else optimizer),
+            in_context,
+            None if checkpoint is None else Checkpoint(checkpoint, resume, self._identity(objective, space, settings)),
+        )
+        before = self._alpha, self._group_of
         self.model.eval()
-        simple = self._simple_choices()
-        history: list[dict[str, Any]] = []
-        best, best_score = np.array(simple[UNIFORM]), -np.inf
-        total = len(simple) + num_generations * optimizer.population_size + 1
-        with progress_bar(desc=f"Searching the mixture ({objective.name})", total=total, unit="mixture") as bar:
+        try:
+            result, chosen = procedure(settings | {"num_generations": num_generations})
+            self._put_groups(space.weights(chosen), space.group_of)
+        except BaseException:
+            self._put_groups(*before)
+            raise
+        self.model.set_adapter(self.adapter_name, inference_mode=True)
+        self.result = result
+        return result
 
-            def evaluate(alpha: np.ndarray) -> float:
-                self._put(alpha)
-                score = float(np.mean(objective(self.model)))
-                bar.update()
-                return score
-
-            scores = {name: evaluate(alpha) for name, alpha in simple.items()}
-            for generation in range(num_generations):
-                candidates = [optimizer.ask() for _ in range(optimizer.population_size)]
-                values = [evaluate(alpha) for alpha in candidates]
-                optimizer.tell([(alpha, -value) for alpha, value in zip(candidates, values, strict=True)])
-                leader = int(np.argmax(values))
-                if values[leader] > best_score:
-                    best, best_score = candidates[leader], values[leader]
-                history.append(
-                    {
-                        "generation": generation,
-                        "best": values[leader],
-                        "mean": float(np.mean(values)),
-                        "incumbent": candidates[leader].tolist(),
-                    }
-                )
-                bar.set_postfix(best=f"{best_score:.3f}", simple=f"{max(scores.values()):.3f}")
-                if hasattr(optimizer, "should_stop") and optimizer.should_stop():
-                    break
-            # anew, as the best of many scores is a lucky one if decoding samples
-            best_score = evaluate(best)
-
-        scores[SEARCHED] = best_score
-        # ties go to the earlier, which is the simpler
-        choice = max(scores, key=lambda name: scores[name])
-        chosen = best if choice == SEARCHED else simple[choice]
-        return MixtureResult(
-            weights=dict(zip(self.experts, map(float, chosen), strict=True)),
-            score=scores[choice],
-            choice=choice,
-            scores=scores,
-            searched_weights=dict(zip(self.experts, map(float, best), strict=True)),
-            objective=objective.name,
-            evaluations=len(simple) + len(history) * optimizer.population_size + 1,
-            seconds=time.perf_counter() - start,
-            history=history,
+    def _objective(
+        self,
+        examples: Sequence[dict[str, Any]] | None,
+        reward_funcs: RewardFunc | Sequence[RewardFunc] | None,
+        reward_weights: Sequence[float] | None,
+        generation_kwargs: dict[str, Any] | None,
+    ) -> Objective:
+        if self.tokenizer is None:
+            raise ValueError("A search needs a tokenizer; pass one when the mixture is made.")
+        if examples is None:
+            raise ValueError("A search needs `examples`, or an `objective`.")
+        if reward_funcs is None:
+            return LogLikelihoodObjective(list(examples), self.tokenizer)
+        return RewardObjective(
+            list(examples),
+            reward_funcs,
+            self.tokenizer,
+            reward_weights=reward_weights,
+            generation_kwargs=generation_kwargs,
         )
 
-    def _simple_choices(self) -> dict[str, np.ndarray]:
-        """The weights that need no search, simplest first."""
-        count = len(self.experts)
-        alone = dict(zip(self.experts, np.eye(count), strict=True))
-        return {BASE: np.zeros(count), **alone, UNIFORM: np.full(count, 1 / count)}
+    def _identity(self, objective: Objective, space: WeightSpace, settings: dict[str, Any]) -> dict[str, Any]:
+        """What two searches must have in common for one to go on with the scores of the other."""
+        deltas = hashlib.sha256()
+        for layer in self._mixed_layers(self.adapter_name):
+            for delta in layer.delta_weights(name for name in self.experts if name in layer.svf_delta):
+                deltas.update(delta.detach().float().cpu().numpy().tobytes())
+        rows = json.dumps(objective.examples, sort_keys=True, default=str)
+        return {
+            **settings,
+            "experts": self.experts,
+            "values of the experts": deltas.hexdigest(),
+            "groups": space.groups,
+            "objective": objective.name,
+            "generation_kwargs": repr(getattr(objective, "generation_kwargs", None)),
+            "content of the examples": hashlib.sha256(rows.encode()).hexdigest(),
+        }
 
     # ------------------------------------------------------------------------------------------------ use
 
@@ -377,7 +379,7 @@ def _check_names(experts: Sequence[str], adapter_name: str) -> None:
     if adapter_name in experts:
         raise ValueError(f"An expert is called {adapter_name!r} as the mixture is; pass another `adapter_name`.")
     for name in experts:
-        if name in (BASE, UNIFORM, SEARCHED) or "." in name or not name:
+        if name in (BASE, UNIFORM, SEARCHED, IN_CONTEXT) or "." in name or not name:
             raise ValueError(
                 f"An expert cannot be called {name!r}: PEFT's names have no dots, and {BASE!r}, {UNIFORM!r} and "
                 f"{SEARCHED!r} stand for weights in a `MixtureResult`."

@@ -2,7 +2,7 @@
 adapters; training and adaptation stand on it."""
 
 from .categories import classification_prompt, named_category, right_category
-from .objectives import LogLikelihoodObjective, Objective, RewardObjective
+from .objectives import LogLikelihoodObjective, Objective, RewardObjective, WeightedObjective
 from .rewards import ANSWERS, REWARDS, RewardFunc, check_rewards, checked, find_reward, reward_name, text_of
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Objective",
     "RewardFunc",
     "RewardObjective",
+    "WeightedObjective",
     "check_rewards",
     "checked",
     "classification_prompt",

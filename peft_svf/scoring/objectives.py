@@ -1,7 +1,7 @@
-"""What a model is scored by: reward on generated text, or likelihood of reference answers.
+"""What a model is scored by: reward on generated text, likelihood of reference answers, or a sum of such.
 
-An objective looks at the model as it is, with the adapter or mixture already in place, and returns one score per
-example. Higher is better.
+An objective looks at the model as it is, with the adapter or mixtures already in place, and returns one score per
+example. Higher is better. `score` is one batch, in which each row may have a mixture of its own.
 """
 
 from __future__ import annotations
@@ -19,16 +19,48 @@ from .rewards import RewardFunc, check_rewards
 
 
 class Objective(Protocol):
-    """Scores a model on its examples."""
+    """Scores a model on its examples.
+
+    Attributes:
+        name: What it is called.
+        examples: Its rows.
+        deterministic: Whether the same model gets the same score again.
+        tokens: How many tokens the model has read and written for it so far.
+    """
 
     name: str
+    examples: list[dict[str, Any]]
+    deterministic: bool
+    tokens: int
 
-    def __call__(self, model: Any) -> list[float]:
-        """One score per example, higher is better."""
+    def lengths(self) -> list[int]:
+        """Tokens of each example, so that those of like length can share a batch."""
+        ...
+
+    def score(self, model: Any, indices: Sequence[int]) -> list[float]:
+        """One score for each of these examples, which are one batch in this order; an example may occur repeatedly."""
         ...
 
 
-class RewardObjective:
+class _Batched:
+    """What objectives have in common."""
+
+    examples: list[dict[str, Any]]
+    batch_size: int
+    tokens: int = 0
+
+    def __call__(self, model: Any) -> list[float]:
+        """One score per example, for a model that is the same for all of them."""
+        scores: list[float] = []
+        for start in range(0, len(self.examples), self.batch_size):
+            scores += self.score(model, range(start, min(start + self.batch_size, len(self.examples))))
+        return scores
+
+    def score(self, model: Any, indices: Sequence[int]) -> list[float]:
+        raise NotImplementedError
+
+
+class RewardObjective(_Batched):
     """
     Rewards of generated answers, the paper's objective. Decoding is greedy unless `generation_kwargs` say otherwise.
 
@@ -39,8 +71,11 @@ class RewardObjective:
             example means that a function does not apply to it. Coroutines are awaited; reward models,
             TRL's other form, are not taken.
         tokenizer: The model's tokenizer.
-        batch_size (`int`): Prompts per `generate` call.
+        reward_weights (`Sequence[float]`, *optional*): A factor for each function, 1 by default.
+        batch_size (`int`): Prompts per `generate` call, when the objective is called for all examples.
         generation_kwargs (`dict`): For `generate`; `max_new_tokens` is 256 by default, as in TRL.
+        deterministic (`bool`, *optional*): Whether the same model gets the same rewards again. By default that is so if
+            decoding is greedy; say `False` if a reward function itself is random, such as a judge that samples.
     """
 
     name = "reward"
@@ -51,8 +86,10 @@ class RewardObjective:
         reward_funcs: RewardFunc | Sequence[RewardFunc],
         tokenizer: Any,
         *,
+        reward_weights: Sequence[float] | None = None,
         batch_size: int = 16,
         generation_kwargs: dict[str, Any] | None = None,
+        deterministic: bool | None = None,
     ) -> None:
         self.examples = check_examples(examples, ["prompt"])
         self.reward_funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
@@ -61,28 +98,44 @@ class RewardObjective:
         for function in self.reward_funcs:
             if not callable(function) or isinstance(function, torch.nn.Module):
                 raise TypeError(f"{function!r} cannot be used as a reward here: expected a function, no model.")
+        self.reward_weights = [1.0] * len(self.reward_funcs) if reward_weights is None else list(reward_weights)
+        if len(self.reward_weights) != len(self.reward_funcs):
+            raise ValueError(
+                f"There are {len(self.reward_funcs)} reward functions, but {len(self.reward_weights)} `reward_weights`."
+            )
         self.tokenizer = with_pad_token(tokenizer)
         self.batch_size = batch_size
         self.generation_kwargs = {"max_new_tokens": 256, "do_sample": False, **(generation_kwargs or {})}
+        self.deterministic = not self.generation_kwargs["do_sample"] if deterministic is None else deterministic
+        self._prompts = [prompt_ids(row["prompt"], self.tokenizer) for row in self.examples]
+
+    def with_examples(self, examples: Sequence[dict[str, Any]]) -> RewardObjective:
+        """The same objective for other examples."""
+        return RewardObjective(
+            examples,
+            self.reward_funcs,
+            self.tokenizer,
+            reward_weights=self.reward_weights,
+            batch_size=self.batch_size,
+            generation_kwargs=self.generation_kwargs,
+            deterministic=self.deterministic,
+        )
+
+    def lengths(self) -> list[int]:
+        return [len(ids) for ids in self._prompts]
 
     @torch.no_grad()
-    def __call__(self, model: Any) -> list[float]:
-        scores: list[float] = []
-        for start in range(0, len(self.examples), self.batch_size):
-            scores += self._score(model, self.examples[start : start + self.batch_size])
-        return scores
-
-    def _score(self, model: Any, rows: list[dict[str, Any]]) -> list[float]:
+    def score(self, model: Any, indices: Sequence[int]) -> list[float]:
+        rows = [self.examples[i] for i in indices]
         prompts = [row["prompt"] for row in rows]
         inputs = self.tokenizer.pad(
-            {"input_ids": [prompt_ids(prompt, self.tokenizer) for prompt in prompts]},
-            padding_side="left",
-            return_tensors="pt",
+            {"input_ids": [self._prompts[i] for i in indices]}, padding_side="left", return_tensors="pt"
         ).to(model.device)
         output = model.generate(**inputs, pad_token_id=self.tokenizer.pad_token_id, **self.generation_kwargs)
         completion_ids = [
             _until_end(ids, self.tokenizer.eos_token_id) for ids in output[:, inputs["input_ids"].shape[1] :].tolist()
         ]
+        self.tokens += sum(len(self._prompts[i]) for i in indices) + sum(map(len, completion_ids))
         texts = self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
         completions = [
             text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
@@ -90,7 +143,7 @@ class RewardObjective:
         ]
         columns = {key: [row[key] for row in rows] for key in self.examples[0] if key not in ("prompt", "completion")}
         totals = [0.0] * len(rows)
-        for function in self.reward_funcs:
+        for function, weight in zip(self.reward_funcs, self.reward_weights, strict=True):
             rewards = function(
                 prompts=prompts,
                 completions=completions,
@@ -101,28 +154,33 @@ class RewardObjective:
             if inspect.isawaitable(rewards):
                 rewards = _result_of(rewards)
             for i, reward in enumerate(check_rewards(rewards, function, prompts, completions)):
-                totals[i] += reward or 0.0
+                totals[i] += weight * (reward or 0.0)
         return totals
 
 
-class LogLikelihoodObjective:
+class LogLikelihoodObjective(_Batched):
     """
-    Mean log-probability per token of the reference answers, including the end of the answer. Needs no decoding, and is
-    never tied.
+    Mean log-probability per token of the reference answers, including the end of the answer. Needs no decoding, is
+    never tied, and can be differentiated.
 
     Args:
         examples (`Sequence[dict]`): Rows with `"prompt"` and `"completion"`, both text or both messages.
         tokenizer: The model's tokenizer.
-        batch_size (`int`): Sequences per forward.
+        batch_size (`int`): Sequences per forward, when the objective is called for all examples.
     """
 
     name = "log-likelihood"
+    deterministic = True
 
     def __init__(self, examples: Sequence[dict[str, Any]], tokenizer: Any, *, batch_size: int = 16) -> None:
         self.examples = check_examples(examples, ["prompt", "completion"])
         self.tokenizer = with_pad_token(tokenizer)
         self.batch_size = batch_size
         self._rows = [self._encode(row) for row in self.examples]
+
+    def with_examples(self, examples: Sequence[dict[str, Any]]) -> LogLikelihoodObjective:
+        """The same objective for other examples."""
+        return LogLikelihoodObjective(examples, self.tokenizer, batch_size=self.batch_size)
 
     def _encode(self, row: dict[str, Any]) -> tuple[list[int], int]:
         """Token ids of prompt and answer, and the length of the prompt."""
@@ -137,21 +195,79 @@ class LogLikelihoodObjective:
         before = prompt_ids(row["prompt"], self.tokenizer)
         return before + self.tokenizer(answer, add_special_tokens=False)["input_ids"], len(before)
 
+    def lengths(self) -> list[int]:
+        return [len(ids) for ids, _ in self._rows]
+
     @torch.no_grad()
-    def __call__(self, model: Any) -> list[float]:
-        scores: list[float] = []
-        for start in range(0, len(self._rows), self.batch_size):
-            scores += self._score(model, self._rows[start : start + self.batch_size])
+    def score(self, model: Any, indices: Sequence[int]) -> list[float]:
+        scores: list[float] = self.differentiable(model, indices).tolist()
         return scores
 
-    def _score(self, model: Any, rows: list[tuple[list[int], int]]) -> list[float]:
+    def differentiable(self, model: Any, indices: Sequence[int]) -> torch.Tensor:
+        """As `score`, with a graph: `[rows]`."""
+        rows = [self._rows[i] for i in indices]
         batch = self.tokenizer.pad(
             {"input_ids": [ids for ids, _ in rows]}, padding_side="right", return_tensors="pt"
         ).to(model.device)
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].float()
-        targets = batch["input_ids"][:, 1:]
-        logps = logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-        return [logps[i, prompt_length - 1 : len(ids) - 1].mean().item() for i, (ids, prompt_length) in enumerate(rows)]
+        self.tokens += sum(len(ids) for ids, _ in rows)
+        length = batch["input_ids"].shape[1]
+        first = min(prompt_length for _, prompt_length in rows) - 1
+        # logits of the answers only, for there is a large vocabulary of them at each place
+        kept = {"logits_to_keep": length - first} if _takes(model, "logits_to_keep") else {}
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **kept).logits
+        offset = length - logits.shape[1]
+        targets = batch["input_ids"][:, offset + 1 :].unsqueeze(-1)
+        logps = logits[:, :-1].float().log_softmax(-1).gather(-1, targets).squeeze(-1)
+        return torch.stack([logps[i, n - 1 - offset : len(ids) - 1 - offset].mean() for i, (ids, n) in enumerate(rows)])
+
+
+class WeightedObjective(_Batched):
+    """
+    A weighted sum of objectives of the same examples.
+
+    With a small weight, the log-likelihood decides among candidates of equal reward, as in the paper's code:
+    `WeightedObjective([reward, log_likelihood], [1.0, 0.001])`.
+
+    Args:
+        objectives (`Sequence[Objective]`): Of as many examples each.
+        weights (`Sequence[float]`): Their weights.
+    """
+
+    def __init__(self, objectives: Sequence[Any], weights: Sequence[float]) -> None:
+        if not objectives or len(objectives) != len(weights):
+            raise ValueError(f"Expected as many weights as objectives, got {len(objectives)} and {len(weights)}.")
+        if len({len(objective.examples) for objective in objectives}) > 1:
+            raise ValueError("The objectives have different numbers of examples; give all of them the same rows.")
+        self.objectives, self.weights = list(objectives), [float(weight) for weight in weights]
+        self.examples = objectives[0].examples
+        self.batch_size = getattr(objectives[0], "batch_size", 16)
+        self.deterministic = all(objective.deterministic for objective in objectives)
+
+    @property
+    def name(self) -> str:
+        pairs = zip(self.weights, self.objectives, strict=True)
+        return " + ".join(
+            objective.name if weight == 1 else f"{weight:g} {objective.name}" for weight, objective in pairs
+        )
+
+    @property
+    def tokens(self) -> int:  # type: ignore[override]
+        """Of all of them."""
+        return sum(objective.tokens for objective in self.objectives)
+
+    def with_examples(self, examples: Sequence[dict[str, Any]]) -> WeightedObjective:
+        """The same objective for other examples."""
+        return WeightedObjective([objective.with_examples(examples) for objective in self.objectives], self.weights)
+
+    def lengths(self) -> list[int]:
+        return [max(lengths) for lengths in zip(*(objective.lengths() for objective in self.objectives), strict=True)]
+
+    def score(self, model: Any, indices: Sequence[int]) -> list[float]:
+        parts = [objective.score(model, indices) for objective in self.objectives]
+        return [
+            sum(weight * score for weight, score in zip(self.weights, scores, strict=True))
+            for scores in zip(*parts, strict=True)
+        ]
 
 
 def check_examples(examples: Sequence[dict[str, Any]], columns: Sequence[str]) -> list[dict[str, Any]]:
@@ -168,7 +284,7 @@ def check_examples(examples: Sequence[dict[str, Any]], columns: Sequence[str]) -
             )
     rows = [dict(row) for row in rows]
     if not rows:
-        raise ValueError("The examples are empty; a search needs at least one.")
+        raise ValueError("The examples are empty; expected at least one.")
     for i, row in enumerate(rows):
         for column in [*columns, *(column for column in rows[0] if column != "completion")]:
             if column not in row:
@@ -206,6 +322,12 @@ def _of_a_trainer(function: RewardFunc) -> dict[str, Any]:
     wanted = inspect.signature(function).parameters
     stand_ins = {"trainer_state": None, "log_extra": _log_nothing, "log_metric": _log_nothing}
     return {name: value for name, value in stand_ins.items() if name in wanted}
+
+
+def _takes(model: Any, name: str) -> bool:
+    """Whether a model, perhaps a PEFT model, has this argument."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return name in inspect.signature(inner.forward).parameters
 
 
 def _log_nothing(*_: Any, **__: Any) -> None:

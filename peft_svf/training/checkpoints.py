@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 import warnings
 import zipfile
 from pathlib import Path
@@ -71,14 +70,6 @@ def save_whole(trainer: Any, output_dir: str | Path) -> None:
             shutil.rmtree(output_dir / path.name, ignore_errors=True)
         os.replace(path, output_dir / path.name)
     scratch.rmdir()
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file that is either the old or the new one at any moment."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        file.write(text)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
 
 
 def _newest_first(output_dir: str | Path) -> list[Path]:

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .._figures import figure
+
 Deltas = Mapping[str, NDArray[np.float32]]
 
 
@@ -26,8 +28,8 @@ def plot_curves(history: Sequence[Mapping[str, float]], path: str | Path, *, tit
         ImportError: matplotlib is not installed.
     """
     kl = _series(history, "kl")
-    figure = _figure(9 if kl else 5, 3.2)
-    axes = figure.subplots(1, 2 if kl else 1, squeeze=False)
+    picture = figure(9 if kl else 5, 3.2)
+    axes = picture.subplots(1, 2 if kl else 1, squeeze=False)
     left = axes[0, 0]
     reward, accuracy = _series(history, "reward"), _series(history, "eval_accuracy")
     if reward:
@@ -40,7 +42,7 @@ def plot_curves(history: Sequence[Mapping[str, float]], path: str | Path, *, tit
     if kl:
         axes[0, 1].plot(*zip(*kl, strict=True), c="tab:red")
         axes[0, 1].set(xlabel="step", ylabel="KL to the base model, per token", title="KL")
-    figure.savefig(path, dpi=110)
+    picture.savefig(path, dpi=110)
 
 
 def plot_deltas(deltas: Deltas, path: str | Path, *, title: str = "") -> None:
@@ -56,14 +58,14 @@ def plot_deltas(deltas: Deltas, path: str | Path, *, title: str = "") -> None:
         ImportError: matplotlib is not installed.
     """
     layers, kinds, sizes = delta_sizes(deltas)
-    figure = _figure(11, 1.8 + 0.1 * max(len(layers), 20))
-    left, right = figure.subplots(1, 2, width_ratios=(1, 1.2))
+    picture = figure(11, 1.8 + 0.1 * max(len(layers), 20))
+    left, right = picture.subplots(1, 2, width_ratios=(1, 1.2))
     image = left.imshow(sizes, aspect="auto", cmap="viridis")
     left.set_xticks(range(len(kinds)), kinds, rotation=60, ha="right", fontsize="small")
     step = max(1, len(layers) // 15)
     left.set_yticks(range(0, len(layers), step), layers[::step])
     left.set(ylabel="layer", title="rms of δ")
-    figure.colorbar(image, ax=left)
+    picture.colorbar(image, ax=left)
     for kind in kinds:
         values = np.sort(np.abs(np.concatenate([d for name, d in deltas.items() if _place(name)[1] == kind])))[::-1]
         right.plot(np.linspace(0, 1, len(values)), values, label=kind)
@@ -71,8 +73,8 @@ def plot_deltas(deltas: Deltas, path: str | Path, *, title: str = "") -> None:
     right.set_ylim(bottom=max(1e-6, right.get_ylim()[0]))
     right.legend(fontsize="small")
     if title:
-        figure.suptitle(title)
-    figure.savefig(path, dpi=110)
+        picture.suptitle(title)
+    picture.savefig(path, dpi=110)
 
 
 def adapter_deltas(model: Any, adapter_name: str = "default") -> dict[str, NDArray[np.float32]]:
@@ -105,12 +107,3 @@ def _place(name: str) -> tuple[int, str]:
 
 def _series(history: Sequence[Mapping[str, float]], key: str) -> list[tuple[float, float]]:
     return [(entry.get("step", i), entry[key]) for i, entry in enumerate(history) if key in entry]
-
-
-def _figure(width: float, height: float) -> Any:
-    """A figure without pyplot, which would choose a backend for the whole process."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Plots need matplotlib: `pip install peft-svf[plot]`.") from error
-    return Figure(figsize=(width, height), layout="constrained")

@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
+from .._files import write_whole
 from ..scoring import text_of
-from .checkpoints import write_whole
 from .plots import adapter_deltas, plot_curves, plot_deltas
 
 

@@ -1,0 +1,18 @@
+"""Figures of matplotlib, which is optional."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def figure(width: float, height: float) -> Any:
+    """A figure of this size in inches, without pyplot, which would choose a backend for the whole process.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Plots need matplotlib: `pip install peft-svf[plot]`.") from error
+    return Figure(figsize=(width, height), layout="constrained")

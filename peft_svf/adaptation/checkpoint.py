@@ -1,0 +1,62 @@
+"""The scores of a search on disk: a search that goes on asks the same again, and finds the answers there."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from .._files import write_whole
+from .evaluator import Evaluator
+
+
+class Checkpoint:
+    """
+    A JSON file with all scores of a search.
+
+    The optimiser itself is not saved. Made anew from the same seed it proposes the same candidates, and those whose
+    scores are in the file cost nothing. That holds for any optimiser, and nothing has to be unpickled.
+
+    Args:
+        path: The file.
+        resume (`bool`): Whether to go on from it if it is there.
+        identity (`dict`): What the search is about; another one cannot go on with its scores.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], resume: bool, identity: dict[str, Any]) -> None:
+        self.path, self.resume, self.identity = Path(path), resume, json.loads(json.dumps(identity))
+
+    def load(self, evaluator: Evaluator) -> None:
+        """Tell an evaluator what is known.
+
+        Raises:
+            ValueError: The file is of another search, or no checkpoint, or there is one and `resume` is False.
+        """
+        if not self.path.exists():
+            return
+        if not self.resume:
+            raise ValueError(f"{self.path} exists. Pass `resume=True` to go on with that search, or another path.")
+        try:
+            content = json.loads(self.path.read_text())
+            identity, scores, usage = content["identity"], content["scores"], content["usage"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.path} is no checkpoint of a search: {error!r}.") from error
+        for name, value in self.identity.items():
+            if identity.get(name) != value:
+                raise ValueError(
+                    f"{self.path} is of another search: {name} was {identity.get(name)!r}, and is now {value!r}."
+                )
+        evaluator.load_state_dict(scores)
+        evaluator.usage.tokens, evaluator.usage.seconds = usage["tokens"], usage["seconds"]
+
+    def save(self, evaluator: Evaluator) -> None:
+        """Write all that an evaluator knows."""
+        if not PartialState().is_main_process:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        usage = {"tokens": evaluator.usage.tokens, "seconds": evaluator.usage.seconds}
+        content = {"identity": self.identity, "usage": usage, "scores": evaluator.state_dict()}
+        write_whole(self.path, json.dumps(content) + "\n")

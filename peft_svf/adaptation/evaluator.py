@@ -1,0 +1,242 @@
+"""Scores of many mixtures on many examples: each row of a batch is one example, answered by one candidate."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
+from ..scoring import Objective
+from .space import WeightSpace
+
+# Rows that a batch starts with: enough to be bound by arithmetic, and lowered where memory does not last.
+ROWS_ON_CPU, ROWS_ON_ACCELERATOR = 64, 512
+
+
+@dataclass
+class Usage:
+    """What a search has spent.
+
+    Attributes:
+        rows: Pairs of a candidate and an example that were evaluated.
+        tokens: Tokens that the model read and wrote for them.
+        seconds: Wall time.
+    """
+
+    rows: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def add(self, other: Usage) -> None:
+        """Count in what another search has spent."""
+        self.rows += other.rows
+        self.tokens += other.tokens
+        self.seconds += other.seconds
+
+
+class Evaluator:
+    """
+    Scores candidates on the examples of an objective. Nothing is merged, copied or reloaded: the rows of a batch carry
+    their mixtures, and no pair is evaluated twice.
+
+    With several processes, batches are dealt out to them, and all get all scores. Batches do not depend on the number
+    of processes, nor do the random numbers of an objective that samples, so neither do the scores.
+
+    Args:
+        model: The `PeftModel` with the experts.
+        space ([`WeightSpace`]): What a candidate means.
+        objective ([`Objective`]): What it is scored by.
+        batch_size (`int`, *optional*): Rows per batch. By default 64 on a CPU and 512 on an accelerator; halved
+            whenever memory does not last.
+        seed (`int`): Seed of objectives that sample.
+    """
+
+    def __init__(
+        self, model: Any, space: WeightSpace, objective: Objective, *, batch_size: int | None = None, seed: int = 0
+    ) -> None:
+        self.model, self.space, self.objective, self.seed = model, space, objective, seed
+        self.batch_size = batch_size or (ROWS_ON_CPU if model.device.type == "cpu" else ROWS_ON_ACCELERATOR)
+        self.usage = Usage()
+        self.on_rows: Callable[[int], None] = _nothing
+        self._lengths = objective.lengths()
+        # α as bytes → scores by example; of an objective that samples, for one round only
+        self._known: dict[tuple[int, bytes], dict[int, float]] = {}
+        self._stored: dict[tuple[int, bytes], dict[int, float]] = {}  # the same, from a checkpoint
+        self._round = 0
+
+    @property
+    def evaluations(self) -> int:
+        """Number of different mixtures that were scored, anew in each round if the objective samples."""
+        return sum(map(bool, self._known.values()))
+
+    def new_round(self) -> None:
+        """From here on, objectives that sample are asked anew about candidates that they know."""
+        self._round += 1
+
+    def scores(self, candidates: Sequence[np.ndarray], examples: Sequence[int]) -> np.ndarray:
+        """
+        Score of every candidate on every one of these examples, `[candidates, examples]`.
+
+        Raises:
+            RuntimeError: It failed in another process; the message is that of the process.
+            Exception: Whatever a reward function raises.
+        """
+        known = [self._recall(x, examples) for x in candidates]
+        distinct = {id(scores): (scores, x) for scores, x in zip(known, candidates, strict=True)}
+        pairs = [(scores, x, i) for scores, x in distinct.values() for i in examples if i not in scores]
+        # longest first: if memory does not last, that shows at once
+        pairs.sort(key=lambda pair: -self._lengths[pair[2]])
+        while pairs:
+            batches = [pairs[start : start + self.batch_size] for start in range(0, len(pairs), self.batch_size)]
+            with self._timed():
+                for i, found in self._of_all_processes(batches):
+                    for (scores, _, example), score in zip(batches[i], found, strict=True):
+                        scores[example] = score
+            pairs = [pair for pair in pairs if pair[2] not in pair[0]]  # of batches that were too large
+        return np.array([[scores[i] for i in examples] for scores in known])
+
+    def value_and_gradient(self, x: np.ndarray, examples: Sequence[int]) -> tuple[float, np.ndarray]:
+        """Mean score of a candidate on these examples, and its gradient with respect to the candidate, `[dim]`.
+
+        Raises:
+            ValueError: The objective cannot be differentiated.
+        """
+        if not hasattr(self.objective, "differentiable"):
+            raise ValueError(
+                f"The objective {self.objective.name!r} has no gradient, which only the log-likelihood has. Take "
+                "another optimizer, such as 'cem'."
+            )
+        if self.space.normalize:
+            raise ValueError("`normalize` cannot be differentiated; take another optimizer, such as 'cem'.")
+        order = sorted(examples, key=lambda i: -self._lengths[i])
+        total, gradient = 0.0, np.zeros_like(x)
+        with self._timed(), torch.enable_grad():
+            for start in range(0, len(order), self.batch_size):
+                batch = order[start : start + self.batch_size]
+                variables = torch.tensor(self.space.weights(x), dtype=torch.float32, requires_grad=True)
+                with self._mixtures(variables.to(self.model.device).expand(len(batch), -1, -1)):
+                    score = self.objective.differentiable(self.model, batch).sum()
+                (found,) = torch.autograd.grad(score, variables)
+                total += score.item()
+                gradient += found.flatten().double().numpy()
+                self.usage.rows += len(batch)
+                self.on_rows(len(batch))
+        return total / len(order), gradient / len(order)
+
+    # ------------------------------------------------------------------------------------------------ batches
+
+    def _of_all_processes(self, batches: list[Any]) -> list[tuple[int, list[float]]]:
+        """Number and scores of the batches that fitted into memory."""
+        state = PartialState()
+        found: list[tuple[int, list[float]]] = []
+        error: Exception | None = None
+        before = self.objective.tokens
+        try:
+            for i in range(state.process_index, len(batches), state.num_processes):
+                try:
+                    found.append((i, self._run(batches[i], i)))
+                except Exception as caught:
+                    if not should_reduce_batch_size(caught) or len(batches[i]) == 1:
+                        raise
+                    self.batch_size = len(batches[i]) // 2
+                    break
+                self.on_rows(len(batches[i]) * state.num_processes)
+        except Exception as caught:
+            error = caught
+        clear_device_cache()
+        message = None if error is None else f"{type(error).__name__}: {error}"
+        mine = (found, self.batch_size, self.objective.tokens - before, message)
+        every = gather_object([mine]) if state.num_processes > 1 else [mine]
+        if error is not None:
+            raise error
+        for rank, (*_, message) in enumerate(every):
+            if message is not None:
+                raise RuntimeError(f"The evaluation failed in process {rank}: {message}")
+        self.batch_size = min(size for _, size, _, _ in every)
+        self.usage.tokens += sum(tokens for _, _, tokens, _ in every)
+        results = [pair for its, *_ in every for pair in its]
+        self.usage.rows += sum(len(batches[i]) for i, _ in results)
+        return results
+
+    def _run(self, batch: list[Any], number: int) -> list[float]:
+        weights = torch.tensor(np.array([self.space.weights(x) for _, x, _ in batch]), dtype=torch.float32)
+        indices = [example for _, _, example in batch]
+        with self._mixtures(weights.to(self.model.device)), self._seeded(number):
+            return self.objective.score(self.model, indices)
+
+    @contextmanager
+    def _mixtures(self, weights: torch.Tensor) -> Iterator[None]:
+        """Rows with these α, `[rows, experts, groups]`."""
+        if self.space.group_of is None:
+            weights = weights[..., 0]
+        with self.model.base_model.row_mixture(weights, self.space.experts, self.space.group_of):
+            yield
+
+    @contextmanager
+    def _seeded(self, number: int) -> Iterator[None]:
+        if self.objective.deterministic:
+            yield
+            return
+        devices = [] if self.model.device.type == "cpu" else [self.model.device]
+        with torch.random.fork_rng(devices, device_type=self.model.device.type if devices else "cuda"):
+            seed = np.random.SeedSequence([self.seed, self._round, number]).generate_state(1)[0]
+            torch.manual_seed(int(seed))
+            yield
+
+    def _key(self, x: np.ndarray) -> tuple[int, bytes]:
+        return 0 if self.objective.deterministic else self._round, self.space.weights(x).tobytes()
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.usage.seconds += time.perf_counter() - start
+
+    # ------------------------------------------------------------------------------------------------ memory
+
+    def _recall(self, x: np.ndarray, examples: Sequence[int]) -> dict[int, float]:
+        """What is known of a candidate. What a checkpoint knew counts as spent, or a limit would be another one."""
+        key = self._key(x)
+        known, stored = self._known.setdefault(key, {}), self._stored.get(key, {})
+        taken = {i: stored[i] for i in examples if i in stored and i not in known}
+        known |= taken
+        self.usage.rows += len(taken)
+        if taken:
+            self.on_rows(len(taken))
+        return known
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """All scores, as JSON-serialisable values."""
+        return [
+            {
+                "round": number,
+                "weights": np.frombuffer(alpha).tolist(),
+                "examples": list(its),
+                "scores": [*its.values()],
+            }
+            for (number, alpha), its in {**self._stored, **self._known}.items()
+            if its
+        ]
+
+    def load_state_dict(self, state: Sequence[dict[str, Any]]) -> None:
+        """Know the scores of a `state_dict` when they are asked for."""
+        self._stored = {
+            (entry["round"], np.array(entry["weights"], dtype=np.float64).tobytes()): dict(
+                zip(entry["examples"], entry["scores"], strict=True)
+            )
+            for entry in state
+        }
+
+
+def _nothing(rows: int) -> None:
+    """Nobody wants to know."""

@@ -1,0 +1,54 @@
+"""In-context prompting, the rival that needs no adapters: the examples themselves before the question."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..scoring import text_of
+from ..scoring.objectives import prompt_ids
+from ..scoring.rewards import REFERENCE_COLUMNS
+
+
+def answer_of(row: dict[str, Any]) -> str | None:
+    """The reference answer of a row as text: its `"completion"`, `"answer"` or `"solution"`; `None` without one."""
+    found = next(
+        (row[name] for name in ("completion", *REFERENCE_COLUMNS) if row.get(name) not in (None, "", [])), None
+    )
+    return None if found is None else text_of(found)
+
+
+def with_demonstrations(
+    row: dict[str, Any], demonstrations: Sequence[dict[str, Any]], tokenizer: Any, max_tokens: int
+) -> dict[str, Any]:
+    """
+    A row whose prompt is led by other rows with their answers: as turns of a chat after the system message, or as text
+    with empty lines between. As many as fit, the first ones first.
+
+    Args:
+        row: A row with a `"prompt"`.
+        demonstrations: Rows with a `"prompt"` and an answer.
+        tokenizer: The model's tokenizer.
+        max_tokens (`int`): How long the prompt may become.
+    """
+    prompt = row["prompt"]
+    for count in range(len(demonstrations), 0, -1):
+        led = _led(prompt, demonstrations[:count])
+        if len(prompt_ids(led, tokenizer)) <= max_tokens:
+            return {**row, "prompt": led}
+    return row
+
+
+def _led(prompt: Any, demonstrations: Sequence[dict[str, Any]]) -> Any:
+    if isinstance(prompt, str):
+        return "".join(f"{row['prompt']}{answer_of(row)}\n\n" for row in demonstrations) + prompt
+    system = [message for message in prompt[:1] if message["role"] == "system"]
+    turns = [
+        message
+        for row in demonstrations
+        for message in (
+            *(message for message in row["prompt"] if message["role"] != "system"),
+            {"role": "assistant", "content": answer_of(row)},
+        )
+    ]
+    return [*system, *turns, *prompt[len(system) :]]

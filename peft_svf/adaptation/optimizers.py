@@ -1,0 +1,176 @@
+"""Optimisers by name. All have the two calls of the `cmaes` package, `ask()` for a candidate and `tell(solutions)` for
+the values of a generation, which are minimised; anything that has them, and `population_size`, can take their place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from .cem import CrossEntropyMethod
+from .space import WeightSpace
+
+
+class Optimizer(Protocol):
+    """What a search needs."""
+
+    population_size: int
+
+    def ask(self) -> np.ndarray:
+        """The next candidate, `[dim]`."""
+        ...
+
+    def tell(self, solutions: list[tuple[np.ndarray, float]]) -> None:
+        """The candidates of a generation with their values, smaller is better."""
+        ...
+
+
+class RandomShooting:
+    """
+    Independent candidates, evenly spread over the box; the best is the result. One of the two searches in the paper's
+    code.
+
+    Args:
+        bounds (`np.ndarray`): `[dim, 2]`, lower and upper.
+        population_size (`int`): Candidates per generation.
+        seed (`int`, *optional*): Seed of the random numbers.
+    """
+
+    def __init__(self, bounds: np.ndarray, *, population_size: int = 32, seed: int | None = None) -> None:
+        self.bounds, self.population_size = np.array(bounds, dtype=np.float64), population_size
+        self._rng = np.random.default_rng(seed)
+
+    def ask(self) -> np.ndarray:
+        return self._rng.uniform(self.bounds[:, 0], self.bounds[:, 1])
+
+    def tell(self, solutions: list[tuple[np.ndarray, float]]) -> None:
+        """Nothing is learned."""
+
+
+class GradientDescent:
+    """
+    Adam on α itself, for objectives that can be differentiated: one candidate per generation, whose gradient comes
+    with its value.
+
+    Args:
+        mean (`np.ndarray`): `[dim]`, where to start.
+        bounds (`np.ndarray`, *optional*): `[dim, 2]`; each step ends inside.
+        learning_rate (`float`): Length of the first steps, in units of α.
+        betas (`tuple[float, float]`): Of Adam (Kingma and Ba, https://huggingface.co/papers/1412.6980).
+    """
+
+    population_size = 1
+    uses_gradient = True
+
+    def __init__(
+        self,
+        mean: np.ndarray,
+        *,
+        bounds: np.ndarray | None = None,
+        learning_rate: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.99),
+    ) -> None:
+        self.mean = np.array(mean, dtype=np.float64)
+        self.bounds, self.learning_rate, self.betas = bounds, learning_rate, betas
+        self.generation = 0
+        self._first, self._second = np.zeros_like(self.mean), np.zeros_like(self.mean)
+
+    def ask(self) -> np.ndarray:
+        return self.mean.copy()
+
+    def tell(self, solutions: list[tuple[np.ndarray, float]], gradients: Sequence[np.ndarray] | None = None) -> None:
+        """One step.
+
+        Args:
+            solutions: The candidate and its value.
+            gradients: The gradient of the value with respect to the candidate, `[dim]`.
+        """
+        if gradients is None:
+            raise ValueError("Gradient descent needs gradients: take the log-likelihood as the objective.")
+        self.generation += 1
+        (gradient,), (beta1, beta2) = gradients, self.betas
+        self._first = beta1 * self._first + (1 - beta1) * gradient
+        self._second = beta2 * self._second + (1 - beta2) * gradient**2
+        first = self._first / (1 - beta1**self.generation)
+        second = self._second / (1 - beta2**self.generation)
+        self.mean = self.mean - self.learning_rate * first / (np.sqrt(second) + 1e-8)
+        if self.bounds is not None:
+            self.mean = np.clip(self.mean, self.bounds[:, 0], self.bounds[:, 1])
+
+
+def _cem(space: WeightSpace, start: np.ndarray, population_size: int, seed: int) -> Any:
+    return CrossEntropyMethod(
+        start,
+        _spread(space),
+        bounds=space.bounds,
+        population_size=population_size,
+        smoothing=0.2,
+        min_std=0.05,
+        seed=seed,
+    )
+
+
+def _cem_paper(space: WeightSpace, start: np.ndarray, population_size: int, seed: int) -> Any:
+    return CrossEntropyMethod(start, _spread(space), bounds=space.bounds, population_size=population_size, seed=seed)
+
+
+def _cma_es(space: WeightSpace, start: np.ndarray, population_size: int, seed: int) -> Any:
+    return _cmaes().CMA(start, _spread(space) / 2, bounds=space.bounds, population_size=population_size, seed=seed)
+
+
+def _sep_cma_es(space: WeightSpace, start: np.ndarray, population_size: int, seed: int) -> Any:
+    return _cmaes().SepCMA(start, _spread(space) / 2, bounds=space.bounds, population_size=population_size, seed=seed)
+
+
+def _random(space: WeightSpace, start: np.ndarray, population_size: int, seed: int) -> Any:
+    return RandomShooting(space.bounds, population_size=population_size, seed=seed)
+
+
+def _gradient(space: WeightSpace, start: np.ndarray, population_size: int, seed: int) -> Any:
+    return GradientDescent(start, bounds=space.bounds)
+
+
+OPTIMIZERS: dict[str, Callable[[WeightSpace, np.ndarray, int, int], Any]] = {
+    "cem": _cem,
+    "cem-paper": _cem_paper,
+    "cma-es": _cma_es,
+    "sep-cma-es": _sep_cma_es,
+    "random": _random,
+    "gradient": _gradient,
+}
+
+
+def make_optimizer(name: str, space: WeightSpace, *, population_size: int, seed: int) -> Any:
+    """
+    An optimiser over a space, started at the uniform mixture with half the width of the box as standard deviation (a
+    quarter for CMA-ES, as its authors advise), as in the paper's code.
+
+    Args:
+        name (`str`): `"cem"`, the cross-entropy method with its refit smoothed by 0.2 and a floor of 0.05 under the
+            standard deviation; `"cem-paper"`, without the two; `"cma-es"` and `"sep-cma-es"` of the package `cmaes`;
+            `"random"`; `"gradient"`, for the log-likelihood.
+        space ([`WeightSpace`]): The space.
+        population_size (`int`): Candidates per generation.
+        seed (`int`): Seed of the random numbers.
+
+    Raises:
+        ValueError: There is none of that name.
+        ImportError: `cmaes` is not installed.
+    """
+    if name not in OPTIMIZERS:
+        raise ValueError(f"There is no optimizer {name!r}; expected one of {', '.join(OPTIMIZERS)}.")
+    start = space.vector(np.full(len(space.experts), np.clip(1 / len(space.experts), space.low, space.high)))
+    return OPTIMIZERS[name](space, start, population_size, seed)
+
+
+def _spread(space: WeightSpace) -> float:
+    return (space.high - space.low) / 2
+
+
+def _cmaes() -> Any:
+    try:
+        import cmaes
+    except ImportError as error:
+        raise ImportError("CMA-ES comes from the package cmaes: `pip install peft-svf[search]`.") from error
+    return cmaes

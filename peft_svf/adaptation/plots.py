@@ -1,0 +1,67 @@
+"""A picture of a search: how it went, what it compares to, and where the weights are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .._figures import figure
+
+if TYPE_CHECKING:
+    from .result import MixtureResult
+
+
+def plot_result(result: MixtureResult, path: str | Path) -> None:
+    """
+    Draw the progress of a search, all scores with their intervals, and α per expert and group.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    picture = figure(13, max(3.2, 1.2 + 0.28 * len(result.scores)))
+    progress, scores, alpha = picture.subplots(1, 3, width_ratios=(1.2, 1.2, 1))
+    _progress(progress, result)
+    _scores(scores, result)
+    _alpha(picture, alpha, result)
+    picture.savefig(path, dpi=110)
+
+
+def _progress(axes: Any, result: MixtureResult) -> None:
+    rows = [entry["rows"] for entry in result.history]
+    for entry in result.history:
+        axes.plot([entry["rows"]] * len(entry["elites"]), entry["elites"], ".", c="tab:gray", alpha=0.5)
+    axes.plot(rows, np.maximum.accumulate([entry["best"] for entry in result.history]), label="best so far")
+    axes.plot(rows, [np.mean(entry["elites"]) for entry in result.history], label="mean of the elites")
+    axes.set(xlabel="pairs of a mixture and an example", ylabel=result.objective, title="search")
+    if result.history:
+        axes.legend(fontsize="small")
+
+
+def _scores(axes: Any, result: MixtureResult) -> None:
+    names = list(result.scores)
+    for place, name in enumerate(names):
+        mean, (low, high) = result.scores[name], result.intervals[name]
+        colour = "tab:green" if name == result.choice else "tab:gray"
+        axes.plot([low, high], [place, place], c=colour, lw=2)
+        axes.plot([mean], [place], "o", c=colour)
+    axes.set_yticks(range(len(names)), names, fontsize="small")
+    axes.invert_yaxis()
+    axes.set(xlabel=f"{result.objective}, 95 % interval", title=f"scores ({result.judged_on}); chosen: {result.choice}")
+
+
+def _alpha(picture: Any, axes: Any, result: MixtureResult) -> None:
+    experts, values = list(result.alpha), np.array(list(result.alpha.values()))
+    if len(result.groups) == 1:
+        axes.barh(range(len(experts)), values[:, 0])
+        axes.set_yticks(range(len(experts)), experts, fontsize="small")
+        axes.invert_yaxis()
+    else:
+        limit = max(np.abs(values).max(), 1e-6)
+        image = axes.imshow(values.T, aspect="auto", cmap="coolwarm", vmin=-limit, vmax=limit)
+        axes.set_xticks(range(len(experts)), experts, rotation=60, ha="right", fontsize="small")
+        step = max(1, len(result.groups) // 20)
+        axes.set_yticks(range(0, len(result.groups), step), result.groups[::step], fontsize="x-small")
+        picture.colorbar(image, ax=axes)
+    axes.set(title="weights α")

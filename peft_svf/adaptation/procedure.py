@@ -1,0 +1,228 @@
+"""A search with all that it takes to believe it: what needs no search beside it, and examples that it did not see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from transformers import PretrainedConfig
+
+from .._progress import progress_bar
+from ..scoring import Objective
+from .checkpoint import Checkpoint
+from .evaluator import Evaluator
+from .in_context import answer_of, with_demonstrations
+from .result import IN_CONTEXT, SEARCHED, MixtureResult, compared, interval
+from .search import Outcome, Plan, by_score, run_search
+from .space import BASE, UNIFORM
+
+FOLDS, FEW, MANY = 3, 6, 24
+
+
+@dataclass
+class Split:
+    """
+    Which examples are for what.
+
+    Attributes:
+        search: Indices of those to search on.
+        held_out: Of those to compare on, if there are any.
+        folds: Parts of `search` that are left out and scored in turn, if there are any.
+    """
+
+    search: list[int]
+    held_out: list[int] = field(default_factory=list)
+    folds: list[list[int]] = field(default_factory=list)
+
+    @property
+    def judged(self) -> list[int]:
+        """The examples that the scores of a result are about."""
+        return self.held_out or self.search
+
+
+def split_examples(objective: Any, validation: Any, seed: int) -> tuple[Any, Split]:
+    """
+    The objective with all examples, and which are for what.
+
+    Args:
+        objective ([`Objective`]): With the examples.
+        validation: See [`AdaptiveMixture.search`].
+        seed (`int`): Decides which examples are held out.
+
+    Raises:
+        ValueError: A share or number of folds that leaves nothing.
+    """
+    count = len(objective.examples)
+    if isinstance(validation, Sequence) and not isinstance(validation, str):
+        if not len(validation):
+            raise ValueError("`validation` has no rows.")
+        objective = objective.with_examples([*objective.examples, *validation])
+        return objective, Split(list(range(count)), list(range(count, len(objective.examples))))
+    if validation == "auto":
+        validation = 1 / 3 if count >= MANY else FOLDS if count >= FEW else None
+    if validation is None:
+        return objective, Split(list(range(count)))
+    order = np.random.default_rng(seed).permutation(count).tolist()
+    if isinstance(validation, float) and 0 < validation < 1:
+        size = round(validation * count)
+        if not 0 < size < count:
+            raise ValueError(f"Of {count} examples, `validation={validation:g}` holds out {size}; it must leave some.")
+        return objective, Split(sorted(order[size:]), sorted(order[:size]))
+    if isinstance(validation, int) and not isinstance(validation, bool) and 2 <= validation <= count:
+        return objective, Split(list(range(count)), folds=[sorted(order[i::validation]) for i in range(validation)])
+    raise ValueError(
+        f"`validation` must be 'auto', None, a share between 0 and 1, a number of folds from 2 to {count}, or rows; "
+        f"got {validation!r}."
+    )
+
+
+@dataclass
+class Procedure:
+    """
+    Score what needs no search, search, and compare.
+
+    Args:
+        evaluator ([`Evaluator`]): Scores candidates.
+        split ([`Split`]): Which examples are for what.
+        plan ([`Plan`]): How to search.
+        make_optimizer: An optimiser for a seed.
+        in_context (`bool`): Whether to score in-context prompting.
+        checkpoint ([`Checkpoint`], *optional*): Where to keep the scores.
+    """
+
+    evaluator: Evaluator
+    split: Split
+    plan: Plan
+    make_optimizer: Callable[[int], Any]
+    in_context: bool = True
+    checkpoint: Checkpoint | None = None
+
+    def __call__(self, settings: dict[str, Any]) -> tuple[MixtureResult, np.ndarray]:
+        """The result and the candidate to put in place."""
+        evaluator, space, judged = self.evaluator, self.evaluator.space, self.split.judged
+        simple = space.simple()
+        if self.checkpoint is not None:
+            self.checkpoint.load(evaluator)
+        optimizer = self.make_optimizer(self.plan.seed)
+        with progress_bar(
+            desc=f"Searching ({evaluator.objective.name})", total=self._rows(optimizer), unit="row"
+        ) as bar:
+            evaluator.on_rows = bar.update
+            scores = dict(zip(simple, evaluator.scores(list(simple.values()), judged), strict=True))
+            plan = replace(self.plan, limits=self.plan.limits.left(evaluator.usage, 1 + len(self.split.folds)))
+            prompted = self._in_context_scores(bar.update)
+
+            def on_generation(entry: dict[str, Any]) -> None:
+                elites = float(np.mean(entry["elites"]))
+                bar.set_postfix(best=f"{entry['best']:.3f}", elites=f"{elites:.3f}")
+                if self.checkpoint is not None:
+                    self.checkpoint.save(evaluator)
+
+            main = run_search(evaluator, optimizer, self.split.search, plan, on_generation)
+            found, scores[SEARCHED], judged_on = self._judge(main, plan, on_generation)
+        choice, difference = compared(scores, list(simple))
+        chosen = found if choice == SEARCHED else simple[choice]
+        if prompted is not None:
+            scores[IN_CONTEXT] = prompted
+        alpha = space.weights(chosen)
+        result = MixtureResult(
+            weights=_per_expert(space.experts, alpha),
+            score=float(scores[choice].mean()),
+            choice=choice,
+            scores={name: float(values.mean()) for name, values in scores.items()},
+            intervals={name: interval(values) for name, values in scores.items()},
+            difference=difference,
+            judged_on=judged_on,
+            searched_weights=_per_expert(space.experts, space.weights(found)),
+            groups=space.groups,
+            alpha=dict(zip(space.experts, alpha.tolist(), strict=True)),
+            objective=evaluator.objective.name,
+            evaluations=evaluator.evaluations,
+            usage=evaluator.usage,
+            stopped=main.stopped,
+            history=main.history,
+            settings=settings,
+        )
+        return result, chosen
+
+    def _judge(
+        self, main: Outcome, plan: Plan, on_generation: Callable[[dict[str, Any]], None]
+    ) -> tuple[np.ndarray, np.ndarray, str]:
+        """The candidate that was found, its score of each example that is judged on, and what those are."""
+        evaluator, split = self.evaluator, self.split
+        space = evaluator.space
+        if not main.finalists:  # stopped before the first generation was over
+            found = space.simple()[UNIFORM]
+            return found, evaluator.scores([found], split.judged)[0], "search"
+        if split.held_out:
+            found = by_score(evaluator, main.finalists, split.held_out, plan)[0]
+            return found, evaluator.scores([found], split.held_out)[0], "validation"
+        found = main.finalists[0]
+        if split.folds and main.stopped != "interrupted":
+            out_of_fold = np.empty(len(split.search))
+            for number, fold in enumerate(split.folds, start=1):
+                rest = [i for i in split.search if i not in fold]
+                optimizer = self.make_optimizer(plan.seed + number)
+                outcome = run_search(evaluator, optimizer, rest, plan, on_generation)
+                if not outcome.finalists or outcome.stopped == "interrupted":
+                    break
+                out_of_fold[fold] = evaluator.scores(outcome.finalists[:1], fold)[0]
+            else:
+                return found, out_of_fold, "cross-validation"
+        return found, evaluator.scores([found], split.search)[0], "search"
+
+    def _in_context_scores(self, on_rows: Callable[[int], None]) -> np.ndarray | None:
+        """Score of the base model on each example that is judged on, with others before the question."""
+        objective: Any = self.evaluator.objective
+        rows, split = objective.examples, self.split
+        tokenizer = getattr(objective, "tokenizer", None) or getattr(_first(objective), "tokenizer", None)
+        if not self.in_context or tokenizer is None or not hasattr(objective, "with_examples"):
+            return None
+        if any(answer_of(rows[i]) is None for i in split.search):
+            return None
+        room = _context_length(self.evaluator.model.config) - _new_tokens(objective)
+        led = []
+        for i in split.judged:
+            fold = next((fold for fold in split.folds if i in fold), [i])
+            others = [rows[j] for j in split.search if j not in fold]
+            led.append(with_demonstrations(rows[i], others, tokenizer, room))
+        if not led or all(one["prompt"] == rows[i]["prompt"] for one, i in zip(led, split.judged, strict=True)):
+            return None
+        evaluator = Evaluator(
+            self.evaluator.model,
+            self.evaluator.space,
+            objective.with_examples(led),
+            batch_size=max(1, self.evaluator.batch_size // 8),  # of prompts that are so much longer
+            seed=self.evaluator.seed,
+        )
+        evaluator.on_rows = on_rows
+        found: np.ndarray = evaluator.scores([self.evaluator.space.simple()[BASE]], range(len(led)))[0]
+        self.evaluator.usage.add(evaluator.usage)
+        return found
+
+    def _rows(self, optimizer: Any) -> int:
+        """At most so many pairs of a candidate and an example."""
+        candidates = self.plan.num_generations * optimizer.population_size
+        searched = len(self.split.search)
+        folds = sum(searched - len(fold) for fold in self.split.folds)
+        return (len(self.evaluator.space.experts) + 3) * len(self.split.judged) + candidates * (searched + folds)
+
+
+def _per_expert(experts: list[str], alpha: np.ndarray) -> dict[str, float]:
+    return dict(zip(experts, alpha.mean(axis=1).tolist(), strict=True))
+
+
+def _first(objective: Objective) -> Any:
+    return next(iter(getattr(objective, "objectives", [])), None)
+
+
+def _new_tokens(objective: Any) -> int:
+    parts = getattr(objective, "objectives", [objective])
+    limits = [getattr(part, "generation_kwargs", {}).get("max_new_tokens", 0) for part in parts]
+    return max(limits, default=0) or max(objective.lengths())
+
+
+def _context_length(config: PretrainedConfig) -> int:
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 2048)

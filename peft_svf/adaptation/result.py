@@ -1,0 +1,143 @@
+"""What a search found, how sure it is, and what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .evaluator import Usage
+
+SEARCHED = "searched"
+IN_CONTEXT = "in-context"
+
+RESAMPLES = 2000
+CONFIDENCE = 0.95
+
+
+@dataclass
+class MixtureResult:
+    """
+    What a search found, next to what needs no search.
+
+    `scores`, `intervals` and `difference` are about the examples that `judged_on` names:
+
+    - `"validation"`: held-out examples, on which the best of a few finalists was chosen.
+    - `"cross-validation"`: all examples; those of a fold are scored by a mixture that was searched on the others. The
+      simple choices have no such handicap.
+    - `"search"`: the examples of the search itself, of which `"searched"` is the best of many; measure on others before
+      you believe it.
+
+    Attributes:
+        weights: The weights that are now in place, per expert; with several groups, their means.
+        score: Their mean score.
+        choice: Where they come from: `"searched"`, or the name of the simple choice that was at least as good:
+            `"base"`, an expert, or `"uniform"`.
+        scores: Mean score of the base model, every expert alone, the uniform mixture, the searched one, and where the
+            examples have answers, of in-context prompting: the base model with the other examples before the question.
+        intervals: Their 95 % confidence intervals, by bootstrap over the examples.
+        difference: Mean score of the searched mixture less that of the best simple choice, and its interval, as
+            (mean, low, high).
+        judged_on: See above.
+        searched_weights: The weights that the search found, whether chosen or not.
+        groups: The groups of modules that have weights of their own, `["all"]` if there is one.
+        alpha: The weights in place, per expert and group.
+        history: Per generation: `best` and `mean` score of the candidates, `elites`, the scores of the best,
+            `incumbent`, the weights of the best `[experts * groups]`, and `rows`, what was spent until then.
+        objective: Name of the objective.
+        evaluations: Number of mixtures that were scored, simple choices included.
+        usage: What it cost: `rows` (pairs of a mixture and an example), `tokens`, `seconds`.
+        stopped: Why the search ended: `"num_generations"`, `"patience"`, `"optimizer"`, `"max_rows"`, `"max_tokens"`,
+            `"max_seconds"` or `"interrupted"`.
+        settings: What the search was called with, seed included.
+    """
+
+    weights: dict[str, float]
+    score: float
+    choice: str
+    scores: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    difference: tuple[float, float, float]
+    judged_on: str
+    searched_weights: dict[str, float]
+    groups: list[str]
+    alpha: dict[str, list[float]]
+    objective: str
+    evaluations: int
+    usage: Usage
+    stopped: str
+    history: list[dict[str, Any]] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def improved(self) -> bool:
+        """Whether the search beat every simple choice."""
+        return self.choice == SEARCHED
+
+    @property
+    def certain(self) -> bool:
+        """Whether that, or the opposite, is more than the luck of the examples: 0 is not in the interval of the
+        difference."""
+        _, low, high = self.difference
+        return low > 0 or high < 0
+
+    @property
+    def seconds(self) -> float:
+        """Duration."""
+        return self.usage.seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serialisable."""
+        return asdict(self)
+
+    def plot(self, path: str | Path) -> None:
+        """Draw the progress of the search, the scores with their intervals, and α.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        from .plots import plot_result
+
+        plot_result(self, path)
+
+    def __str__(self) -> str:
+        weights = ", ".join(f"{name} {weight:.2f}" for name, weight in self.weights.items())
+        others = ", ".join(f"{name} {score:.3f}" for name, score in self.scores.items())
+        mean, low, high = self.difference
+        verdict = (
+            "the searched mixture beat every simple choice"
+            if self.improved
+            else f"nothing beat {self.choice!r}, which was kept"
+        )
+        sure = "" if self.certain else ", which may be luck"
+        text = (
+            f"{verdict}: {self.objective} {self.score:.3f} with {weights} ({self.judged_on}: {others}; searched less "
+            f"the best simple choice {mean:+.3f} [{low:+.3f}, {high:+.3f}]{sure})"
+        )
+        if self.scores.get(IN_CONTEXT, -np.inf) > self.score:
+            text += f". Prompting the base model with the examples themselves scored {self.scores[IN_CONTEXT]:.3f}"
+        return text
+
+
+def interval(scores: Sequence[float] | np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """95 % confidence interval of the mean of some scores, by bootstrap."""
+    values = np.asarray(scores, dtype=np.float64)
+    drawn = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
+    low, high = np.quantile(values[drawn].mean(axis=1), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
+
+
+def compared(scores: Mapping[str, np.ndarray], simple: Sequence[str]) -> tuple[str, tuple[float, float, float]]:
+    """The choice, ties to the earlier; and mean and interval of searched less the best simple one.
+
+    Args:
+        scores: Name → score of each example, the simplest first.
+        simple: The names that need no search.
+    """
+    best = max(simple, key=lambda name: scores[name].mean())
+    choice = SEARCHED if scores[SEARCHED].mean() > scores[best].mean() else best
+    paired = scores[SEARCHED] - scores[best]
+    return choice, (float(paired.mean()), *interval(paired))
