@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..scoring import LogLikelihoodObjective, Objective, RewardFunc, RewardObjective
 from ..tuner import SVFConfig, SVFLayer, SVFModel, SVFRuntimeConfig
+from .card import mixture_card
 from .checkpoint import Checkpoint
 from .evaluator import Evaluator
 from .optimizers import make_optimizer
@@ -73,6 +74,7 @@ class AdaptiveMixture:
         self._alpha = np.full((len(self.experts), 1), 1 / len(self.experts))
         self._group_of: Mapping[str, int] | None = None
         self.result: MixtureResult | None = None
+        self.sources: dict[str, str] = {}  # where the experts were loaded from
 
     @classmethod
     def from_pretrained(
@@ -119,7 +121,9 @@ class AdaptiveMixture:
                 else:
                     model.add_adapter(name, configs[name])
                     model.load_adapter(path, adapter_name=name)
-            return cls(model, list(experts), tokenizer=tokenizer, adapter_name=adapter_name)
+            mixture = cls(model, list(experts), tokenizer=tokenizer, adapter_name=adapter_name)
+            mixture.sources = {name: str(path) for name, path in experts.items()}
+            return mixture
         except BaseException:
             if model is not None:
                 model.unload()  # leave the base model as it was
@@ -349,11 +353,24 @@ class AdaptiveMixture:
             self.model.set_adapter(self.adapter_name, inference_mode=True)
         return self.model.generate(*args, **kwargs)
 
+    def apply(self, name: str) -> None:
+        """
+        Add the mixture to the model as an ordinary adapter of its own, which later weights and searches leave as it is.
+        The active adapter stays the same.
+
+        Raises:
+            ValueError: The name is taken, or has a dot.
+        """
+        _check_names([name], self.adapter_name)
+        self.model.base_model.add_weighted_adapter(self.experts, [0.0] * len(self.experts), name)
+        self._mix(name)
+
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """
         Save the mixture as an ordinary SVF adapter, which `PeftModel.from_pretrained` loads without the experts.
 
-        `mixture.json` beside it records the experts, the weights and the result of the search.
+        `mixture.json` beside it records the experts, the weights and the result of the search, and so does the model
+        card, unless there is one.
         """
         folder = Path(save_directory)
         if folder.is_file():
@@ -365,6 +382,9 @@ class AdaptiveMixture:
             self.model.save_pretrained(scratch, selected_adapters=[self.adapter_name], save_embedding_layers=False)
             about = {"weights": self.weights, "result": self.result.to_dict() if self.result else None}
             (Path(scratch) / "mixture.json").write_text(json.dumps(about, indent=2) + "\n")
+            base_name = self.model.peft_config[self.adapter_name].base_model_name_or_path
+            card = mixture_card(folder.name, base_name, self.sources, self.weights, self.result)
+            (Path(scratch) / "README.md").write_text(card)
             for path in Path(scratch).rglob("*.*"):
                 if path.name == "README.md" and (folder / path.name).exists():
                     continue  # somebody's model card

@@ -37,6 +37,8 @@ class RandomShooting:
         seed (`int`, *optional*): Seed of the random numbers.
     """
 
+    num_elites = 1  # all that its result depends on
+
     def __init__(self, bounds: np.ndarray, *, population_size: int = 32, seed: int | None = None) -> None:
         self.bounds, self.population_size = np.array(bounds, dtype=np.float64), population_size
         self._rng = np.random.default_rng(seed)

@@ -111,6 +111,8 @@ class Procedure:
         ) as bar:
             evaluator.on_rows = bar.update
             scores = dict(zip(simple, evaluator.scores(list(simple.values()), judged), strict=True))
+            if self.checkpoint is not None:
+                self.checkpoint.save(evaluator)
             plan = replace(self.plan, limits=self.plan.limits.left(evaluator.usage, 1 + len(self.split.folds)))
             prompted = self._in_context_scores(bar.update)
 

@@ -198,8 +198,8 @@ def _race(
 
 
 def _elites(optimizer: Any) -> int:
-    """How many candidates of a generation the next one depends on."""
-    return int(getattr(optimizer, "num_elites", max(1, optimizer.population_size // 2)))
+    """How many candidates of a generation the next one mostly depends on; for CMA-ES, half of those with a weight."""
+    return int(getattr(optimizer, "num_elites", max(1, optimizer.population_size // 4)))
 
 
 def _penalty(evaluator: Evaluator, x: np.ndarray, plan: Plan) -> float:
