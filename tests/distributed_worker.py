@@ -234,6 +234,39 @@ def greedy_scores_of_five(folder: Path) -> dict[str, Any]:
     return {"scores": greedy_scores(tiny_llama(), tokenizer(), rows, number, max_new_tokens=2)}
 
 
+def search(folder: Path, only: int | None = None) -> dict[str, Any]:
+    """A search whose reward fails in process `only`."""
+    from test_adaptation import EXAMPLES, base_model, count_letters, make_tokenizer
+
+    from peft_svf import AdaptiveMixture
+
+    experts = {path.name: str(path) for path in sorted((folder / "experts").iterdir())}
+    mixture = AdaptiveMixture.from_pretrained(base_model(), experts, tokenizer=make_tokenizer())
+    calls = 0
+
+    def reward(completions: list[str], **columns: Any) -> list[float]:
+        nonlocal calls
+        calls += 1
+        if distributed.is_initialized() and distributed.get_rank() == only:
+            raise ZeroDivisionError("in one process")
+        return count_letters(completions)
+
+    sampled = {"max_new_tokens": 5, "do_sample": True}
+    options: dict[str, Any] = {"num_generations": 2, "population_size": 6, "batch_size": 8, "max_seconds": 1e4}
+    try:
+        result = mixture.search(
+            EXAMPLES[:4], reward, validation=2, generation_kwargs=sampled, checkpoint=folder / "search.json", **options
+        ).to_dict()
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    del result["usage"]["seconds"]
+    return {"result": result, "calls": calls}
+
+
+def search_that_fails(folder: Path) -> dict[str, Any]:
+    return search(folder, only=1)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     scenario, folder = sys.argv[1], Path(sys.argv[2])

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_worker import BATCH, attach, bases, deltas, train, weights
+from distributed_worker import BATCH, attach, bases, deltas, search, train, weights
+
+from peft_svf import SVFConfig
 
 pytestmark = [
     pytest.mark.slow,
@@ -51,6 +53,32 @@ def run(scenario: str, folder: Path) -> list[dict[str, Any]]:
 def test_scores_come_back_in_the_order_of_the_examples(tmp_path: Path) -> None:
     for rank in run("greedy_scores_of_five", tmp_path):
         assert rank["scores"] == [0.0, 1.0, 2.0, 3.0, 4.0]
+
+
+@pytest.fixture
+def two_experts(tmp_path: Path) -> Path:
+    from test_adaptation import save_expert
+
+    for seed, name in enumerate(("one", "two")):
+        save_expert(tmp_path / "experts" / name, SVFConfig(target_modules="all-linear"), seed)
+    return tmp_path
+
+
+def test_a_search_is_shared_and_finds_the_same(two_experts: Path) -> None:
+    first, second = run("search", two_experts)
+    assert first["result"] == second["result"]
+    assert (two_experts / "search.json").exists()
+    (two_experts / "search.json").unlink()
+    alone = search(two_experts)
+    assert first["result"] == alone["result"]
+    assert abs(first["calls"] - second["calls"]) <= 0.2 * alone["calls"]
+    assert first["calls"] + second["calls"] == alone["calls"]
+
+
+def test_a_reward_that_fails_in_one_process_stops_all(two_experts: Path) -> None:
+    first, second = run("search_that_fails", two_experts)
+    assert first["error"] == "RuntimeError: The evaluation failed in process 1: ZeroDivisionError: in one process"
+    assert second["error"] == "ZeroDivisionError: in one process"
 
 
 def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 0) -> None:

@@ -7,9 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-
 from .._files import write_whole
+from .._processes import processes
 from .evaluator import Evaluator
 
 
@@ -54,7 +53,7 @@ class Checkpoint:
 
     def save(self, evaluator: Evaluator) -> None:
         """Write all that an evaluator knows."""
-        if not PartialState().is_main_process:
+        if not processes().is_main_process:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         usage = {"tokens": evaluator.usage.tokens, "seconds": evaluator.usage.seconds}

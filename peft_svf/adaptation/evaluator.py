@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
+from .._processes import processes
 from ..scoring import Objective
 from .space import WeightSpace
 
@@ -70,7 +70,7 @@ class Evaluator:
         # α as bytes → scores by example; of an objective that samples, for one round only
         self._known: dict[tuple[int, bytes], dict[int, float]] = {}
         self._stored: dict[tuple[int, bytes], dict[int, float]] = {}  # the same, from a checkpoint
-        self._round = 0
+        self._round = self._dealt = 0
 
     @property
     def evaluations(self) -> int:
@@ -135,12 +135,13 @@ class Evaluator:
 
     def _of_all_processes(self, batches: list[Any]) -> list[tuple[int, list[float]]]:
         """Number and scores of the batches that fitted into memory."""
-        state = PartialState()
+        state = processes()
         found: list[tuple[int, list[float]]] = []
         error: Exception | None = None
         before = self.objective.tokens
         try:
-            for i in range(state.process_index, len(batches), state.num_processes):
+            first = (state.process_index - self._dealt) % state.num_processes
+            for i in range(first, len(batches), state.num_processes):
                 try:
                     found.append((i, self._run(batches[i], i)))
                 except Exception as caught:
@@ -151,6 +152,7 @@ class Evaluator:
                 self.on_rows(len(batches[i]) * state.num_processes)
         except Exception as caught:
             error = caught
+        self._dealt += len(batches)  # so that it is not always the first process that has one batch more
         clear_device_cache()
         message = None if error is None else f"{type(error).__name__}: {error}"
         mine = (found, self.batch_size, self.objective.tokens - before, message)

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from .._processes import processes
 from .evaluator import Evaluator, Usage
 
 FINALISTS = 4
@@ -133,7 +133,7 @@ def run_search(
             outcome.finalists.insert(0, np.array(center, dtype=np.float64))
             outcome.finalists = by_score(evaluator, outcome.finalists, examples, plan)
     except KeyboardInterrupt:
-        if PartialState().num_processes > 1:  # the others may be anywhere
+        if processes().num_processes > 1:  # the others may be anywhere
             raise
         outcome.stopped = "interrupted"
         ranked = sorted(full.values(), key=lambda pair: pair[0])

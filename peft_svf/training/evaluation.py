@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
+from .._processes import processes
 from ..scoring import RewardFunc, RewardObjective
 
 
@@ -47,7 +47,7 @@ def greedy_scores(
         max_new_tokens (`int`): Where an answer is cut off.
         generation_kwargs (`dict`, *optional*): More for `generate`.
     """
-    rows, state = list(examples), PartialState()
+    rows, state = list(examples), processes()
     if not rows:
         raise ValueError("There are no examples to evaluate on.")
     # a sharded model needs all ranks in every call, for each layer's weights are with all of them
