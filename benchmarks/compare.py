@@ -77,7 +77,7 @@ METHODS = (
     Method("lora r=16", "lora", (1e-4, 3e-4, 1e-3, 3e-3), {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0}),
     Method("lora r=1", "lora", (3e-4, 1e-3, 3e-3, 1e-2), {"lora_r": 1, "lora_alpha": 2, "lora_dropout": 0.0}),
     Method("ia3", "ia3", (1e-3, 3e-3, 1e-2, 3e-2)),
-    Method("vera", "vera", (1e-3, 3e-3, 1e-2, 3e-2), {"peft_kwargs": {"r": 64}}),
+    Method("vera", "vera", (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), {"peft_kwargs": {"r": 64}}),
 )
 
 

@@ -110,6 +110,7 @@ def main() -> None:
         num_generations=generations,
         population_size=population,
         generation_kwargs={"max_new_tokens": MAX_NEW_TOKENS},
+        validation=None if quick else "auto",
     )
     print(result, flush=True)
     mixture.save_pretrained(output / "mixture")

@@ -219,7 +219,7 @@ def test_quickstart(tmp_path: Path) -> None:
     live = numbers["live"]
     assert live["reloaded"] == live["accuracy_after"] == numbers["accuracy"]["products"]["products"]
     assert len([entry for entry in live["history"] if "reward" in entry]) == 4
-    assert numbers["search"]["scores"].keys() == {"base", *experts, "uniform", "searched"}
+    assert numbers["search"]["scores"].keys() == {"base", *experts, "uniform", "searched", "in-context"}
     assert (output / "results.png").stat().st_size > 10_000
     base, _ = load()
     PeftModel.from_pretrained(base, output / "mixture")
