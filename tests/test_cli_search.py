@@ -1,0 +1,204 @@
+"""`peft-svf search`: a mixture from a file of examples."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from test_adaptation import EXAMPLES, base_model, logits, make_tokenizer, save_expert
+
+from peft_svf import SVFConfig
+from peft_svf.adaptation.examples import load_examples
+
+testing = pytest.importorskip("typer.testing")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model, two experts, and examples."""
+    folder = tmp_path_factory.mktemp("world")
+    base_model().save_pretrained(folder / "base")
+    make_tokenizer().save_pretrained(folder / "base")
+    for seed, name in enumerate(("one", "two")):
+        save_expert(folder / name, SVFConfig(target_modules="all-linear"), seed)
+    rows = [{"question": row["prompt"], "solution": row["completion"]} for row in EXAMPLES[:4]]
+    (folder / "shots.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    with (folder / "shots.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["question", "solution"])
+        writer.writeheader()
+        writer.writerows(rows)
+    return folder
+
+
+def search(world: Path, output: Path, *more: str, examples: str = "shots.jsonl", **options: Any) -> Any:
+    from peft_svf.cli import app
+
+    chosen = {
+        "model_name_or_path": world / "base",
+        "examples": world / examples,
+        "output_dir": output,
+        "prompt_column": "question",
+        "reward": "contains",
+        "max_new_tokens": 3,
+        "num_generations": 2,
+        "population_size": 4,
+        **options,
+    }
+    words = [word for name, value in chosen.items() if value is not None for word in (f"--{name}", str(value))]
+    if not any(word == "--expert" for word in more):
+        more = ("--expert", f"one={world / 'one'}", "--expert", f"two={world / 'two'}", *more)
+    return testing.CliRunner().invoke(app, ["search", *words, *more])
+
+
+def one_line(result: Any) -> str:
+    """What an error says."""
+    assert result.exit_code == 1, result.output
+    return " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize("reward", ["contains", "loglik", "test_adaptation.count_letters"])
+@pytest.mark.parametrize("examples", ["shots.jsonl", "shots.csv"])
+def test_a_search_leaves_an_ordinary_adapter(reward: str, examples: str, world: Path, tmp_path: Path) -> None:
+    result = search(world, tmp_path / "mine", examples=examples, reward=reward, validation="none")
+    assert result.exit_code == 0, result.output
+    assert "saved in" in result.stdout
+    assert "uniform" in result.stdout
+    model = PeftModel.from_pretrained(base_model(), tmp_path / "mine")
+    about = json.loads((tmp_path / "mine" / "mixture.json").read_text())
+    kept = about["result"]
+    assert kept["objective"] == ("log-likelihood" if reward == "loglik" else "reward")
+    assert kept["settings"]["examples"] == 4
+    assert not (tmp_path / "mine" / "search-checkpoint.json").exists()
+    if kept["choice"] == "base":
+        assert torch.equal(logits(model), logits(base_model()))
+
+
+def test_the_result_as_json(world: Path, tmp_path: Path) -> None:
+    result = search(world, tmp_path / "mine", "--json", reward="loglik", validation="2", optimizer="random")
+    assert result.exit_code == 0, result.output
+    content = json.loads(result.stdout)
+    assert content["judged_on"] == "cross-validation"
+    assert content["settings"]["optimizer"] == "random"
+    assert list(content["weights"]) == ["one", "two"]
+
+
+def test_options_reach_the_search(world: Path, tmp_path: Path) -> None:
+    options = {"granularity": "layer", "tie_break": 0.01, "l1": 0.1, "seed": 3, "limit": 3}
+    more = ("--bounds", "-1", "1", "--no_racing", "--json", "--normalize")
+    result = search(world, tmp_path / "mine", *more, **options, validation=str(world / "shots.csv"))
+    assert result.exit_code == 0, result.output
+    content = json.loads(result.stdout)
+    assert content["objective"] == "reward + 0.01 log-likelihood"
+    assert len(content["groups"]) == 2
+    assert content["judged_on"] == "validation"
+    kept = {name: content["settings"][name] for name in ("l1", "seed", "racing", "bounds", "normalize", "examples")}
+    assert kept == {"l1": 0.1, "seed": 3, "racing": False, "bounds": [-1.0, 1.0], "normalize": True, "examples": 7}
+
+
+def test_an_interrupted_search_goes_on(world: Path, tmp_path: Path) -> None:
+    first = search(world, tmp_path / "mine", "--json", reward="loglik", validation="none")
+    assert first.exit_code == 0
+    # as if it had been stopped before it could save
+    from peft_svf.adaptation import AdaptiveMixture, LogLikelihoodObjective
+
+    mixture = AdaptiveMixture.from_pretrained(
+        str(world / "base"), {name: str(world / name) for name in ("one", "two")}, dtype="auto"
+    )
+    rows = load_examples(str(world / "shots.jsonl"), prompt_column="question")
+    path = tmp_path / "mine" / "search-checkpoint.json"
+    mixture.search(
+        objective=LogLikelihoodObjective(rows, mixture.tokenizer),
+        validation=None,
+        num_generations=1,
+        population_size=4,
+        checkpoint=path,
+    )
+    refused = search(world, tmp_path / "mine", "--json", reward="loglik", validation="none")
+    assert "exists. Pass `resume=True`" in one_line(refused)
+    again = search(world, tmp_path / "mine", "--json", "--resume", reward="loglik", validation="none")
+    assert again.exit_code == 0, again.output
+    found, expected = json.loads(again.stdout), json.loads(first.stdout)
+    assert found["alpha"] == expected["alpha"]
+    assert found["history"] == expected["history"]
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "options", "message"),
+    [
+        (("--expert", "one"), {}, "--expert must be NAME=PATH, such as math=experts/math, got 'one'"),
+        (("--expert", "one=a", "--expert", "one=b"), {}, "--expert one is given twice, as 'a' and 'b'"),
+        (("--expert", "one=nowhere"), {}, "nowhere"),
+        ((), {"reward": "nubmer"}, "There is no reward function 'nubmer'"),
+        ((), {"optimizer": "cme"}, "no optimizer 'cme'"),
+        ((), {"granularity": "head"}, "`granularity` must be"),
+        ((), {"validation": "some"}, "`validation` must be"),
+        ((), {"base_check": "perhaps"}, "--base_check must be error, warn or ignore"),
+        ((), {"prompt_column": "prompt"}, "row 1 has no 'prompt'; it has 'question', 'solution'"),
+        ((), {"answer_column": "anwser"}, "row 1 has no 'anwser'"),
+        ((), {"model_name_or_path": "./nowhere"}, "nowhere"),
+    ],
+)
+def test_mistakes_are_errors_in_a_line(
+    more: tuple[str, ...], options: dict[str, Any], message: str, world: Path, tmp_path: Path
+) -> None:
+    assert message in one_line(search(world, tmp_path / "mine", *more, **options))
+    assert not (tmp_path / "mine" / "adapter_model.safetensors").exists()
+
+
+def test_a_missing_option_is_a_matter_of_usage(world: Path, tmp_path: Path) -> None:
+    result = search(world, tmp_path / "mine", model_name_or_path=None)
+    assert result.exit_code == 2
+    assert "model_name_or_path" in result.output
+
+
+# ------------------------------------------------------------------------------------------ examples
+
+
+def test_answers_are_there_for_rewards_and_likelihood(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    chat = [{"role": "user", "content": "a"}]
+    path.write_text(json.dumps([{"q": "a", "completion": "b", "level": 1}, {"q": chat, "answer": 2}, {"q": "c"}]))
+    text, messages, none = load_examples(str(path), prompt_column="q")
+    assert text == {"prompt": "a", "answer": "b", "completion": "b", "level": 1}
+    assert messages == {"prompt": chat, "answer": "2", "completion": [{"role": "assistant", "content": "2"}]}
+    assert none == {"prompt": "c"}
+    led = load_examples(str(path), prompt_column="q", system_prompt="s", limit=1)
+    assert [message["content"] for message in led[0]["prompt"]] == ["s", "a"]
+    assert led[0]["completion"] == [{"role": "assistant", "content": "b"}]
+
+
+def test_a_dataset_in_the_place_of_a_file(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
+    assert load_examples(str(tmp_path / "data"))[0]["completion"] == "b"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", "", "holds no examples"),
+        ("a.csv", "prompt,answer\n", "holds no examples"),
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt": \n', "line 2 is no JSON"),
+        ("a.json", "[", "is no JSON"),
+        ("a.json", '{"prompt": "a"}', "must hold a list of examples, got dict"),
+        ("a.jsonl", '"a"\n', "row 1 must be a mapping"),
+        ("a.jsonl", '{"prompt": "a"}\n{"text": "a"}\n', "row 2 has no 'prompt'; it has 'text'"),
+    ],
+)
+def test_malformed_files(name: str, content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        load_examples(str(tmp_path / name))
+    assert name in str(error.value)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no file .*a\.csv"):
+        load_examples(str(tmp_path / "a.csv"))
