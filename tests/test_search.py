@@ -572,7 +572,9 @@ def test_the_result_as_text_and_picture(mixture: AdaptiveMixture, tmp_path: Path
         result = mixture.search(ROWS, num_generations=2, population_size=4, granularity=granularity)
         result.plot(tmp_path / "search.png")
         assert (tmp_path / "search.png").read_bytes().startswith(b"\x89PNG")
-    result.difference = (0.1, 0.05, 0.2)
+    result.difference, result.judged_on = (0.1, 0.05, 0.2), "search"
+    assert "which may be luck" in str(result)
+    result.judged_on = "validation"
     assert "luck" not in str(result)
     result.difference = (0.1, -0.05, 0.2)
     assert "which may be luck" in str(result)

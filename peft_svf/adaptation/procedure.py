@@ -15,7 +15,7 @@ from .checkpoint import Checkpoint
 from .evaluator import Evaluator
 from .in_context import answer_of, with_demonstrations
 from .result import IN_CONTEXT, SEARCHED, MixtureResult, compared, interval
-from .search import Outcome, Plan, by_score, run_search
+from .search import Outcome, Plan, run_search
 from .space import BASE, UNIFORM
 
 FOLDS, FEW, MANY = 3, 6, 24
@@ -159,8 +159,8 @@ class Procedure:
             found = space.simple()[UNIFORM]
             return found, evaluator.scores([found], split.judged)[0], "search"
         if split.held_out:
-            found = by_score(evaluator, main.finalists, split.held_out, plan)[0]
-            return found, evaluator.scores([found], split.held_out)[0], "validation"
+            # one only: the best of several there would be a lucky one
+            return main.finalists[0], evaluator.scores(main.finalists[:1], split.held_out)[0], "validation"
         found = main.finalists[0]
         if split.folds and main.stopped != "interrupted":
             out_of_fold = np.empty(len(split.search))

@@ -25,7 +25,7 @@ class MixtureResult:
 
     `scores`, `intervals` and `difference` are about the examples that `judged_on` names:
 
-    - `"validation"`: held-out examples, on which the best of a few finalists was chosen.
+    - `"validation"`: held-out examples, which the search did not see.
     - `"cross-validation"`: all examples; those of a fold are scored by a mixture that was searched on the others. The
       simple choices have no such handicap.
     - `"search"`: the examples of the search itself, of which `"searched"` is the best of many; measure on others before
@@ -80,9 +80,9 @@ class MixtureResult:
     @property
     def certain(self) -> bool:
         """Whether that, or the opposite, is more than the luck of the examples: 0 is not in the interval of the
-        difference."""
+        difference. Never on the examples of the search itself, of which the searched mixture is the best of many."""
         _, low, high = self.difference
-        return low > 0 or high < 0
+        return self.judged_on != "search" and (low > 0 or high < 0)
 
     @property
     def seconds(self) -> float:

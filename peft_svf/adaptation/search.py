@@ -131,7 +131,7 @@ def run_search(
         outcome.finalists = [x for _, x in ranked[:FINALISTS]]
         if (center := getattr(optimizer, "mean", None)) is not None:
             outcome.finalists.insert(0, np.array(center, dtype=np.float64))
-            outcome.finalists = by_score(evaluator, outcome.finalists, examples, plan)
+        outcome.finalists = by_score(evaluator, outcome.finalists, examples, plan)
     except KeyboardInterrupt:
         if processes().num_processes > 1:  # the others may be anywhere
             raise
