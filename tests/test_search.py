@@ -599,6 +599,7 @@ def test_demonstrations_lead_the_prompt(tokenizer: Any) -> None:
     assert answer_of({"prompt": "x", "completion": [{"content": "y"}], "answer": "z"}) == "y"
     assert answer_of({"prompt": "x", "answer": 0}) == "0"
     assert answer_of({"prompt": "x"}) is None
+    assert answer_of({"prompt": "x", "answer": ["a", "b"]}) is None  # of several, none is the one to show
 
 
 def test_in_context_prompting_never_shows_the_answer_it_is_asked_for(mixture: AdaptiveMixture) -> None:
@@ -686,6 +687,16 @@ def test_a_checkpoint_of_another_search(mixture: AdaptiveMixture, tmp_path: Path
     (tmp_path / "search.json").write_text("{}")
     with pytest.raises(ValueError, match="is no checkpoint of a search"):
         mixture.search(ROWS, **options, resume=True)
+
+
+def test_a_second_stop_loses_nothing(mixture: AdaptiveMixture) -> None:
+    space = WeightSpace(mixture.experts, modules(mixture))
+    first, second = (Evaluator(mixture.model, space, Distance(TARGET, 4)) for _ in range(2))
+    x = np.full(3, 0.5)
+    first.scores([x], range(4))
+    second.load_state_dict(first.state_dict())
+    second.scores([x], [1])  # and is stopped
+    assert sorted(second.state_dict()[0]["examples"]) == [0, 1, 2, 3]
 
 
 # ------------------------------------------------------------------------------------------ objectives

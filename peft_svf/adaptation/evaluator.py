@@ -219,6 +219,8 @@ class Evaluator:
 
     def state_dict(self) -> list[dict[str, Any]]:
         """All scores, as JSON-serialisable values."""
+        keys = {**self._stored, **self._known}
+        everything = {key: {**self._stored.get(key, {}), **self._known.get(key, {})} for key in keys}
         return [
             {
                 "round": number,
@@ -226,7 +228,7 @@ class Evaluator:
                 "examples": list(its),
                 "scores": [*its.values()],
             }
-            for (number, alpha), its in {**self._stored, **self._known}.items()
+            for (number, alpha), its in everything.items()
             if its
         ]
 

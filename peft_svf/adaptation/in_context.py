@@ -11,11 +11,15 @@ from ..scoring.rewards import REFERENCE_COLUMNS
 
 
 def answer_of(row: dict[str, Any]) -> str | None:
-    """The reference answer of a row as text: its `"completion"`, `"answer"` or `"solution"`; `None` without one."""
-    found = next(
-        (row[name] for name in ("completion", *REFERENCE_COLUMNS) if row.get(name) not in (None, "", [])), None
-    )
-    return None if found is None else text_of(found)
+    """The reference answer of a row as text: its `"completion"`, `"answer"` or `"solution"`; `None` without one, or
+    where it is neither text, a number nor messages."""
+    for name in ("completion", *REFERENCE_COLUMNS):
+        value = row.get(name)
+        if isinstance(value, (str, int, float)) and value != "":
+            return str(value)
+        if isinstance(value, list) and value and isinstance(value[-1], dict) and "content" in value[-1]:
+            return text_of(value)
+    return None
 
 
 def with_demonstrations(
