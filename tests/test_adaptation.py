@@ -112,7 +112,7 @@ class Distance:
 
     def __init__(self, target: dict[str, float], examples: int = 1) -> None:
         self.target = torch.tensor(list(target.values()))
-        self.examples: list[dict[str, Any]] = [{"prompt": "x"}] * examples
+        self.examples: list[dict[str, Any]] = [{"prompt": f"x{i}"} for i in range(examples)]
 
     def lengths(self) -> list[int]:
         return [1] * len(self.examples)

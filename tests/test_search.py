@@ -468,10 +468,10 @@ def test_what_only_fits_the_examples_of_the_search_is_not_kept(mixture: Adaptive
     from peft_svf.adaptation.procedure import Procedure, Split
 
     space = WeightSpace(mixture.experts, modules(mixture))
-    evaluator = Evaluator(mixture.model, space, Memorised(4, 4))
+    evaluator = Evaluator(mixture.model, space, Memorised(4, 6))
     procedure = Procedure(
         evaluator,
-        Split([0, 1, 2, 3], held_out=[4, 5, 6, 7]),
+        Split([0, 1, 2, 3], held_out=[4, 5, 6, 7, 8, 9]),
         Plan(8),
         lambda seed: make_optimizer("cem", space, population_size=16, seed=seed),
     )
@@ -536,6 +536,59 @@ def test_which_examples_are_for_what(count: int, validation: Any, held_out: int,
         assert split.judged == split.held_out
 
 
+def test_the_same_question_is_on_one_side_only(mixture: AdaptiveMixture) -> None:
+    objective = Distance(TARGET, 12)
+    for i in range(6):  # three of four
+        objective.examples[i]["prompt"] = f"q{i % 2}"
+    for validation in (3, 0.3, "auto"):
+        _, split = split_examples(objective, validation, seed=0)
+        for part in split.folds or [split.held_out]:
+            inside = {objective.examples[i]["prompt"] for i in part}
+            assert not inside & {objective.examples[i]["prompt"] for i in split.search if i not in part}
+    seen: list[str] = []
+
+    def spy(prompts: list[str], completions: list[str], **kwargs: Any) -> list[float]:
+        seen.extend(prompt for prompt in prompts if "\n\n" in prompt)
+        return [0.0] * len(completions)
+
+    rows = [{"prompt": f"q{i % 3}?", "answer": f"a{i % 3}"} for i in range(6)]
+    options: dict[str, Any] = {"num_generations": 1, "population_size": 2, "generation_kwargs": {"max_new_tokens": 1}}
+    for validation in (None, 3):
+        mixture.search(rows, spy, validation=validation, **options)
+    assert seen
+    for prompt in seen:
+        *shown, asked = prompt.split("\n\n")
+        assert not any(one.startswith(asked) for one in shown)
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("-inf")])
+def test_a_score_that_is_no_number_is_an_error(score: float, mixture: AdaptiveMixture) -> None:
+    class Broken(Distance):
+        def score(self, model: Any, indices: Sequence[int]) -> list[float]:
+            return [score if i == 1 else 0.0 for i in indices]
+
+    with pytest.raises(ValueError, match=rf"'distance' returned {score} for example 1"):
+        mixture.search(objective=Broken(TARGET, 3), optimizer="random")
+
+
+def test_an_answer_ends_at_any_of_the_end_tokens(mixture: AdaptiveMixture, tokenizer: Any) -> None:
+    lengths: list[int] = []
+
+    def spy(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+        lengths.extend(map(len, completion_ids))
+        return [0.0] * len(completion_ids)
+
+    mixture.model.generation_config.eos_token_id = [2, *range(20, 40)]
+    objective = RewardObjective(ROWS, spy, tokenizer, generation_kwargs={"max_new_tokens": 12})
+    objective.score(mixture.model, range(4))
+    together = lengths.copy()
+    lengths.clear()
+    for i in range(4):
+        objective.score(mixture.model, [i])
+    assert together == lengths
+    assert len(set(lengths)) > 1
+
+
 @pytest.mark.parametrize("validation", [0.0, 1.0, 0.01, 1, 13, True, "yes", []])
 def test_a_validation_that_makes_no_sense(validation: Any) -> None:
     with pytest.raises(ValueError, match="validation"):
@@ -572,9 +625,11 @@ def test_the_result_as_text_and_picture(mixture: AdaptiveMixture, tmp_path: Path
         result = mixture.search(ROWS, num_generations=2, population_size=4, granularity=granularity)
         result.plot(tmp_path / "search.png")
         assert (tmp_path / "search.png").read_bytes().startswith(b"\x89PNG")
-    result.difference, result.judged_on = (0.1, 0.05, 0.2), "search"
+    result.difference, result.judged_on, result.judged = (0.1, 0.05, 0.2), "search", 12
     assert "which may be luck" in str(result)
-    result.judged_on = "validation"
+    result.judged_on, result.judged = "validation", 5
+    assert "which may be luck" in str(result)
+    result.judged = 12
     assert "luck" not in str(result)
     result.difference = (0.1, -0.05, 0.2)
     assert "which may be luck" in str(result)
@@ -680,6 +735,10 @@ def test_a_checkpoint_of_another_search(mixture: AdaptiveMixture, tmp_path: Path
         mixture.search(ROWS, **options)
     with pytest.raises(ValueError, match="of another search: seed was 0, and is now 1"):
         mixture.search(ROWS, **options, resume=True, seed=1)
+    with pytest.raises(ValueError, match="group of each module was None"):
+        mixture.search(ROWS, **options, resume=True, granularity=dict.fromkeys(modules(mixture), "all"))
+    with pytest.raises(ValueError, match=r"objective was \['log-likelihood'"):
+        mixture.search(ROWS, count_letters, **options, resume=True)
     with pytest.raises(ValueError, match="content of the examples was"):
         mixture.search([*ROWS[:3], EXAMPLES[4]], **options, resume=True)
     longer = mixture.search(ROWS, **{**options, "num_generations": 2}, resume=True)

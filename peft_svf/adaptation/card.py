@@ -65,7 +65,7 @@ def _search(result: MixtureResult) -> list[str]:
         f"{settings.get('seed', '')}; objective: {result.objective}; kept: **{result.choice}**. {result.evaluations:,} "
         f"mixtures, {result.usage.rows:,} rows, {result.usage.tokens:,} tokens, {result.usage.seconds:.0f} s.",
         "",
-        f"| {result.objective} ({result.judged_on}) | mean | 95 % interval |",
+        f"| {result.objective} ({result.judged_on}, {result.judged} examples) | mean | 95 % interval |",
         "|---|---|---|",
         *(
             f"| {name} | {score:.3f} | {result.intervals[name][0]:.3f} to {result.intervals[name][1]:.3f} |"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -172,7 +173,18 @@ class Evaluator:
         weights = torch.tensor(np.array([self.space.weights(x) for _, x, _ in batch]), dtype=torch.float32)
         indices = [example for _, _, example in batch]
         with self._mixtures(weights.to(self.model.device)), self._seeded(number):
-            return self.objective.score(self.model, indices)
+            scores = [float(score) for score in self.objective.score(self.model, indices)]
+        if len(scores) != len(indices):
+            raise ValueError(
+                f"The objective {self.objective.name!r} returned {len(scores)} scores for {len(indices)} examples."
+            )
+        for example, score in zip(indices, scores, strict=True):
+            if not math.isfinite(score):
+                raise ValueError(
+                    f"The objective {self.objective.name!r} returned {score} for example {example}; expected a finite "
+                    f"number.\n{self.objective.examples[example]}"
+                )
+        return scores
 
     @contextmanager
     def _mixtures(self, weights: torch.Tensor) -> Iterator[None]:

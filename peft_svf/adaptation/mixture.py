@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..scoring import LogLikelihoodObjective, Objective, RewardFunc, RewardObjective
+from ..scoring.rewards import reward_name
 from ..tuner import SVFConfig, SVFLayer, SVFModel, SVFRuntimeConfig
 from .card import mixture_card
 from .checkpoint import Checkpoint
@@ -208,8 +209,9 @@ class AdaptiveMixture:
         """
         Find weights from a few examples, and put them in place (Transformer², section 3.2, "few-shot adaptation").
 
-        The base model, every expert alone, the uniform mixture and in-context prompting are scored on the same
-        examples. If the searched mixture does not beat them, the best of them is kept and the result says so.
+        The base model, every expert alone and the uniform mixture are scored on the same examples. If the searched
+        mixture does not beat them, the best of them is kept and the result says so. In-context prompting is
+        scored, too.
 
         Ctrl-C ends the search with what it found so far.
 
@@ -240,8 +242,8 @@ class AdaptiveMixture:
             population_size (`int`): Candidates per generation, unless `optimizer` is an object.
             racing (`bool`): Drop candidates that do badly on a part of the examples. About half the work.
             patience (`int`, *optional*): Generations without a better candidate after which a search stops.
-            max_rows, max_tokens, max_seconds (*optional*): No generation is begun that would probably go beyond so many
-                pairs of a mixture and an example, tokens, or seconds, in all.
+            max_rows, max_tokens, max_seconds (*optional*): After the first generation, none is begun that would
+                probably go beyond so many pairs of a mixture and an example, tokens, or seconds, in all.
             in_context (`bool`): Whether to score in-context prompting, where the examples have answers.
             batch_size (`int`, *optional*): Rows per batch; by default found, see [`Evaluator`].
             checkpoint (path, *optional*): A JSON file for all scores, written after each generation.
@@ -340,8 +342,8 @@ class AdaptiveMixture:
             "experts": self.experts,
             "values of the experts": deltas.hexdigest(),
             "groups": space.groups,
-            "objective": objective.name,
-            "generation_kwargs": repr(getattr(objective, "generation_kwargs", None)),
+            "group of each module": space.group_of,
+            "objective": _description(objective),
             "content of the examples": hashlib.sha256(rows.encode()).hexdigest(),
         }
 
@@ -389,6 +391,14 @@ class AdaptiveMixture:
                 if path.name == "README.md" and (folder / path.name).exists():
                     continue  # somebody's model card
                 os.replace(path, folder / path.name)
+
+
+def _description(objective: Any) -> list[Any]:
+    """What an objective computes, as far as names and numbers tell."""
+    names = [reward_name(function) for function in getattr(objective, "reward_funcs", [])]
+    parts = [_description(part) for part in getattr(objective, "objectives", [])]
+    weights = getattr(objective, "reward_weights", getattr(objective, "weights", None))
+    return [objective.name, names, weights, repr(getattr(objective, "generation_kwargs", None)), parts]
 
 
 def _check_names(experts: Sequence[str], adapter_name: str) -> None:

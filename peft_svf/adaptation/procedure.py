@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -60,18 +61,31 @@ def split_examples(objective: Any, validation: Any, seed: int) -> tuple[Any, Spl
             raise ValueError("`validation` has no rows.")
         objective = objective.with_examples([*objective.examples, *validation])
         return objective, Split(list(range(count)), list(range(count, len(objective.examples))))
+    # the same question must not be on two sides
+    prompts = [json.dumps(row.get("prompt"), default=str) for row in objective.examples]
+    distinct = list(dict.fromkeys(prompts))
+    count = len(distinct)
     if validation == "auto":
         validation = 1 / 3 if count >= MANY else FOLDS if count >= FEW else None
     if validation is None:
-        return objective, Split(list(range(count)))
+        return objective, Split(list(range(len(prompts))))
     order = np.random.default_rng(seed).permutation(count).tolist()
+
+    def rows_of(part: Sequence[int]) -> list[int]:
+        chosen = {distinct[i] for i in part}
+        return [i for i, prompt in enumerate(prompts) if prompt in chosen]
+
     if isinstance(validation, float) and 0 < validation < 1:
         size = round(validation * count)
         if not 0 < size < count:
-            raise ValueError(f"Of {count} examples, `validation={validation:g}` holds out {size}; it must leave some.")
-        return objective, Split(sorted(order[size:]), sorted(order[:size]))
+            raise ValueError(
+                f"Of {count} different examples, `validation={validation:g}` holds out {size}; it must leave some."
+            )
+        return objective, Split(rows_of(order[size:]), rows_of(order[:size]))
     if isinstance(validation, int) and not isinstance(validation, bool) and 2 <= validation <= count:
-        return objective, Split(list(range(count)), folds=[sorted(order[i::validation]) for i in range(validation)])
+        return objective, Split(
+            list(range(len(prompts))), folds=[rows_of(order[i::validation]) for i in range(validation)]
+        )
     raise ValueError(
         f"`validation` must be 'auto', None, a share between 0 and 1, a number of folds from 2 to {count}, or rows; "
         f"got {validation!r}."
@@ -113,8 +127,8 @@ class Procedure:
             scores = dict(zip(simple, evaluator.scores(list(simple.values()), judged), strict=True))
             if self.checkpoint is not None:
                 self.checkpoint.save(evaluator)
-            plan = replace(self.plan, limits=self.plan.limits.left(evaluator.usage, 1 + len(self.split.folds)))
             prompted = self._in_context_scores(bar.update)
+            plan = replace(self.plan, limits=self.plan.limits.left(evaluator.usage, 1 + len(self.split.folds)))
 
             def on_generation(entry: dict[str, Any]) -> None:
                 elites = float(np.mean(entry["elites"]))
@@ -137,6 +151,7 @@ class Procedure:
             intervals={name: interval(values) for name, values in scores.items()},
             difference=difference,
             judged_on=judged_on,
+            judged=len(judged),
             searched_weights=_per_expert(space.experts, space.weights(found)),
             groups=space.groups,
             alpha=dict(zip(space.experts, alpha.tolist(), strict=True)),
@@ -157,7 +172,8 @@ class Procedure:
         space = evaluator.space
         if not main.finalists:  # stopped before the first generation was over
             found = space.simple()[UNIFORM]
-            return found, evaluator.scores([found], split.judged)[0], "search"
+            judged_on = "validation" if split.held_out else "search"
+            return found, evaluator.scores([found], split.judged)[0], judged_on
         if split.held_out:
             # one only: the best of several there would be a lucky one
             return main.finalists[0], evaluator.scores(main.finalists[:1], split.held_out)[0], "validation"
@@ -188,7 +204,7 @@ class Procedure:
         led = []
         for i in split.judged:
             fold = next((fold for fold in split.folds if i in fold), [i])
-            others = [rows[j] for j in split.search if j not in fold]
+            others = [rows[j] for j in split.search if j not in fold and rows[j]["prompt"] != rows[i]["prompt"]]
             led.append(with_demonstrations(rows[i], others, tokenizer, room))
         if not led or all(one["prompt"] == rows[i]["prompt"] for one, i in zip(led, split.judged, strict=True)):
             return None

@@ -15,6 +15,7 @@ SEARCHED = "searched"
 IN_CONTEXT = "in-context"
 
 RESAMPLES = 2000
+FEWEST = 6
 CONFIDENCE = 0.95
 
 
@@ -33,7 +34,7 @@ class MixtureResult:
 
     Attributes:
         weights: The weights that are now in place, per expert; with several groups, their means.
-        score: Their mean score.
+        score: The mean score of the choice, of `scores`.
         choice: Where they come from: `"searched"`, or the name of the simple choice that was at least as good:
             `"base"`, an expert, or `"uniform"`.
         scores: Mean score of the base model, every expert alone, the uniform mixture, the searched one, and where the
@@ -42,6 +43,7 @@ class MixtureResult:
         difference: Mean score of the searched mixture less that of the best simple choice, and its interval, as
             (mean, low, high).
         judged_on: See above.
+        judged: How many examples that are.
         searched_weights: The weights that the search found, whether chosen or not.
         groups: The groups of modules that have weights of their own, `["all"]` if there is one.
         alpha: The weights in place, per expert and group.
@@ -62,6 +64,7 @@ class MixtureResult:
     intervals: dict[str, tuple[float, float]]
     difference: tuple[float, float, float]
     judged_on: str
+    judged: int
     searched_weights: dict[str, float]
     groups: list[str]
     alpha: dict[str, list[float]]
@@ -80,9 +83,10 @@ class MixtureResult:
     @property
     def certain(self) -> bool:
         """Whether that, or the opposite, is more than the luck of the examples: 0 is not in the interval of the
-        difference. Never on the examples of the search itself, of which the searched mixture is the best of many."""
+        difference. Never on the examples of the search itself, of which the searched mixture is the best of many, nor
+        on fewer than 6, for which such intervals are too narrow."""
         _, low, high = self.difference
-        return self.judged_on != "search" and (low > 0 or high < 0)
+        return self.judged_on != "search" and self.judged >= FEWEST and (low > 0 or high < 0)
 
     @property
     def seconds(self) -> float:
@@ -114,7 +118,8 @@ class MixtureResult:
         )
         sure = "" if self.certain else ", which may be luck"
         text = (
-            f"{verdict}: {self.objective} {self.score:.3f} with {weights} ({self.judged_on}: {others}; searched less "
+            f"{verdict}: {self.objective} {self.score:.3f} with {weights} ({self.judged_on} on {self.judged} examples: "
+            f"{others}; searched less "
             f"the best simple choice {mean:+.3f} [{low:+.3f}, {high:+.3f}]{sure})"
         )
         if self.scores.get(IN_CONTEXT, -np.inf) > self.score:
@@ -123,10 +128,13 @@ class MixtureResult:
 
 
 def interval(scores: Sequence[float] | np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """95 % confidence interval of the mean of some scores, by bootstrap."""
+    """95 % confidence interval of the mean of some scores, by bootstrap, widened by √(n / (n - 1)), as the resamples
+    of n scores spread by so much too little. Below about 10 scores it is still too narrow."""
     values = np.asarray(scores, dtype=np.float64)
-    drawn = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
-    low, high = np.quantile(values[drawn].mean(axis=1), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    count, mean = len(values), values.mean()
+    drawn = np.random.default_rng(seed).integers(count, size=(RESAMPLES, count))
+    bounds = np.quantile(values[drawn].mean(axis=1), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    low, high = mean + (bounds - mean) * np.sqrt(count / max(1, count - 1))
     return float(low), float(high)
 
 

@@ -132,9 +132,8 @@ class RewardObjective(_Batched):
             {"input_ids": [self._prompts[i] for i in indices]}, padding_side="left", return_tensors="pt"
         ).to(model.device)
         output = model.generate(**inputs, pad_token_id=self.tokenizer.pad_token_id, **self.generation_kwargs)
-        completion_ids = [
-            _until_end(ids, self.tokenizer.eos_token_id) for ids in output[:, inputs["input_ids"].shape[1] :].tolist()
-        ]
+        ends = _end_tokens(model, self.tokenizer, self.generation_kwargs)
+        completion_ids = [_until_end(ids, ends) for ids in output[:, inputs["input_ids"].shape[1] :].tolist()]
         self.tokens += sum(len(self._prompts[i]) for i in indices) + sum(map(len, completion_ids))
         texts = self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
         completions = [
@@ -344,6 +343,15 @@ def _result_of(awaitable: Any) -> Any:
         return pool.submit(asyncio.run, wait()).result()
 
 
-def _until_end(ids: list[int], end: int | None) -> list[int]:
-    """Up to and with the end token, without the padding that follows in a batch."""
-    return ids[: ids.index(end) + 1] if end in ids else ids
+def _end_tokens(model: Any, tokenizer: Any, generation_kwargs: Mapping[str, Any]) -> set[int]:
+    """All tokens on which `generate` ends a row: many models have several."""
+    given = generation_kwargs.get("eos_token_id")
+    if given is None:
+        given = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = given if isinstance(given, (list, tuple)) else [given]
+    return {int(end) for end in (*ends, tokenizer.eos_token_id) if end is not None}
+
+
+def _until_end(ids: list[int], ends: set[int]) -> list[int]:
+    """Up to and with the first end token, without the padding that follows in a batch."""
+    return next((ids[: i + 1] for i, token in enumerate(ids) if token in ends), ids)
