@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from conftest import tiny_llama
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
@@ -239,6 +240,7 @@ def search(folder: Path, only: int | None = None) -> dict[str, Any]:
     from test_adaptation import EXAMPLES, base_model, count_letters, make_tokenizer
 
     from peft_svf import AdaptiveMixture
+    from peft_svf.adaptation import CrossEntropyMethod
 
     experts = {path.name: str(path) for path in sorted((folder / "experts").iterdir())}
     mixture = AdaptiveMixture.from_pretrained(base_model(), experts, tokenizer=make_tokenizer())
@@ -257,10 +259,12 @@ def search(folder: Path, only: int | None = None) -> dict[str, Any]:
         result = mixture.search(
             EXAMPLES[:4], reward, validation=2, generation_kwargs=sampled, checkpoint=folder / "search.json", **options
         ).to_dict()
+        unseeded = CrossEntropyMethod(np.full(2, 0.5), 0.5, population_size=4)
+        loose = mixture.search(EXAMPLES[:4], optimizer=unseeded, num_generations=3, validation=None)
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
     del result["usage"]["seconds"]
-    return {"result": result, "calls": calls}
+    return {"result": result, "calls": calls, "unseeded": loose.alpha}
 
 
 def search_that_fails(folder: Path) -> dict[str, Any]:

@@ -234,3 +234,10 @@ def test_infinite_values_lose() -> None:
     optimizer.tell([(np.array([x]), value) for x, value in ((9.0, inf), (1.0, 0.0), (9.0, inf), (2.0, -1.0))])
     assert optimizer.mean == pytest.approx([1.5])
     assert optimizer.incumbent.tolist() == [2.0]
+
+
+def test_few_of_many_variables_lie_on_a_bound() -> None:
+    box = np.array([[0.0, 1.0]] * 200)
+    optimizer = CrossEntropyMethod(np.full(200, 0.2), 0.5, bounds=box, population_size=4, seed=0)
+    drawn = np.array([optimizer.ask() for _ in range(4)])
+    assert ((drawn > 0) & (drawn < 1)).all()

@@ -67,6 +67,7 @@ def two_experts(tmp_path: Path) -> Path:
 def test_a_search_is_shared_and_finds_the_same(two_experts: Path) -> None:
     first, second = run("search", two_experts)
     assert first["result"] == second["result"]
+    assert first["unseeded"] == second["unseeded"]
     assert (two_experts / "search.json").exists()
     (two_experts / "search.json").unlink()
     alone = search(two_experts)

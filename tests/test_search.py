@@ -229,7 +229,7 @@ def test_a_search_with_weights_of_groups(granularity: Any, mixture: AdaptiveMixt
     if granularity == "groups":
         granularity = {name: "attention" if "self_attn" in name else "mlp" for name in modules(mixture)}
     result = mixture.search(
-        ROWS, granularity=granularity, validation=None, num_generations=4, population_size=10, bounds=(-1.0, 1.0)
+        ROWS, granularity=granularity, validation=None, num_generations=8, population_size=16, bounds=(-1.0, 1.0)
     )
     assert result.improved
     assert len(result.groups) == len(result.alpha["all"]) > 1
@@ -779,6 +779,23 @@ def test_a_weighted_objective_breaks_ties(mixture: AdaptiveMixture, tokenizer: A
         WeightedObjective([reward], [1.0, 2.0])
     with pytest.raises(ValueError, match="different numbers of examples"):
         WeightedObjective([reward, LogLikelihoodObjective(ROWS[:2], tokenizer)], [1.0, 2.0])
+
+
+def test_a_subclass_stays_what_it_is(mixture: AdaptiveMixture, tokenizer: Any) -> None:
+    class Raised(RewardObjective):
+        def score(self, model: Any, indices: Sequence[int]) -> list[float]:
+            return [score + 100 for score in super().score(model, indices)]
+
+    objective = Raised(ROWS, count_letters, tokenizer, generation_kwargs={"max_new_tokens": 2})
+    for validation in (None, EXAMPLES[:2]):
+        result = mixture.search(objective=objective, validation=validation, num_generations=1, population_size=2)
+        assert "in-context" in result.scores
+        assert min(result.scores.values()) >= 100
+    both = WeightedObjective([objective, LogLikelihoodObjective(ROWS, tokenizer)], [1.0, 0.1])
+    other = both.with_examples(ROWS[:2])
+    assert len(other.examples) == 2
+    assert len(both.examples) == 4
+    assert min(other(mixture.model)) > 90
 
 
 def test_rewards_have_weights(mixture: AdaptiveMixture, tokenizer: Any) -> None:

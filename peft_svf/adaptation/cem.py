@@ -25,7 +25,7 @@ class CrossEntropyMethod:
     Args:
         mean (`np.ndarray`): `[dim]`, where to start.
         std (`float` or `np.ndarray`): Standard deviation to start with, one for all or `[dim]`.
-        bounds (`np.ndarray`, *optional*): `[dim, 2]`, lower and upper; candidates outside are drawn again, and clipped
+        bounds (`np.ndarray`, *optional*): `[dim, 2]`, lower and upper; variables outside are drawn again, and clipped
             if that does not help.
         population_size (`int`): Candidates per generation.
         elite_ratio (`float`): Share of the population that the Gaussian is refitted to, at least two candidates.
@@ -95,10 +95,13 @@ class CrossEntropyMethod:
         self._asked += 1
         if first_of_generation and self.incumbent is not None:
             return self.incumbent.copy()
+        candidate = self.mean + self.std * self._rng.standard_normal(self.dim)
         for _ in range(MAX_RESAMPLES):
-            candidate = self.mean + self.std * self._rng.standard_normal(self.dim)
-            if self._is_inside(candidate):
-                return candidate
+            # each variable by itself, as they are independent: of hundreds, some are always outside
+            outside = self._is_outside(candidate)
+            if not outside.any():
+                break
+            candidate[outside] = (self.mean + self.std * self._rng.standard_normal(self.dim))[outside]
         return self._clip(candidate)
 
     def tell(self, solutions: Sequence[tuple[np.ndarray, float]]) -> None:
@@ -152,8 +155,11 @@ class CrossEntropyMethod:
         self.incumbent_value = np.inf if self.incumbent is None else state["incumbent_value"]
         self._rng.bit_generator.state = state["rng"]
 
-    def _is_inside(self, x: np.ndarray) -> bool:
-        return self.bounds is None or bool(((x >= self.bounds[:, 0]) & (x <= self.bounds[:, 1])).all())
+    def _is_outside(self, x: np.ndarray) -> np.ndarray:
+        if self.bounds is None:
+            return np.zeros(self.dim, dtype=bool)
+        outside: np.ndarray = (x < self.bounds[:, 0]) | (x > self.bounds[:, 1])
+        return outside
 
     def _clip(self, x: np.ndarray) -> np.ndarray:
         return x if self.bounds is None else np.clip(x, self.bounds[:, 0], self.bounds[:, 1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,12 +36,12 @@ def with_demonstrations(
         tokenizer: The model's tokenizer.
         max_tokens (`int`): How long the prompt may become.
     """
-    prompt = row["prompt"]
-    for count in range(len(demonstrations), 0, -1):
-        led = _led(prompt, demonstrations[:count])
-        if len(prompt_ids(led, tokenizer)) <= max_tokens:
-            return {**row, "prompt": led}
-    return row
+
+    def too_long(count: int) -> bool:
+        return len(prompt_ids(_led(row["prompt"], demonstrations[:count]), tokenizer)) > max_tokens
+
+    count = bisect.bisect_left(range(1, len(demonstrations) + 1), True, key=too_long)
+    return {**row, "prompt": _led(row["prompt"], demonstrations[:count])} if count else row
 
 
 def _led(prompt: Any, demonstrations: Sequence[dict[str, Any]]) -> Any:

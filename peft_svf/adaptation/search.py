@@ -158,6 +158,7 @@ def _generation(
     """Ask, score, tell. Returns the candidates, their values, and on how many examples each was scored."""
     evaluator.new_round()
     candidates = [np.array(optimizer.ask(), dtype=np.float64) for _ in range(optimizer.population_size)]
+    broadcast_object_list(candidates)  # an optimiser without a seed proposes others in each process
     penalties = np.array([_penalty(evaluator, x, plan) for x in candidates])
     if getattr(optimizer, "uses_gradient", False):
         score, gradient = evaluator.value_and_gradient(candidates[0], examples)

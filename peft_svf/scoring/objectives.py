@@ -59,6 +59,17 @@ class _Batched:
     def score(self, model: Any, indices: Sequence[int]) -> list[float]:
         raise NotImplementedError
 
+    def _take(self, examples: Sequence[dict[str, Any]]) -> None:
+        """Make these the examples."""
+        raise NotImplementedError
+
+    def with_examples(self, examples: Sequence[dict[str, Any]]) -> Any:
+        """The same objective for other examples."""
+        other = copy.copy(self)  # so that a subclass stays what it is
+        other.__dict__.pop("tokens", None)  # counted anew
+        other._take(examples)
+        return other
+
 
 class RewardObjective(_Batched):
     """
@@ -91,7 +102,6 @@ class RewardObjective(_Batched):
         generation_kwargs: dict[str, Any] | None = None,
         deterministic: bool | None = None,
     ) -> None:
-        self.examples = check_examples(examples, ["prompt"])
         self.reward_funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
         if not self.reward_funcs:
             raise ValueError("`reward_funcs` is empty; pass at least one function, or None for the log-likelihood.")
@@ -107,19 +117,11 @@ class RewardObjective(_Batched):
         self.batch_size = batch_size
         self.generation_kwargs = {"max_new_tokens": 256, "do_sample": False, **(generation_kwargs or {})}
         self.deterministic = not self.generation_kwargs["do_sample"] if deterministic is None else deterministic
-        self._prompts = [prompt_ids(row["prompt"], self.tokenizer) for row in self.examples]
+        self._take(examples)
 
-    def with_examples(self, examples: Sequence[dict[str, Any]]) -> RewardObjective:
-        """The same objective for other examples."""
-        return RewardObjective(
-            examples,
-            self.reward_funcs,
-            self.tokenizer,
-            reward_weights=self.reward_weights,
-            batch_size=self.batch_size,
-            generation_kwargs=self.generation_kwargs,
-            deterministic=self.deterministic,
-        )
+    def _take(self, examples: Sequence[dict[str, Any]]) -> None:
+        self.examples = check_examples(examples, ["prompt"])
+        self._prompts = [prompt_ids(row["prompt"], self.tokenizer) for row in self.examples]
 
     def lengths(self) -> list[int]:
         return [len(ids) for ids in self._prompts]
@@ -172,14 +174,13 @@ class LogLikelihoodObjective(_Batched):
     deterministic = True
 
     def __init__(self, examples: Sequence[dict[str, Any]], tokenizer: Any, *, batch_size: int = 16) -> None:
-        self.examples = check_examples(examples, ["prompt", "completion"])
         self.tokenizer = with_pad_token(tokenizer)
         self.batch_size = batch_size
-        self._rows = [self._encode(row) for row in self.examples]
+        self._take(examples)
 
-    def with_examples(self, examples: Sequence[dict[str, Any]]) -> LogLikelihoodObjective:
-        """The same objective for other examples."""
-        return LogLikelihoodObjective(examples, self.tokenizer, batch_size=self.batch_size)
+    def _take(self, examples: Sequence[dict[str, Any]]) -> None:
+        self.examples = check_examples(examples, ["prompt", "completion"])
+        self._rows = [self._encode(row) for row in self.examples]
 
     def _encode(self, row: dict[str, Any]) -> tuple[list[int], int]:
         """Token ids of prompt and answer, and the length of the prompt."""
@@ -254,9 +255,9 @@ class WeightedObjective(_Batched):
         """Of all of them."""
         return sum(objective.tokens for objective in self.objectives)
 
-    def with_examples(self, examples: Sequence[dict[str, Any]]) -> WeightedObjective:
-        """The same objective for other examples."""
-        return WeightedObjective([objective.with_examples(examples) for objective in self.objectives], self.weights)
+    def _take(self, examples: Sequence[dict[str, Any]]) -> None:
+        self.objectives = [objective.with_examples(examples) for objective in self.objectives]
+        self.examples = self.objectives[0].examples
 
     def lengths(self) -> list[int]:
         return [max(lengths) for lengths in zip(*(objective.lengths() for objective in self.objectives), strict=True)]
