@@ -33,6 +33,8 @@ from peft_svf.adaptation.in_context import answer_of, with_demonstrations
 from peft_svf.adaptation.procedure import split_examples
 from peft_svf.adaptation.result import compared, interval
 from peft_svf.adaptation.search import Plan, run_search
+from peft_svf.scoring import read_prefix
+from peft_svf.scoring.prefix import common_prefix
 
 ROWS = EXAMPLES[:4]
 TARGET = {"all": 0.6, "narrow": 0.2, "last": 0.9}
@@ -97,6 +99,107 @@ def test_batched_answers_are_those_of_the_mixtures_one_by_one(mixture: AdaptiveM
         objective.score(mixture.model, [0])
     assert together == texts
     assert len(set(texts)) > 1
+
+
+LED = [{**row, "prompt": "a system message " + row["prompt"]} for row in EXAMPLES]  # what all of them begin with
+
+
+def of_led(name: str, tokenizer: Any, spy: Any = count_letters, **kwargs: Any) -> Any:
+    kwargs = {"max_new_tokens": 8, **kwargs}
+    reward = RewardObjective(LED, spy, tokenizer, generation_kwargs=kwargs)
+    likelihood = LogLikelihoodObjective(LED, tokenizer)
+    return {"reward": reward, "log-likelihood": likelihood, "both": WeightedObjective([reward, likelihood], [1, 0.1])}[
+        name
+    ]
+
+
+@pytest.mark.parametrize("batch_size", [2, 7, 64])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_what_all_prompts_begin_with_is_read_once_for_each_candidate(
+    name: str, batch_size: int, mixture: AdaptiveMixture, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts: list[str] = []
+
+    def spy(completions: list[str], **kwargs: Any) -> list[float]:
+        texts.extend(completions)
+        return [float(len(set(text))) for text in completions]
+
+    objective = of_led(name, tokenizer, spy)
+    assert tokenizer.decode(objective.prefix_ids) == "a system message "
+    space = WeightSpace(mixture.experts, modules(mixture), "layer")
+    candidates = [*np.random.default_rng(0).uniform(0, 1, (4, space.dim))]
+    seen: list[tuple[int, int]] = []
+    forward = type(mixture.model).forward
+
+    def counting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(tuple(kwargs["input_ids"].shape))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(mixture.model), "forward", counting)
+    evaluator = Evaluator(mixture.model, space, objective, batch_size=batch_size)
+    found = evaluator.scores(candidates, range(len(LED)))
+    prefix_rows = sum(rows for rows, tokens in seen if tokens == len(objective.prefix_ids))
+    assert prefix_rows == 4 if batch_size >= 4 else prefix_rows > 4  # no more are kept than a batch has rows
+    monkeypatch.undo()
+    together = sorted(texts)
+    texts.clear()
+    for x, scores in zip(candidates, found, strict=True):
+        mixture._put_groups(space.weights(x), space.group_of)
+        assert scores == pytest.approx(objective(mixture.model), abs=1e-5)
+    assert together == sorted(texts)
+    assert len({scores.tobytes() for scores in found}) > 1
+
+
+def test_sampled_answers_do_not_depend_on_whether_the_beginning_is_shared(
+    mixture: AdaptiveMixture, tokenizer: Any
+) -> None:
+    space = WeightSpace(mixture.experts, modules(mixture))
+    candidates = [*np.random.default_rng(0).uniform(0, 1, (3, 3))]
+
+    def scores(share: bool) -> list[list[float]]:
+        objective = of_led("reward", tokenizer, do_sample=True)
+        if not share:
+            objective.prefix_ids = []
+        return Evaluator(mixture.model, space, objective).scores(candidates, range(len(LED))).tolist()
+
+    assert scores(True) == scores(False)
+
+
+@pytest.mark.parametrize("kwargs", [{"num_beams": 2}, {"cache_implementation": "static"}, {"use_cache": False}])
+def test_ways_to_generate_that_cannot_share_a_beginning(
+    kwargs: dict[str, Any], mixture: AdaptiveMixture, tokenizer: Any
+) -> None:
+    objective = of_led("reward", tokenizer, **kwargs)
+    assert objective.prefix_ids == []
+    space = WeightSpace(mixture.experts, modules(mixture))
+    x = np.array([0.5, 0.2, 0.9])
+    found = Evaluator(mixture.model, space, objective).scores([x], range(len(LED)))[0]
+    mixture.set_weights(x)
+    assert found.tolist() == objective(mixture.model)
+
+
+def test_a_model_that_keeps_a_window_shares_no_beginning(mixture: AdaptiveMixture, tokenizer: Any) -> None:
+    config = mixture.model.get_base_model().config
+    config.layer_types = ["sliding_attention"] * config.num_hidden_layers
+    config.sliding_window = 4
+    assert read_prefix(mixture.model, list(range(5, 15)), 2) is None
+    objective = of_led("log-likelihood", tokenizer)
+    x = np.array([0.5, 0.2, 0.9])
+    evaluator = Evaluator(mixture.model, WeightSpace(mixture.experts, modules(mixture)), objective)
+    found = evaluator.scores([x], range(len(LED)))[0]
+    mixture.set_weights(x)
+    assert found == pytest.approx(objective(mixture.model), abs=1e-5)
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1), min_size=1, max_size=4), st.lists(st.integers(0, 2)))
+def test_the_common_prefix_is_one_and_leaves_a_token(sequences: list[list[int]], begin: list[int]) -> None:
+    sequences = [[*begin, *rest] for rest in sequences]
+    found = common_prefix(sequences)
+    shortest = min(map(len, sequences))
+    assert all(ids[: len(found)] == found for ids in sequences)
+    assert len(found) < shortest
+    longer = {tuple(ids[: len(found) + 1]) for ids in sequences}
+    assert (len(longer) > 1 or len(found) + 1 == shortest) if found else len(begin) < 8 + 1
 
 
 def test_no_pair_is_evaluated_twice(mixture: AdaptiveMixture) -> None:

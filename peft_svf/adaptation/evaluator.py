@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from .._processes import processes
-from ..scoring import Objective
+from ..scoring import Objective, Prefix, read_prefix
 from .space import WeightSpace
 
 # Rows that a batch starts with: enough to be bound by arithmetic, and lowered where memory does not last.
@@ -28,7 +28,8 @@ class Usage:
 
     Attributes:
         rows: Pairs of a candidate and an example that were evaluated.
-        tokens: Tokens that the model read and wrote for them.
+        tokens: Tokens that the model read and wrote for them; a prompt counts whole, even if its beginning was read
+            for several at once.
         seconds: Wall time.
     """
 
@@ -46,7 +47,7 @@ class Usage:
 class Evaluator:
     """
     Scores candidates on the examples of an objective. Nothing is merged, copied or reloaded: the rows of a batch carry
-    their mixtures, and no pair is evaluated twice.
+    their mixtures, no pair is evaluated twice, and what all prompts begin with is read once for each candidate.
 
     With several processes, batches are dealt out to them, and all get all scores. Batches do not depend on the number
     of processes, nor do the random numbers of an objective that samples, so neither do the scores.
@@ -72,6 +73,9 @@ class Evaluator:
         self._known: dict[tuple[int, bytes], dict[int, float]] = {}
         self._stored: dict[tuple[int, bytes], dict[int, float]] = {}  # the same, from a checkpoint
         self._round = self._dealt = 0
+        self._prefix_ids: list[int] = getattr(objective, "prefix_ids", [])
+        self._prefix: Prefix | None = None  # a row for each candidate that was met lately
+        self._prefix_rows: dict[bytes, int] = {}
 
     @property
     def evaluations(self) -> int:
@@ -81,6 +85,7 @@ class Evaluator:
     def new_round(self) -> None:
         """From here on, objectives that sample are asked anew about candidates that they know."""
         self._round += 1
+        self._forget_prefixes()
 
     def scores(self, candidates: Sequence[np.ndarray], examples: Sequence[int]) -> np.ndarray:
         """
@@ -90,6 +95,7 @@ class Evaluator:
             RuntimeError: It failed in another process; the message is that of the process.
             Exception: Whatever a reward function raises.
         """
+        self._share = len(examples) > 1
         known = [self._recall(x, examples) for x in candidates]
         distinct = {id(scores): (scores, x) for scores, x in zip(known, candidates, strict=True)}
         pairs = [(scores, x, i) for scores, x in distinct.values() for i in examples if i not in scores]
@@ -149,6 +155,7 @@ class Evaluator:
                     if not should_reduce_batch_size(caught) or len(batches[i]) == 1:
                         raise
                     self.batch_size = len(batches[i]) // 2
+                    self._forget_prefixes()
                     break
                 self.on_rows(len(batches[i]) * state.num_processes)
         except Exception as caught:
@@ -170,10 +177,12 @@ class Evaluator:
         return results
 
     def _run(self, batch: list[Any], number: int) -> list[float]:
-        weights = torch.tensor(np.array([self.space.weights(x) for _, x, _ in batch]), dtype=torch.float32)
+        alphas = [self.space.weights(x) for _, x, _ in batch]
         indices = [example for _, _, example in batch]
-        with self._mixtures(weights.to(self.model.device)), self._seeded(number):
-            scores = [float(score) for score in self.objective.score(self.model, indices)]
+        prefix = self._read_prefixes(alphas)
+        given = {} if prefix is None else {"prefix": prefix}
+        with self._mixtures(alphas), self._seeded(number):
+            scores = [float(score) for score in self.objective.score(self.model, indices, **given)]
         if len(scores) != len(indices):
             raise ValueError(
                 f"The objective {self.objective.name!r} returned {len(scores)} scores for {len(indices)} examples."
@@ -186,9 +195,34 @@ class Evaluator:
                 )
         return scores
 
+    def _read_prefixes(self, alphas: list[np.ndarray]) -> Prefix | None:
+        """What the prompts begin with, as read with the mixture of each row; `None` if they have nothing in common."""
+        if not self._prefix_ids or not self._share:
+            return None
+        keys = [alpha.tobytes() for alpha in alphas]
+        distinct = dict(zip(keys, alphas, strict=True))
+        if len(self._prefix_rows.keys() | distinct.keys()) > self.batch_size:
+            self._forget_prefixes()
+        if new := [key for key in distinct if key not in self._prefix_rows]:
+            with self._mixtures([distinct[key] for key in new]):
+                found = read_prefix(self.model, self._prefix_ids, len(new))
+            if found is None:
+                self._prefix_ids = []  # this model cannot share them
+                return None
+            self._prefix_rows |= {key: len(self._prefix_rows) + i for i, key in enumerate(new)}
+            self._prefix = found if self._prefix is None else self._prefix + found
+        assert self._prefix is not None
+        return self._prefix.rows([self._prefix_rows[key] for key in keys])
+
+    def _forget_prefixes(self) -> None:
+        self._prefix, self._prefix_rows = None, {}
+
     @contextmanager
-    def _mixtures(self, weights: torch.Tensor) -> Iterator[None]:
+    def _mixtures(self, alphas: torch.Tensor | list[np.ndarray]) -> Iterator[None]:
         """Rows with these α, `[rows, experts, groups]`."""
+        if not isinstance(alphas, torch.Tensor):
+            alphas = torch.tensor(np.array(alphas), dtype=torch.float32, device=self.model.device)
+        weights = alphas
         if self.space.group_of is None:
             weights = weights[..., 0]
         with self.model.base_model.row_mixture(weights, self.space.experts, self.space.group_of):

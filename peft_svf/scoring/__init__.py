@@ -3,6 +3,7 @@ adapters; training and adaptation stand on it."""
 
 from .categories import classification_prompt, named_category, right_category
 from .objectives import LogLikelihoodObjective, Objective, RewardObjective, WeightedObjective
+from .prefix import Prefix, read_prefix
 from .rewards import ANSWERS, REWARDS, RewardFunc, check_rewards, checked, find_reward, reward_name, text_of
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "REWARDS",
     "LogLikelihoodObjective",
     "Objective",
+    "Prefix",
     "RewardFunc",
     "RewardObjective",
     "WeightedObjective",
@@ -18,6 +20,7 @@ __all__ = [
     "classification_prompt",
     "find_reward",
     "named_category",
+    "read_prefix",
     "reward_name",
     "right_category",
     "text_of",

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
+from .prefix import Prefix, common_prefix, generates_from_prefix
 from .rewards import RewardFunc, check_rewards
 
 
@@ -122,17 +123,16 @@ class RewardObjective(_Batched):
     def _take(self, examples: Sequence[dict[str, Any]]) -> None:
         self.examples = check_examples(examples, ["prompt"])
         self._prompts = [prompt_ids(row["prompt"], self.tokenizer) for row in self.examples]
+        self.prefix_ids = common_prefix(self._prompts) if generates_from_prefix(self.generation_kwargs) else []
 
     def lengths(self) -> list[int]:
         return [len(ids) for ids in self._prompts]
 
     @torch.no_grad()
-    def score(self, model: Any, indices: Sequence[int]) -> list[float]:
+    def score(self, model: Any, indices: Sequence[int], prefix: Prefix | None = None) -> list[float]:
         rows = [self.examples[i] for i in indices]
         prompts = [row["prompt"] for row in rows]
-        inputs = self.tokenizer.pad(
-            {"input_ids": [self._prompts[i] for i in indices]}, padding_side="left", return_tensors="pt"
-        ).to(model.device)
+        inputs = _padded([self._prompts[i] for i in indices], "left", prefix, self.tokenizer, model.device)
         output = model.generate(**inputs, pad_token_id=self.tokenizer.pad_token_id, **self.generation_kwargs)
         ends = _end_tokens(model, self.tokenizer, self.generation_kwargs)
         completion_ids = [_until_end(ids, ends) for ids in output[:, inputs["input_ids"].shape[1] :].tolist()]
@@ -181,6 +181,7 @@ class LogLikelihoodObjective(_Batched):
     def _take(self, examples: Sequence[dict[str, Any]]) -> None:
         self.examples = check_examples(examples, ["prompt", "completion"])
         self._rows = [self._encode(row) for row in self.examples]
+        self.prefix_ids = common_prefix([ids[:length] for ids, length in self._rows])
 
     def _encode(self, row: dict[str, Any]) -> tuple[list[int], int]:
         """Token ids of prompt and answer, and the length of the prompt."""
@@ -199,22 +200,21 @@ class LogLikelihoodObjective(_Batched):
         return [len(ids) for ids, _ in self._rows]
 
     @torch.no_grad()
-    def score(self, model: Any, indices: Sequence[int]) -> list[float]:
-        scores: list[float] = self.differentiable(model, indices).tolist()
+    def score(self, model: Any, indices: Sequence[int], prefix: Prefix | None = None) -> list[float]:
+        scores: list[float] = self.differentiable(model, indices, prefix).tolist()
         return scores
 
-    def differentiable(self, model: Any, indices: Sequence[int]) -> torch.Tensor:
+    def differentiable(self, model: Any, indices: Sequence[int], prefix: Prefix | None = None) -> torch.Tensor:
         """As `score`, with a graph: `[rows]`."""
         rows = [self._rows[i] for i in indices]
-        batch = self.tokenizer.pad(
-            {"input_ids": [ids for ids, _ in rows]}, padding_side="right", return_tensors="pt"
-        ).to(model.device)
+        batch = _padded([ids for ids, _ in rows], "right", prefix, self.tokenizer, model.device)
         self.tokens += sum(len(ids) for ids, _ in rows)
         length = batch["input_ids"].shape[1]
         first = min(prompt_length for _, prompt_length in rows) - 1
         # logits of the answers only, for there is a large vocabulary of them at each place
         kept = {"logits_to_keep": length - first} if _takes(model, "logits_to_keep") else {}
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **kept).logits
+        read = {"input_ids": batch["input_ids"][:, 0 if prefix is None else len(prefix) :]}
+        logits = model(**{**batch, **read}, **kept).logits
         offset = length - logits.shape[1]
         targets = batch["input_ids"][:, offset + 1 :].unsqueeze(-1)
         logps = logits[:, :-1].float().log_softmax(-1).gather(-1, targets).squeeze(-1)
@@ -259,11 +259,17 @@ class WeightedObjective(_Batched):
         self.objectives = [objective.with_examples(examples) for objective in self.objectives]
         self.examples = self.objectives[0].examples
 
+    @property
+    def prefix_ids(self) -> list[int]:
+        """Of all of them."""
+        return common_prefix([[*getattr(objective, "prefix_ids", []), -1] for objective in self.objectives])
+
     def lengths(self) -> list[int]:
         return [max(lengths) for lengths in zip(*(objective.lengths() for objective in self.objectives), strict=True)]
 
-    def score(self, model: Any, indices: Sequence[int]) -> list[float]:
-        parts = [objective.score(model, indices) for objective in self.objectives]
+    def score(self, model: Any, indices: Sequence[int], prefix: Prefix | None = None) -> list[float]:
+        given = {} if prefix is None else {"prefix": prefix}
+        parts = [objective.score(model, indices, **given) for objective in self.objectives]
         return [
             sum(weight * score for weight, score in zip(self.weights, scores, strict=True))
             for scores in zip(*parts, strict=True)
@@ -307,6 +313,23 @@ def prompt_ids(prompt: Any, tokenizer: Any) -> list[int]:
     brings by itself."""
     ids: list[int] = tokenizer(prompt_text(prompt, tokenizer), add_special_tokens=isinstance(prompt, str))["input_ids"]
     return ids
+
+
+def _padded(
+    sequences: list[list[int]], side: str, prefix: Prefix | None, tokenizer: Any, device: torch.device
+) -> dict[str, Any]:
+    """What a model takes: all tokens, their mask, and what it knows of the first ones."""
+    start = 0 if prefix is None else len(prefix)
+    batch = tokenizer.pad({"input_ids": [ids[start:] for ids in sequences]}, padding_side=side, return_tensors="pt")
+    batch = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+    if prefix is None:
+        return batch
+    begin = torch.tensor(sequences[0][:start], device=device).expand(len(sequences), -1)
+    return {
+        "input_ids": torch.cat([begin, batch["input_ids"]], dim=1),
+        "attention_mask": torch.cat([torch.ones_like(begin), batch["attention_mask"]], dim=1),
+        "past_key_values": prefix.cache(),
+    }
 
 
 def with_pad_token(tokenizer: Any) -> Any:

@@ -247,10 +247,11 @@ class SVFModel(BaseTuner):
         if self._mixture_rows is not None:
             raise ValueError("`row_mixture` cannot be nested.")
         self._mixture_rows = len(alpha)
+        plain = not (alpha.requires_grad or alpha.any())  # the base model in all rows
         try:
             with self._rows(
                 "the mixture weights",
-                names,
+                [] if plain else names,
                 len(alpha),
                 lambda layer: alpha[..., 0 if group is None else group.get(layer.module_name, 0)],
             ):

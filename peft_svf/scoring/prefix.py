@@ -1,0 +1,83 @@
+"""What the prompts of a task all begin with, the system message and the chat template mostly, read once for all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+SHORTEST = 8  # tokens; below that it is not worth the trouble
+
+# with these, `generate` makes other rows, or caches of another kind
+ONE_ROW = ("num_beams", "num_return_sequences")
+NO_OTHER = ("cache_implementation", "past_key_values", "assistant_model", "prompt_lookup_num_tokens")
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """
+    Keys and values of the tokens that a batch begins with, by layer: pairs of `[rows, heads, tokens, head dimension]`.
+
+    In a batch it stands before the padding: prefix, padding, rest of the prompt. Positions follow the attention mask.
+    """
+
+    layers: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+
+    def __len__(self) -> int:
+        """Tokens."""
+        return self.layers[0][0].shape[-2]
+
+    def rows(self, index: Sequence[int]) -> Prefix:
+        """These rows of it, which may be repeated."""
+        places = torch.tensor(index, device=self.layers[0][0].device)
+        return Prefix(tuple((keys[places], values[places]) for keys, values in self.layers))
+
+    def __add__(self, other: Prefix) -> Prefix:
+        """The rows of both."""
+        layers = zip(self.layers, other.layers, strict=True)
+        return Prefix(
+            tuple((torch.cat(keys), torch.cat(values)) for keys, values in (zip(*pair, strict=True) for pair in layers))
+        )
+
+    def cache(self) -> DynamicCache:
+        """For a model to go on from; leaves this one as it is."""
+        return DynamicCache(ddp_cache_data=self.layers)
+
+
+def common_prefix(sequences: Sequence[list[int]]) -> list[int]:
+    """What all of these begin with, but for the last token of the shortest, and nothing if that is too short."""
+    least, most = min(sequences), max(sequences)  # what these two share, all do
+    length = next((i for i, (a, b) in enumerate(zip(least, most, strict=False)) if a != b), len(least))
+    length = min(length, min(map(len, sequences)) - 1)
+    return least[:length] if length >= SHORTEST else []
+
+
+def generates_from_prefix(generation_kwargs: Mapping[str, Any]) -> bool:
+    """Whether `generate` can go on from a prefix with these arguments."""
+    return (
+        all((generation_kwargs.get(name) or 1) == 1 for name in ONE_ROW)
+        and all(generation_kwargs.get(name) is None for name in NO_OTHER)
+        and generation_kwargs.get("use_cache", True) is not False
+    )
+
+
+@torch.no_grad()
+def read_prefix(model: Any, ids: list[int], rows: int) -> Prefix | None:
+    """Let a model read these tokens, in as many rows as it has mixtures.
+
+    Returns:
+        `None` if the model keeps anything but all keys and values of the tokens, such as those of a window or a state.
+    """
+    inputs = torch.tensor(ids, device=model.device).expand(rows, -1)
+    kept = getattr(
+        model(input_ids=inputs, attention_mask=torch.ones_like(inputs), use_cache=True), "past_key_values", None
+    )
+    layers = getattr(kept, "layers", [])
+    if type(kept) is not DynamicCache or not layers or any(type(layer) is not DynamicLayer for layer in layers):
+        return None
+    if any(not layer.is_initialized or layer.keys.shape[-2] != len(ids) for layer in layers):
+        return None
+    return Prefix(tuple((layer.keys, layer.values) for layer in layers))
