@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+T = TypeVar("T")
 
 
 def processes() -> PartialState:
     """accelerate's state; without an accelerator it counts several processes only when told that they are on CPUs."""
     return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def by_main_process(function: Callable[[], T]) -> T:
+    """What it returns in the main process, or raises there, in all processes."""
+    found: list[tuple[T | None, Exception | None]] = [(None, None)]
+    if processes().is_main_process:
+        try:
+            found = [(function(), None)]
+        except Exception as error:
+            found = [(None, error)]
+    broadcast_object_list(found)
+    result, failure = found[0]
+    if failure is not None:
+        raise failure
+    return result  # type: ignore[return-value]

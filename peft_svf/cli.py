@@ -71,10 +71,12 @@ def search(
         Optional[str], typer.Option("--answer_column", help="Default: completion, answer or solution.")
     ] = None,
     system_prompt: Annotated[
-        Optional[str], typer.Option("--system_prompt", help="Ask text prompts as chat messages, after this one.")
+        Optional[str], typer.Option("--system_prompt", help="Ask prompts as chat messages, after this one.")
     ] = None,
     dataset_config: Annotated[Optional[str], typer.Option("--dataset_config", help="Of a dataset.")] = None,
-    dataset_split: Annotated[str, typer.Option("--dataset_split", help="Of a dataset.")] = "train",
+    dataset_split: Annotated[
+        Optional[str], typer.Option("--dataset_split", help="Of a dataset. Default: train.")
+    ] = None,
     limit: Annotated[Optional[int], typer.Option("--limit", help="Only the first so many examples.", min=1)] = None,
     validation: Annotated[
         str,

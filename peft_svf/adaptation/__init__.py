@@ -3,6 +3,7 @@
 from ..scoring import LogLikelihoodObjective, Objective, RewardObjective, WeightedObjective
 from .cem import CrossEntropyMethod
 from .evaluator import Evaluator
+from .in_context import in_context_scores
 from .mixture import AdaptiveMixture
 from .optimizers import OPTIMIZERS, GradientDescent, Optimizer, RandomShooting, make_optimizer
 from .result import MixtureResult
@@ -22,5 +23,6 @@ __all__ = [
     "RewardObjective",
     "WeightSpace",
     "WeightedObjective",
+    "in_context_scores",
     "make_optimizer",
 ]

@@ -10,6 +10,8 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from .result import MixtureResult
 
+MARK = "<!-- Written by peft-svf, and anew when a mixture is saved here. Take this line out to keep your changes. -->"
+
 
 def mixture_card(
     name: str,
@@ -54,7 +56,12 @@ def mixture_card(
         "```",
         "",
     ]
-    return str(ModelCard(f"---\n{header.to_yaml()}\n---\n\n" + "\n".join(lines)))
+    return str(ModelCard(f"---\n{header.to_yaml()}\n---\n\n{MARK}\n\n" + "\n".join(lines)))
+
+
+def is_mixture_card(path: Path) -> bool:
+    """Whether it is a card of `mixture_card` in which nobody has taken out the mark."""
+    return MARK in path.read_text(encoding="utf-8", errors="replace")
 
 
 def _search(result: MixtureResult) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .._files import write_whole
-from .._processes import processes
+from .._processes import by_main_process
 from .evaluator import Evaluator
 
 
@@ -34,13 +34,19 @@ class Checkpoint:
         Raises:
             ValueError: The file is of another search, or no checkpoint, or there is one and `resume` is False.
         """
+        content = by_main_process(self._read)  # the file may be there in one process only
+        if content is not None:
+            evaluator.load_state_dict(content["scores"])
+            evaluator.usage.seconds = content["seconds"]
+
+    def _read(self) -> dict[str, Any] | None:
         if not self.path.exists():
-            return
+            return None
         if not self.resume:
             raise ValueError(f"{self.path} exists. Pass `resume=True` to go on with that search, or another path.")
         try:
             content = json.loads(self.path.read_text())
-            identity, scores, usage = content["identity"], content["scores"], content["usage"]
+            identity, _, _ = content["identity"], content["scores"], content["seconds"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.path} is no checkpoint of a search: {error!r}.") from error
         for name, value in self.identity.items():
@@ -48,14 +54,17 @@ class Checkpoint:
                 raise ValueError(
                     f"{self.path} is of another search: {name} was {identity.get(name)!r}, and is now {value!r}."
                 )
-        evaluator.load_state_dict(scores)
-        evaluator.usage.tokens, evaluator.usage.seconds = usage["tokens"], usage["seconds"]
+        return {"scores": content["scores"], "seconds": content["seconds"]}
 
     def save(self, evaluator: Evaluator) -> None:
         """Write all that an evaluator knows."""
-        if not processes().is_main_process:
-            return
+        by_main_process(lambda: self._write(evaluator))
+
+    def _write(self, evaluator: Evaluator) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        usage = {"tokens": evaluator.usage.tokens, "seconds": evaluator.usage.seconds}
-        content = {"identity": self.identity, "usage": usage, "scores": evaluator.state_dict()}
+        content = {
+            "identity": self.identity,
+            "seconds": evaluator.usage.seconds,
+            "scores": evaluator.state_dict(),
+        }
         write_whole(self.path, json.dumps(content) + "\n")

@@ -69,10 +69,10 @@ class Evaluator:
         self.usage = Usage()
         self.on_rows: Callable[[int], None] = _nothing
         self._lengths = objective.lengths()
-        # α as bytes → scores by example; of an objective that samples, for one round only
-        self._known: dict[tuple[int, bytes], dict[int, float]] = {}
-        self._stored: dict[tuple[int, bytes], dict[int, float]] = {}  # the same, from a checkpoint
-        self._round = self._dealt = 0
+        # α as bytes → score and tokens by example; of an objective that samples, for one round only
+        self._known: dict[tuple[int, bytes], dict[int, tuple[float, float]]] = {}
+        self._stored: dict[tuple[int, bytes], dict[int, tuple[float, float]]] = {}  # the same, from a checkpoint
+        self._round = self._call = self._dealt = 0
         self._prefix_ids: list[int] = getattr(objective, "prefix_ids", [])
         self._prefix: Prefix | None = None  # a row for each candidate that was met lately
         self._prefix_rows: dict[bytes, int] = {}
@@ -84,7 +84,7 @@ class Evaluator:
 
     def new_round(self) -> None:
         """From here on, objectives that sample are asked anew about candidates that they know."""
-        self._round += 1
+        self._round, self._call = self._round + 1, 0
         self._forget_prefixes()
 
     def scores(self, candidates: Sequence[np.ndarray], examples: Sequence[int]) -> np.ndarray:
@@ -96,6 +96,7 @@ class Evaluator:
             Exception: Whatever a reward function raises.
         """
         self._share = len(examples) > 1
+        self._call += 1
         known = [self._recall(x, examples) for x in candidates]
         distinct = {id(scores): (scores, x) for scores, x in zip(known, candidates, strict=True)}
         pairs = [(scores, x, i) for scores, x in distinct.values() for i in examples if i not in scores]
@@ -104,11 +105,11 @@ class Evaluator:
         while pairs:
             batches = [pairs[start : start + self.batch_size] for start in range(0, len(pairs), self.batch_size)]
             with self._timed():
-                for i, found in self._of_all_processes(batches):
+                for i, found, tokens in self._of_all_processes(batches):
                     for (scores, _, example), score in zip(batches[i], found, strict=True):
-                        scores[example] = score
+                        scores[example] = score, tokens / len(found)
             pairs = [pair for pair in pairs if pair[2] not in pair[0]]  # of batches that were too large
-        return np.array([[scores[i] for i in examples] for scores in known])
+        return np.array([[scores[i][0] for i in examples] for scores in known])
 
     def value_and_gradient(self, x: np.ndarray, examples: Sequence[int]) -> tuple[float, np.ndarray]:
         """Mean score of a candidate on these examples, and its gradient with respect to the candidate, `[dim]`.
@@ -123,34 +124,39 @@ class Evaluator:
             )
         if self.space.normalize:
             raise ValueError("`normalize` cannot be differentiated; take another optimizer, such as 'cem'.")
-        order = sorted(examples, key=lambda i: -self._lengths[i])
-        total, gradient = 0.0, np.zeros_like(x)
-        with self._timed(), torch.enable_grad():
-            for start in range(0, len(order), self.batch_size):
-                batch = order[start : start + self.batch_size]
-                variables = torch.tensor(self.space.weights(x), dtype=torch.float32, requires_grad=True)
-                with self._mixtures(variables.to(self.model.device).expand(len(batch), -1, -1)):
-                    score = self.objective.differentiable(self.model, batch).sum()
-                (found,) = torch.autograd.grad(score, variables)
-                total += score.item()
-                gradient += found.flatten().double().numpy()
+        left = sorted(examples, key=lambda i: -self._lengths[i])
+        total, gradient, before = 0.0, np.zeros_like(x), self.objective.tokens
+        with self._timed():
+            while left:
+                batch = left[: self.batch_size]
+                try:
+                    score, found = self._slope(x, batch)
+                except Exception as error:
+                    if not should_reduce_batch_size(error) or len(batch) == 1:
+                        raise
+                    self.batch_size = len(batch) // 2
+                    clear_device_cache()
+                    continue
+                total, gradient, left = total + score, gradient + found, left[len(batch) :]
                 self.usage.rows += len(batch)
                 self.on_rows(len(batch))
-        return total / len(order), gradient / len(order)
+        self.usage.tokens += self.objective.tokens - before
+        return total / len(examples), gradient / len(examples)
 
     # ------------------------------------------------------------------------------------------------ batches
 
-    def _of_all_processes(self, batches: list[Any]) -> list[tuple[int, list[float]]]:
-        """Number and scores of the batches that fitted into memory."""
+    def _of_all_processes(self, batches: list[Any]) -> list[tuple[int, list[float], int]]:
+        """Number, scores and tokens of the batches that fitted into memory."""
         state = processes()
-        found: list[tuple[int, list[float]]] = []
+        found: list[tuple[int, list[float], int]] = []
         error: Exception | None = None
-        before = self.objective.tokens
         try:
             first = (state.process_index - self._dealt) % state.num_processes
             for i in range(first, len(batches), state.num_processes):
+                before = self.objective.tokens
                 try:
-                    found.append((i, self._run(batches[i], i)))
+                    scores = self._run(batches[i], i)
+                    found.append((i, scores, self.objective.tokens - before))
                 except Exception as caught:
                     if not should_reduce_batch_size(caught) or len(batches[i]) == 1:
                         raise
@@ -163,17 +169,17 @@ class Evaluator:
         self._dealt += len(batches)  # so that it is not always the first process that has one batch more
         clear_device_cache()
         message = None if error is None else f"{type(error).__name__}: {error}"
-        mine = (found, self.batch_size, self.objective.tokens - before, message)
+        mine = (found, self.batch_size, message)
         every = gather_object([mine]) if state.num_processes > 1 else [mine]
         if error is not None:
             raise error
         for rank, (*_, message) in enumerate(every):
             if message is not None:
                 raise RuntimeError(f"The evaluation failed in process {rank}: {message}")
-        self.batch_size = min(size for _, size, _, _ in every)
-        self.usage.tokens += sum(tokens for _, _, tokens, _ in every)
-        results = [pair for its, *_ in every for pair in its]
-        self.usage.rows += sum(len(batches[i]) for i, _ in results)
+        self.batch_size = min(size for _, size, _ in every)
+        results = [batch for its, *_ in every for batch in its]
+        self.usage.tokens += sum(tokens for *_, tokens in results)
+        self.usage.rows += sum(len(scores) for _, scores, _ in results)
         return results
 
     def _run(self, batch: list[Any], number: int) -> list[float]:
@@ -194,6 +200,16 @@ class Evaluator:
                     f"number.\n{self.objective.examples[example]}"
                 )
         return scores
+
+    @torch.enable_grad()
+    def _slope(self, x: np.ndarray, batch: list[int]) -> tuple[float, np.ndarray]:
+        """Sum of the scores of these examples, and its gradient."""
+        variables = torch.tensor(self.space.weights(x), dtype=torch.float32, requires_grad=True)
+        objective: Any = self.objective
+        with self._mixtures(variables.to(self.model.device).expand(len(batch), -1, -1)):
+            score = objective.differentiable(self.model, batch).sum()
+        (found,) = torch.autograd.grad(score, variables)
+        return score.item(), found.flatten().double().numpy()
 
     def _read_prefixes(self, alphas: list[np.ndarray]) -> Prefix | None:
         """What the prompts begin with, as read with the mixture of each row; `None` if they have nothing in common."""
@@ -235,7 +251,7 @@ class Evaluator:
             return
         devices = [] if self.model.device.type == "cpu" else [self.model.device]
         with torch.random.fork_rng(devices, device_type=self.model.device.type if devices else "cuda"):
-            seed = np.random.SeedSequence([self.seed, self._round, number]).generate_state(1)[0]
+            seed = np.random.SeedSequence([self.seed, self._round, self._call, number]).generate_state(1)[0]
             torch.manual_seed(int(seed))
             yield
 
@@ -252,13 +268,14 @@ class Evaluator:
 
     # ------------------------------------------------------------------------------------------------ memory
 
-    def _recall(self, x: np.ndarray, examples: Sequence[int]) -> dict[int, float]:
+    def _recall(self, x: np.ndarray, examples: Sequence[int]) -> dict[int, tuple[float, float]]:
         """What is known of a candidate. What a checkpoint knew counts as spent, or a limit would be another one."""
         key = self._key(x)
         known, stored = self._known.setdefault(key, {}), self._stored.get(key, {})
         taken = {i: stored[i] for i in examples if i in stored and i not in known}
         known |= taken
         self.usage.rows += len(taken)
+        self.usage.tokens += round(sum(tokens for _, tokens in taken.values()))
         if taken:
             self.on_rows(len(taken))
         return known
@@ -272,7 +289,8 @@ class Evaluator:
                 "round": number,
                 "weights": np.frombuffer(alpha).tolist(),
                 "examples": list(its),
-                "scores": [*its.values()],
+                "scores": [score for score, _ in its.values()],
+                "tokens": [tokens for _, tokens in its.values()],
             }
             for (number, alpha), its in everything.items()
             if its
@@ -282,7 +300,7 @@ class Evaluator:
         """Know the scores of a `state_dict` when they are asked for."""
         self._stored = {
             (entry["round"], np.array(entry["weights"], dtype=np.float64).tobytes()): dict(
-                zip(entry["examples"], entry["scores"], strict=True)
+                zip(entry["examples"], zip(entry["scores"], entry["tokens"], strict=True), strict=True)
             )
             for entry in state
         }

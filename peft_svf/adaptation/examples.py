@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ FILES = (".jsonl", ".json", ".csv")
 def load_examples(
     source: str,
     *,
-    split: str = "train",
+    split: str | None = None,
     config: str | None = None,
     prompt_column: str = "prompt",
     answer_column: str | None = None,
@@ -29,11 +30,12 @@ def load_examples(
 
     Args:
         source (`str`): A file (`.jsonl`, `.json` with a list, `.csv`), or what `datasets.load_dataset` takes.
-        split, config (`str`): Of a dataset.
+        split, config (`str`, *optional*): Of a dataset; its split `"train"` by default.
         prompt_column (`str`): The column with the prompt, text or messages.
         answer_column (`str`, *optional*): The column with the answer. By default `"completion"`, `"answer"` or
             `"solution"`, if there is one.
-        system_prompt (`str`, *optional*): Make messages of text prompts, with this system message before them.
+        system_prompt (`str`, *optional*): Make messages of text prompts, with this system message before them; also put
+            before messages that have none.
         limit (`int`, *optional*): The first so many rows.
 
     Raises:
@@ -41,7 +43,14 @@ def load_examples(
         OSError: The file cannot be read, or there is no such dataset.
         ImportError: `datasets` is not installed.
     """
-    rows = list(_read(Path(source))) if Path(source).suffix in FILES else _dataset(source, config, split)
+    if Path(source).suffix in FILES:
+        if config is not None or split not in (None, "train"):
+            raise ValueError(f"{source} is a file, which has no splits and configurations; leave them out.")
+        rows = list(_read(Path(source)))
+    elif Path(source).is_file():
+        raise ValueError(f"{source} must be a {', '.join(FILES)} file, or a dataset of the Hub.")
+    else:
+        rows = _dataset(source, config, split or "train")
     if not rows:
         raise ValueError(f"{source} holds no examples.")
     return [
@@ -53,18 +62,37 @@ def load_examples(
 def _read(path: Path) -> Iterable[Any]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
-    text = path.read_text(encoding="utf-8-sig")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text: {error}.") from error
     if path.suffix == ".csv":
-        yield from csv.DictReader(text.splitlines(keepends=True))
+        yield from _csv(text, path)
     elif path.suffix == ".json":
         content = _parsed(text, str(path))
         if not isinstance(content, list):
             raise ValueError(f"{path} must hold a list of examples, got {type(content).__name__}.")
         yield from content
     else:
-        for number, line in enumerate(text.splitlines(), start=1):
+        # not by splitlines, which also splits at separators that JSON allows within its strings
+        for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
                 yield _parsed(line, f"{path}, line {number}")
+
+
+def _csv(text: str, path: Path) -> Iterator[dict[str, Any]]:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        header = next(reader, [])
+        for fields in reader:
+            if fields and len(fields) != len(header):
+                raise ValueError(
+                    f"{path}, line {reader.line_num} has {len(fields)} fields, its header {len(header)}: {fields}."
+                )
+            if fields:
+                yield dict(zip(header, fields, strict=True))
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num} is no CSV: {error}.") from error
 
 
 def _parsed(text: str, place: str) -> Any:
@@ -97,8 +125,11 @@ def _as_expected(
     columns = (answer_column,) if answer_column else ("completion", *REFERENCE_COLUMNS)
     answer = next((row[name] for name in columns if row.get(name) is not None), None)
     prompt = row[prompt_column]
-    if system_prompt is not None and isinstance(prompt, str):
-        prompt = [{"role": "system", "content": system_prompt}, {"role": "user", "content": prompt}]
+    if system_prompt is not None:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if not any(message["role"] == "system" for message in messages):
+            messages = [{"role": "system", "content": system_prompt}, *messages]
+        prompt = messages
     found = {name: value for name, value in row.items() if name not in (prompt_column, "completion")}
     found["prompt"] = prompt
     if answer is not None:

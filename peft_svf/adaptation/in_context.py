@@ -6,9 +6,13 @@ import bisect
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from ..scoring import text_of
 from ..scoring.objectives import prompt_ids
 from ..scoring.rewards import REFERENCE_COLUMNS
+from .evaluator import Evaluator
+from .space import BASE
 
 
 def answer_of(row: dict[str, Any]) -> str | None:
@@ -57,3 +61,55 @@ def _led(prompt: Any, demonstrations: Sequence[dict[str, Any]]) -> Any:
         )
     ]
     return [*system, *turns, *prompt[len(system) :]]
+
+
+def in_context_scores(evaluator: Evaluator, groups: Sequence[tuple[list[int], list[int]]]) -> np.ndarray | None:
+    """
+    Score of the base model on examples, in their order, with others and their answers before the question.
+
+    Args:
+        evaluator ([`Evaluator`]): Has the model and the objective, and the cost is counted to it.
+        groups: Indices of examples to score, with those of the examples that lead them, unless they ask the same.
+
+    Returns:
+        `None` where that cannot be done: examples without an answer that is text, an objective that has no tokenizer or
+        takes no other examples, or no room for a single demonstration.
+    """
+    objective: Any = evaluator.objective
+    rows = objective.examples
+    parts = [objective, *getattr(objective, "objectives", [])]
+    tokenizer = next((part.tokenizer for part in parts if getattr(part, "tokenizer", None) is not None), None)
+    if tokenizer is None or not hasattr(objective, "with_examples"):
+        return None
+    if any(answer_of(rows[i]) is None for _, others in groups for i in others):
+        return None
+    room = _context_length(evaluator.model.config) - _new_tokens(parts)
+    found: dict[int, float] = {}
+    led_at_all = False
+    for asked, others in groups:  # one by one, as all prompts of a group begin with the same demonstrations
+        led = []
+        for i in asked:
+            shown = [rows[j] for j in others if rows[j]["prompt"] != rows[i]["prompt"]]
+            led.append(with_demonstrations(rows[i], shown, tokenizer, room))
+            led_at_all |= led[-1]["prompt"] != rows[i]["prompt"]
+        base = Evaluator(
+            evaluator.model,
+            evaluator.space,
+            objective.with_examples(led),
+            batch_size=max(1, evaluator.batch_size // 8),  # of prompts that are so much longer
+            seed=evaluator.seed,
+        )
+        base.on_rows = evaluator.on_rows
+        scores = base.scores([evaluator.space.simple()[BASE]], range(len(led)))[0]
+        found |= dict(zip(asked, scores.tolist(), strict=True))
+        evaluator.usage.add(base.usage)
+    return np.array([found[i] for i in sorted(found)]) if led_at_all else None
+
+
+def _new_tokens(parts: Sequence[Any]) -> int:
+    limits = [getattr(part, "generation_kwargs", {}).get("max_new_tokens", 0) for part in parts]
+    return max(limits, default=0) or max(parts[0].lengths())
+
+
+def _context_length(config: Any) -> int:
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 2048)

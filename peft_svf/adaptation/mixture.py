@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from ..scoring import LogLikelihoodObjective, Objective, RewardFunc, RewardObjective
 from ..scoring.rewards import reward_name
 from ..tuner import SVFConfig, SVFLayer, SVFModel, SVFRuntimeConfig
-from .card import mixture_card
+from .card import is_mixture_card, mixture_card
 from .checkpoint import Checkpoint
 from .evaluator import Evaluator
 from .optimizers import make_optimizer
@@ -267,6 +267,12 @@ class AdaptiveMixture:
         for name, value in {"num_generations": num_generations, "batch_size": batch_size, "patience": patience}.items():
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        for name, least in {"l1": l1, "l2": l2, "seed": seed}.items():
+            if not isinstance(least, (int, float)) or not least >= 0:
+                raise ValueError(f"`{name}` must be a number of at least 0, got {least!r}.")
+        for name in () if isinstance(optimizer, str) else ("ask", "tell", "population_size"):
+            if not hasattr(optimizer, name):
+                raise TypeError(f"The optimizer {type(optimizer).__name__} has no `{name}`; see `Optimizer`.")
         if objective is None:
             objective = self._objective(examples, reward_funcs, reward_weights, generation_kwargs)
         elif examples is not None or reward_funcs is not None:
@@ -284,6 +290,16 @@ class AdaptiveMixture:
             "examples": len(objective.examples),
             "seed": seed,
         }
+        budget = {
+            "num_generations": num_generations,
+            "patience": patience,
+            "max_rows": max_rows,
+            "max_tokens": max_tokens,
+            "max_seconds": max_seconds,
+            "granularity": granularity if isinstance(granularity, str) else dict(granularity),
+            "validation": validation if isinstance(validation, (str, int, float, type(None))) else "rows",
+            "generation_kwargs": _generation_kwargs(objective),
+        }
         plan = Plan(
             num_generations, racing, patience, l1, l2, limits=Limits(max_rows, max_tokens, max_seconds), seed=seed
         )
@@ -300,7 +316,7 @@ class AdaptiveMixture:
         before = self._alpha, self._group_of
         self.model.eval()
         try:
-            result, chosen = procedure(settings | {"num_generations": num_generations})
+            result, chosen = procedure(settings | budget)
             self._put_groups(space.weights(chosen), space.group_of)
         except BaseException:
             self._put_groups(*before)
@@ -388,9 +404,23 @@ class AdaptiveMixture:
             card = mixture_card(folder.name, base_name, self.sources, self.weights, self.result)
             (Path(scratch) / "README.md").write_text(card)
             for path in Path(scratch).rglob("*.*"):
-                if path.name == "README.md" and (folder / path.name).exists():
+                if (
+                    path.name == "README.md"
+                    and (folder / path.name).exists()
+                    and not is_mixture_card(folder / path.name)
+                ):
                     continue  # somebody's model card
                 os.replace(path, folder / path.name)
+
+
+def _generation_kwargs(objective: Any) -> dict[str, Any] | None:
+    """How an objective generates, as JSON-serialisable values."""
+    found = [
+        part.generation_kwargs
+        for part in (objective, *getattr(objective, "objectives", []))
+        if hasattr(part, "generation_kwargs")
+    ]
+    return json.loads(json.dumps(found[0], default=str)) if found else None
 
 
 def _description(objective: Any) -> list[Any]:

@@ -13,7 +13,18 @@ from .space import WeightSpace
 
 
 class Optimizer(Protocol):
-    """What a search needs."""
+    """
+    What a search needs. More that it makes use of, where an optimiser has it:
+
+    - `num_elites` (`int`): how many of a generation the next one depends on; a race never drops those. A quarter of the
+      population by default.
+    - `mean` (`[dim]`): its best guess after the last generation, which is scored beside the best candidates.
+    - `should_stop()`: whether it is of no use to go on.
+    - `uses_gradient` (`bool`): it has one candidate per generation and its `tell` takes `gradients`, `[1, dim]`.
+
+    Attributes:
+        population_size: Candidates per generation.
+    """
 
     population_size: int
 
@@ -108,7 +119,7 @@ def _cem(space: WeightSpace, start: np.ndarray, population_size: int, seed: int)
         bounds=space.bounds,
         population_size=population_size,
         smoothing=0.2,
-        min_std=0.05,
+        min_std=0.05 * 2 * _spread(space),
         seed=seed,
     )
 
@@ -149,19 +160,23 @@ def make_optimizer(name: str, space: WeightSpace, *, population_size: int, seed:
     quarter for CMA-ES, as its authors advise), as in the paper's code.
 
     Args:
-        name (`str`): `"cem"`, the cross-entropy method with its refit smoothed by 0.2 and a floor of 0.05 under the
-            standard deviation; `"cem-paper"`, without the two; `"cma-es"` and `"sep-cma-es"` of the package `cmaes`;
-            `"random"`; `"gradient"`, for the log-likelihood.
+        name (`str`): `"cem"`, the cross-entropy method with its refit smoothed by 0.2 and a floor of 0.05 of the box's
+            width under the standard deviation; `"cem-paper"`, without the two; `"cma-es"` and `"sep-cma-es"` of the
+            package `cmaes`; `"random"`; `"gradient"`, for the log-likelihood.
         space ([`WeightSpace`]): The space.
         population_size (`int`): Candidates per generation.
         seed (`int`): Seed of the random numbers.
 
     Raises:
-        ValueError: There is none of that name.
+        ValueError: There is none of that name, a population below 2, or `"sep-cma-es"` for one variable.
         ImportError: `cmaes` is not installed.
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"There is no optimizer {name!r}; expected one of {', '.join(OPTIMIZERS)}.")
+    if population_size < 2 and name != "gradient":
+        raise ValueError(f"`population_size` must be at least 2, got {population_size}.")
+    if name == "sep-cma-es" and space.dim < 2:
+        raise ValueError("'sep-cma-es' needs two weights or more; for one, take 'cem'.")
     start = space.vector(np.full(len(space.experts), np.clip(1 / len(space.experts), space.low, space.high)))
     return OPTIMIZERS[name](space, start, population_size, seed)
 

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
-from transformers import PretrainedConfig
 
+from .._processes import processes
 from .._progress import progress_bar
-from ..scoring import Objective
 from .checkpoint import Checkpoint
 from .evaluator import Evaluator
-from .in_context import answer_of, with_demonstrations
+from .in_context import in_context_scores
 from .result import IN_CONTEXT, SEARCHED, MixtureResult, compared, interval
 from .search import Outcome, Plan, run_search
-from .space import BASE, UNIFORM
+from .space import UNIFORM
 
 FOLDS, FEW, MANY = 3, 6, 24
 
@@ -42,6 +42,14 @@ class Split:
         """The examples that the scores of a result are about."""
         return self.held_out or self.search
 
+    def groups(self) -> list[tuple[list[int], list[int]]]:
+        """All that are judged on, with those that may stand before each of them as demonstrations."""
+        if self.held_out:
+            return [(self.held_out, self.search)]
+        if self.folds:
+            return [(fold, [i for i in self.search if i not in fold]) for fold in self.folds]
+        return [(self.search, self.search)]  # but those that ask the same
+
 
 def split_examples(objective: Any, validation: Any, seed: int) -> tuple[Any, Split]:
     """
@@ -56,9 +64,15 @@ def split_examples(objective: Any, validation: Any, seed: int) -> tuple[Any, Spl
         ValueError: A share or number of folds that leaves nothing.
     """
     count = len(objective.examples)
-    if isinstance(validation, Sequence) and not isinstance(validation, str):
-        if not len(validation):
+    if isinstance(validation, Iterable) and not isinstance(validation, (str, Mapping)):
+        validation = list(validation)
+        if not validation:
             raise ValueError("`validation` has no rows.")
+        asked = {json.dumps(row.get("prompt"), default=str): i for i, row in enumerate(objective.examples)}
+        for i, row in enumerate(validation):
+            same = asked.get(json.dumps(row.get("prompt"), default=str)) if isinstance(row, Mapping) else None
+            if same is not None:
+                raise ValueError(f"Row {i} of `validation` asks the same as example {same}; it must be held out.")
         objective = objective.with_examples([*objective.examples, *validation])
         return objective, Split(list(range(count)), list(range(count, len(objective.examples))))
     # the same question must not be on two sides
@@ -75,6 +89,8 @@ def split_examples(objective: Any, validation: Any, seed: int) -> tuple[Any, Spl
         chosen = {distinct[i] for i in part}
         return [i for i, prompt in enumerate(prompts) if prompt in chosen]
 
+    if isinstance(validation, Real):  # numpy's, too
+        validation = int(validation) if isinstance(validation, Integral) else float(validation)
     if isinstance(validation, float) and 0 < validation < 1:
         size = round(validation * count)
         if not 0 < size < count:
@@ -82,7 +98,7 @@ def split_examples(objective: Any, validation: Any, seed: int) -> tuple[Any, Spl
                 f"Of {count} different examples, `validation={validation:g}` holds out {size}; it must leave some."
             )
         return objective, Split(rows_of(order[size:]), rows_of(order[:size]))
-    if isinstance(validation, int) and not isinstance(validation, bool) and 2 <= validation <= count:
+    if isinstance(validation, int) and 2 <= validation <= count:
         return objective, Split(
             list(range(len(prompts))), folds=[rows_of(order[i::validation]) for i in range(validation)]
         )
@@ -127,7 +143,7 @@ class Procedure:
             scores = dict(zip(simple, evaluator.scores(list(simple.values()), judged), strict=True))
             if self.checkpoint is not None:
                 self.checkpoint.save(evaluator)
-            prompted = self._in_context_scores(bar.update)
+            prompted = in_context_scores(evaluator, self.split.groups()) if self.in_context else None
             plan = replace(self.plan, limits=self.plan.limits.left(evaluator.usage, 1 + len(self.split.folds)))
 
             def on_generation(entry: dict[str, Any]) -> None:
@@ -169,56 +185,34 @@ class Procedure:
     ) -> tuple[np.ndarray, np.ndarray, str]:
         """The candidate that was found, its score of each example that is judged on, and what those are."""
         evaluator, split = self.evaluator, self.split
-        space = evaluator.space
-        if not main.finalists:  # stopped before the first generation was over
-            found = space.simple()[UNIFORM]
-            judged_on = "validation" if split.held_out else "search"
-            return found, evaluator.scores([found], split.judged)[0], judged_on
+        found = main.finalists[0] if main.finalists else evaluator.space.simple()[UNIFORM]  # stopped at once
+
+        def score(examples: list[int]) -> np.ndarray:
+            # anew if the objective samples, and one only: the best of several would be a lucky one
+            evaluator.new_round()
+            try:
+                return evaluator.scores([found], examples)[0]
+            except KeyboardInterrupt:
+                if main.stopped == "interrupted" or processes().num_processes > 1:
+                    raise
+                main.stopped = "interrupted"
+                return evaluator.scores([found], examples)[0]  # which is not long, and nothing without
+
         if split.held_out:
-            # one only: the best of several there would be a lucky one
-            return main.finalists[0], evaluator.scores(main.finalists[:1], split.held_out)[0], "validation"
-        found = main.finalists[0]
-        if split.folds and main.stopped != "interrupted":
+            return found, score(split.held_out), "validation"
+        if split.folds and main.finalists and main.stopped != "interrupted":
             out_of_fold = np.empty(len(split.search))
             for number, fold in enumerate(split.folds, start=1):
                 rest = [i for i in split.search if i not in fold]
-                optimizer = self.make_optimizer(plan.seed + number)
-                outcome = run_search(evaluator, optimizer, rest, plan, on_generation)
+                outcome = run_search(evaluator, self.make_optimizer(plan.seed + number), rest, plan, on_generation)
                 if not outcome.finalists or outcome.stopped == "interrupted":
+                    main.stopped = "interrupted"
                     break
+                evaluator.new_round()
                 out_of_fold[fold] = evaluator.scores(outcome.finalists[:1], fold)[0]
             else:
                 return found, out_of_fold, "cross-validation"
-        return found, evaluator.scores([found], split.search)[0], "search"
-
-    def _in_context_scores(self, on_rows: Callable[[int], None]) -> np.ndarray | None:
-        """Score of the base model on each example that is judged on, with others before the question."""
-        objective: Any = self.evaluator.objective
-        rows, split = objective.examples, self.split
-        tokenizer = getattr(objective, "tokenizer", None) or getattr(_first(objective), "tokenizer", None)
-        if not self.in_context or tokenizer is None or not hasattr(objective, "with_examples"):
-            return None
-        if any(answer_of(rows[i]) is None for i in split.search):
-            return None
-        room = _context_length(self.evaluator.model.config) - _new_tokens(objective)
-        led = []
-        for i in split.judged:
-            fold = next((fold for fold in split.folds if i in fold), [i])
-            others = [rows[j] for j in split.search if j not in fold and rows[j]["prompt"] != rows[i]["prompt"]]
-            led.append(with_demonstrations(rows[i], others, tokenizer, room))
-        if not led or all(one["prompt"] == rows[i]["prompt"] for one, i in zip(led, split.judged, strict=True)):
-            return None
-        evaluator = Evaluator(
-            self.evaluator.model,
-            self.evaluator.space,
-            objective.with_examples(led),
-            batch_size=max(1, self.evaluator.batch_size // 8),  # of prompts that are so much longer
-            seed=self.evaluator.seed,
-        )
-        evaluator.on_rows = on_rows
-        found: np.ndarray = evaluator.scores([self.evaluator.space.simple()[BASE]], range(len(led)))[0]
-        self.evaluator.usage.add(evaluator.usage)
-        return found
+        return found, score(split.search), "search"
 
     def _rows(self, optimizer: Any) -> int:
         """At most so many pairs of a candidate and an example."""
@@ -230,17 +224,3 @@ class Procedure:
 
 def _per_expert(experts: list[str], alpha: np.ndarray) -> dict[str, float]:
     return dict(zip(experts, alpha.mean(axis=1).tolist(), strict=True))
-
-
-def _first(objective: Objective) -> Any:
-    return next(iter(getattr(objective, "objectives", [])), None)
-
-
-def _new_tokens(objective: Any) -> int:
-    parts = getattr(objective, "objectives", [objective])
-    limits = [getattr(part, "generation_kwargs", {}).get("max_new_tokens", 0) for part in parts]
-    return max(limits, default=0) or max(objective.lengths())
-
-
-def _context_length(config: PretrainedConfig) -> int:
-    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 2048)

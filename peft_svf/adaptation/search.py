@@ -129,7 +129,8 @@ def run_search(
                 break
         ranked = sorted(full.values(), key=lambda pair: pair[0])
         outcome.finalists = [x for _, x in ranked[:FINALISTS]]
-        if (center := getattr(optimizer, "mean", None)) is not None:
+        center = getattr(optimizer, "mean", None)
+        if center is not None and not callable(center):
             outcome.finalists.insert(0, np.array(center, dtype=np.float64))
         outcome.finalists = by_score(evaluator, outcome.finalists, examples, plan)
     except KeyboardInterrupt:

@@ -117,6 +117,8 @@ class RewardObjective(_Batched):
         self.tokenizer = with_pad_token(tokenizer)
         self.batch_size = batch_size
         self.generation_kwargs = {"max_new_tokens": 256, "do_sample": False, **(generation_kwargs or {})}
+        if (self.generation_kwargs.get("num_return_sequences") or 1) > 1:
+            raise ValueError("`num_return_sequences` must be 1: an example has one score.")
         self.deterministic = not self.generation_kwargs["do_sample"] if deterministic is None else deterministic
         self._take(examples)
 
@@ -342,7 +344,10 @@ def with_pad_token(tokenizer: Any) -> Any:
 
 def _of_a_trainer(function: RewardFunc) -> dict[str, Any]:
     """Stand-ins for what only a trainer has to pass, for functions that ask for it by name."""
-    wanted = inspect.signature(function).parameters
+    try:
+        wanted = inspect.signature(function).parameters
+    except ValueError:  # some that are written in C have none
+        return {}
     stand_ins = {"trainer_state": None, "log_extra": _log_nothing, "log_metric": _log_nothing}
     return {name: value for name, value in stand_ins.items() if name in wanted}
 

@@ -1,0 +1,251 @@
+"""Question: is a mixture that was searched on 12 examples better than what needs no search?
+
+    python benchmarks/mixture_quality.py [--tasks NAME ...] [--seeds N] [--jobs N] [--only-report]
+
+For each task that no expert was trained on (benchmarks/unseen_tasks.py) and each seed, 12 examples are drawn, and on
+them a mixture of the shipped experts is searched with the defaults of `AdaptiveMixture.search`, once by the reward and
+once by the log-likelihood of the answers; the best single expert and the best of all simple choices are chosen on the
+same examples. Everything is then scored on 200 other questions, with in-context prompting beside it: the base model
+with the 12 examples before the question.
+
+An hour on two cores. Each task leaves a JSON in `benchmarks/mixture_runs/`, to which a seed is added when it is done; what
+is there is not done again. `docs/mixtures.md` is made of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import load_model
+from compare import KEEP_MEMORY
+from unseen_tasks import TASKS, rows
+
+from peft_svf import AdaptiveMixture
+from peft_svf._files import write_whole
+from peft_svf.adaptation import (
+    Evaluator,
+    LogLikelihoodObjective,
+    MixtureResult,
+    RewardObjective,
+    WeightSpace,
+    in_context_scores,
+)
+from peft_svf.adaptation.result import interval
+
+ROOT = Path(__file__).parents[1]
+STORED = Path(__file__).parent / "mixture_runs"
+SHOTS, HELD_OUT, POOL = 12, 200, 60
+GENERATE = {"max_new_tokens": 16}
+SEARCHES = ("reward", "log-likelihood")
+SETTINGS = {"shots": SHOTS, "held_out": HELD_OUT, "generate": GENERATE}
+
+
+class Bench:
+    """A task with the experts, and what is known of it."""
+
+    def __init__(self, task: str) -> None:
+        self.task, self.path = task, STORED / f"{task}.json"
+        base, tokenizer = load_model()
+        experts = {path.name: str(path) for path in sorted((ROOT / "examples" / "experts").iterdir()) if path.is_dir()}
+        self.mixture = AdaptiveMixture.from_pretrained(base.eval(), experts, tokenizer=tokenizer)
+        self.space = WeightSpace(self.mixture.experts, [])
+        self.simple = self.space.simple()
+        questions = rows(task, HELD_OUT + POOL)
+        self.held_out, self.pool = questions[:HELD_OUT], questions[HELD_OUT:]
+        self.reward = TASKS[task][1]
+        self.record: dict[str, Any] = stored(task) or {"task": task, "settings": SETTINGS, "simple": {}, "seeds": {}}
+
+    def objective(self, examples: list[dict[str, Any]], name: str = "reward") -> Any:
+        if name == "log-likelihood":
+            return LogLikelihoodObjective(examples, self.mixture.tokenizer)
+        return RewardObjective(examples, self.reward, self.mixture.tokenizer, generation_kwargs=GENERATE)
+
+    def on_held_out(self, candidates: list[np.ndarray]) -> list[list[float]]:
+        evaluator = Evaluator(self.mixture.model, self.space, self.objective(self.held_out))
+        return evaluator.scores(candidates, range(HELD_OUT)).tolist()
+
+    def run(self, seeds: int) -> None:
+        if not self.record["simple"]:
+            self.record["simple"] = dict(zip(self.simple, self.on_held_out([*self.simple.values()]), strict=True))
+            self.save()
+        for seed in map(str, range(seeds)):
+            if seed not in self.record["seeds"]:
+                self.record["seeds"][seed] = self.one(int(seed))
+                self.save()
+
+    def one(self, seed: int) -> dict[str, Any]:
+        begun = time.perf_counter()
+        shots = random.Random(seed).sample(self.pool, SHOTS)
+        evaluator = Evaluator(self.mixture.model, self.space, self.objective([*self.held_out, *shots]))
+        asked, led_by = list(range(HELD_OUT)), list(range(HELD_OUT, HELD_OUT + SHOTS))
+        prompted = in_context_scores(evaluator, [(asked, led_by)])
+        assert prompted is not None
+        found: dict[str, Any] = {"in_context": prompted.tolist()}
+        for name in SEARCHES:
+            result = self.search(shots, name, seed)
+            alpha = self.space.vector([result.searched_weights[expert] for expert in self.mixture.experts])
+            found[name] = {
+                "on_shots": result.scores,
+                "weights": result.searched_weights,
+                "held_out": self.on_held_out([alpha])[0],
+                "usage": vars(result.usage),
+                "best": [entry["best"] for entry in result.history],
+            }
+        return found | {"seconds": round(time.perf_counter() - begun), "load": os.getloadavg()[0]}
+
+    def search(self, shots: list[dict[str, Any]], name: str, seed: int) -> MixtureResult:
+        return self.mixture.search(objective=self.objective(shots, name), validation=None, in_context=False, seed=seed)
+
+    def save(self) -> None:
+        STORED.mkdir(exist_ok=True)
+        write_whole(self.path, json.dumps(self.record) + "\n")
+
+
+def stored(task: str) -> dict[str, Any] | None:
+    """What is known of a task.
+
+    Raises:
+        SystemExit: With other settings.
+    """
+    path = STORED / f"{task}.json"
+    if not path.exists():
+        return None
+    record: dict[str, Any] = json.loads(path.read_text())
+    if record["settings"] != SETTINGS:
+        raise SystemExit(f"{path} was run with {record['settings']}, not {SETTINGS}; move it away first.")
+    return record
+
+
+# ---------------------------------------------------------------------------------------------------- report
+
+
+def scores_by_seed(record: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Name → `[seeds, questions]`, of what is compared."""
+    simple, seeds = record["simple"], [record["seeds"][seed] for seed in sorted(record["seeds"], key=int)]
+    experts = [name for name in simple if name not in ("base", "uniform")]
+
+    def best(names: list[str]) -> np.ndarray:
+        # chosen on the examples of the search, by the reward; the first among equals
+        chosen = [max(names, key=lambda name: seed["reward"]["on_shots"][name]) for seed in seeds]
+        return np.array([simple[name] for name in chosen])
+
+    return {
+        "base": np.array([simple["base"]] * len(seeds)),
+        "uniform": np.array([simple["uniform"]] * len(seeds)),
+        "best expert": best(experts),
+        "best simple": best(list(simple)),
+        "in-context": np.array([seed["in_context"] for seed in seeds]),
+        **{f"searched, {name}": np.array([seed[name]["held_out"] for seed in seeds]) for name in SEARCHES},
+    }
+
+
+def spread(values: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
+    """Mean of `[seeds, questions]` with its 95 % interval, by bootstrap over both."""
+    rng, means = np.random.default_rng(seed), []
+    for _ in range(2000):
+        picked = values[rng.integers(len(values), size=len(values))]
+        means.append(picked[:, rng.integers(values.shape[1], size=values.shape[1])].mean())
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(values.mean()), float(low), float(high)
+
+
+def report(tasks: list[str]) -> None:
+    """Write docs/mixtures.md."""
+    records = [record for task in tasks if (record := stored(task)) and record["seeds"]]
+    names = list(scores_by_seed(records[0]))
+    lines = [
+        "# Searched mixtures on unseen tasks",
+        "",
+        "Written by `benchmarks/mixture_quality.py` from the runs in `benchmarks/mixture_runs/`; do not edit.",
+        f"SmolLM2-135M-Instruct and the experts in `examples/experts`; {SHOTS} examples, {HELD_OUT} other questions,",
+        f"greedy answers of at most {GENERATE['max_new_tokens']} tokens, the defaults of `AdaptiveMixture.search`. "
+        "*Best expert* and *best simple* (of base,",
+        "experts and uniform) are chosen by the reward on the same examples. 95 % intervals by bootstrap over seeds and",
+        "questions.",
+        "",
+        "## Accuracy",
+        "",
+        "| task (seeds) | " + " | ".join(names) + " |",
+        "|" + "---|" * (1 + len(names)),
+    ]
+    for record in records:
+        scores = scores_by_seed(record)
+        cells = ["{:.3f} ({:.3f} to {:.3f})".format(*spread(values)) for values in scores.values()]
+        lines.append(f"| {record['task']} ({len(record['seeds'])}) | " + " | ".join(cells) + " |")
+    lines += ["", "## Searched less its rivals", ""]
+    rivals = [name for name in names if not name.startswith("searched")]
+    for search in SEARCHES:
+        lines += ["| by the " + search + " | " + " | ".join(rivals) + " |", "|" + "---|" * (1 + len(rivals))]
+        for record in records:
+            scores = scores_by_seed(record)
+            cells = []
+            for rival in rivals:
+                mean, low, high = spread(scores[f"searched, {search}"] - scores[rival])
+                text = f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
+                cells.append(f"**{text}**" if low > 0 or high < 0 else text)
+            lines.append(f"| {record['task']} | " + " | ".join(cells) + " |")
+        lines.append("")
+    lines += [
+        "Bold: 0 is outside.",
+        "",
+        "## What was found",
+        "",
+        "| task | by | on the 12 examples: best simple, searched | mean weights | pairs | tokens | s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for record in records:
+        for search in SEARCHES:
+            seeds = [seed[search] for seed in record["seeds"].values()]
+            simple = np.mean([max(v for k, v in x["on_shots"].items() if k != "searched") for x in seeds])
+            searched = np.mean([x["on_shots"]["searched"] for x in seeds])
+            weights = ", ".join(f"{k} {np.mean([x['weights'][k] for x in seeds]):.2f}" for k in seeds[0]["weights"])
+            cost = [f"{np.mean([x['usage'][key] for x in seeds]):,.0f}" for key in ("rows", "tokens", "seconds")]
+            lines.append(
+                f"| {record['task']} | {search} | {simple:.3f}, {searched:.3f} | {weights} | " + " | ".join(cost) + " |"
+            )
+    load = [seed["load"] for record in records for seed in record["seeds"].values()]
+    lines += ["", f"Load while it ran: {min(load):.1f} to {max(load):.1f}."]
+    write_whole(ROOT / "docs" / "mixtures.md", "\n".join(lines) + "\n")
+    print("docs/mixtures.md")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=2, help="tasks at once, each with its share of the cores")
+    parser.add_argument("--only-report", action="store_true", help="make the page from what is stored")
+    parser.add_argument("--one", choices=TASKS, help="do this task, and no report")
+    arguments = parser.parse_args()
+    if arguments.one:
+        torch.manual_seed(0)
+        Bench(arguments.one).run(arguments.seeds)
+        return
+    if not arguments.only_report:
+        cores = max(1, (os.cpu_count() or 1) // arguments.jobs)
+        environment = {"OMP_NUM_THREADS": str(cores), **KEEP_MEMORY, **os.environ}
+        command = [sys.executable, __file__, "--seeds", str(arguments.seeds), "--one"]
+        waiting, at_work = list(arguments.tasks), dict[str, subprocess.Popen[bytes]]()
+        while waiting or at_work:
+            while waiting and len(at_work) < arguments.jobs:
+                task = waiting.pop(0)
+                at_work[task] = subprocess.Popen([*command, task], env=environment)
+            time.sleep(1)
+            for task in [task for task, process in at_work.items() if process.poll() is not None]:
+                if at_work.pop(task).returncode:
+                    raise SystemExit(f"The task {task} failed; what it says is above.")
+    report(arguments.tasks)
+
+
+if __name__ == "__main__":
+    main()
