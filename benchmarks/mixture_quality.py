@@ -8,8 +8,8 @@ once by the log-likelihood of the answers; the best single expert and the best o
 same examples. Everything is then scored on 200 other questions, with in-context prompting beside it: the base model
 with the 12 examples before the question.
 
-An hour on two cores. Each task leaves a JSON in `benchmarks/mixture_runs/`, to which a seed is added when it is done; what
-is there is not done again. `docs/mixtures.md` is made of them.
+An hour and more on two cores. Each task leaves a JSON in `benchmarks/mixture_runs/`, to which a seed is added when it
+is done; what is there is not done again. `docs/mixtures.md` is made of them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ from peft_svf.adaptation import (
     WeightSpace,
     in_context_scores,
 )
-from peft_svf.adaptation.result import interval
 
 ROOT = Path(__file__).parents[1]
 STORED = Path(__file__).parent / "mixture_runs"
@@ -170,8 +169,8 @@ def report(tasks: list[str]) -> None:
         f"SmolLM2-135M-Instruct and the experts in `examples/experts`; {SHOTS} examples, {HELD_OUT} other questions,",
         f"greedy answers of at most {GENERATE['max_new_tokens']} tokens, the defaults of `AdaptiveMixture.search`. "
         "*Best expert* and *best simple* (of base,",
-        "experts and uniform) are chosen by the reward on the same examples. 95 % intervals by bootstrap over seeds and",
-        "questions.",
+        "experts and uniform) are chosen by the reward on the same examples. 95 % intervals by bootstrap over seeds",
+        "and questions.",
         "",
         "## Accuracy",
         "",

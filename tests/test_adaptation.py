@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -758,6 +759,20 @@ def test_an_existing_model_card_is_kept(mixture: AdaptiveMixture, tmp_path: Path
     mixture.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine"
     assert (tmp_path / "adapter_model.safetensors").exists()
+
+
+def test_a_card_of_ours_is_written_anew(mixture: AdaptiveMixture, tmp_path: Path) -> None:
+    mixture.set_weights({"all": 0.25})
+    mixture.save_pretrained(tmp_path)
+    assert "| 0.25 |" in (tmp_path / "README.md").read_text()
+    mixture.set_weights({"all": 0.75})
+    mixture.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "| 0.75 |" in card
+    (tmp_path / "README.md").write_text(re.sub("<!-- .* -->", "", card) + "mine")
+    mixture.set_weights({"all": 0.5})
+    mixture.save_pretrained(tmp_path)
+    assert "| 0.75 |" in (tmp_path / "README.md").read_text()
 
 
 def test_text_prompts_get_the_tokens_that_trl_gives_them(tokenizer: PreTrainedTokenizerFast) -> None:

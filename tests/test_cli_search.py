@@ -90,7 +90,8 @@ def test_the_result_as_json(world: Path, tmp_path: Path) -> None:
 def test_options_reach_the_search(world: Path, tmp_path: Path) -> None:
     options = {"granularity": "layer", "tie_break": 0.01, "l1": 0.1, "seed": 3, "limit": 3}
     more = ("--bounds", "-1", "1", "--no_racing", "--json", "--normalize")
-    result = search(world, tmp_path / "mine", *more, **options, validation=str(world / "shots.csv"))
+    (tmp_path / "held_out.csv").write_text("question,solution\ndog,cat\ncat,dog\nx,y\ny,x\n")
+    result = search(world, tmp_path / "mine", *more, **options, validation=str(tmp_path / "held_out.csv"))
     assert result.exit_code == 0, result.output
     content = json.loads(result.stdout)
     assert content["objective"] == "reward + 0.01 log-likelihood"
@@ -190,6 +191,9 @@ def test_a_dataset_in_the_place_of_a_file(tmp_path: Path) -> None:
         ("a.json", '{"prompt": "a"}', "must hold a list of examples, got dict"),
         ("a.jsonl", '"a"\n', "row 1 must be a mapping"),
         ("a.jsonl", '{"prompt": "a"}\n{"text": "a"}\n', "row 2 has no 'prompt'; it has 'text'"),
+        ("a.csv", "prompt,answer\na,b\na,b,c\n", "line 3 has 3 fields, its header 2"),
+        ("a.csv", 'prompt,answer\na,"b"c\n', "line 2 is no CSV"),
+        ("a.txt", "a", "must be a .jsonl, .json, .csv file"),
     ],
 )
 def test_malformed_files(name: str, content: str, message: str, tmp_path: Path) -> None:
@@ -202,3 +206,31 @@ def test_malformed_files(name: str, content: str, message: str, tmp_path: Path) 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no file .*a\.csv"):
         load_examples(str(tmp_path / "a.csv"))
+
+
+def test_characters_that_look_like_ends_of_lines(tmp_path: Path) -> None:
+    odd = "a\u2028b\x85c"
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": odd}, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    (tmp_path / "a.csv").write_text(f'prompt,answer\r\n"{odd}\n",d\r\n', encoding="utf-8", newline="")
+    assert load_examples(str(tmp_path / "a.jsonl"))[0]["prompt"] == odd
+    assert load_examples(str(tmp_path / "a.csv"))[0]["prompt"] == odd + "\n"
+
+
+def test_a_file_in_another_encoding(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes('{"prompt": "é"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"a\.jsonl is no UTF-8 text"):
+        load_examples(str(tmp_path / "a.jsonl"))
+
+
+def test_a_file_has_no_splits(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n')
+    with pytest.raises(ValueError, match="has no splits and configurations"):
+        load_examples(str(tmp_path / "a.jsonl"), split="test")
+
+
+def test_the_system_prompt_leads_messages_that_have_none(tmp_path: Path) -> None:
+    user, system = {"role": "user", "content": "u"}, {"role": "system", "content": "mine"}
+    (tmp_path / "a.json").write_text(json.dumps([{"prompt": [user]}, {"prompt": [system, user]}]))
+    first, second = load_examples(str(tmp_path / "a.json"), system_prompt="s")
+    assert first["prompt"] == [{"role": "system", "content": "s"}, user]
+    assert second["prompt"] == [system, user]

@@ -692,6 +692,120 @@ def test_an_answer_ends_at_any_of_the_end_tokens(mixture: AdaptiveMixture, token
     assert len(set(lengths)) > 1
 
 
+def test_validation_rows_that_are_examples_of_the_search_are_refused(mixture: AdaptiveMixture) -> None:
+    with pytest.raises(ValueError, match="Row 1 of `validation` asks the same as example 2"):
+        mixture.search(ROWS[:3], validation=[ROWS[3], ROWS[2]])
+
+
+def test_validation_as_a_dataset_or_a_number_of_numpy() -> None:
+    datasets = pytest.importorskip("datasets")
+    objective = Distance(TARGET, 12)
+    _, split = split_examples(objective, np.int64(4), seed=0)
+    assert len(split.folds) == 4
+    _, split = split_examples(objective, np.float32(0.25), seed=0)
+    assert len(split.held_out) == 3
+    rows = datasets.Dataset.from_list([{"prompt": "of its own"}])
+    objective.with_examples = lambda examples: Distance(TARGET, len(examples))  # type: ignore[attr-defined]
+    _, split = split_examples(objective, rows, seed=0)
+    assert split.held_out == [12]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"l1": -1.0}, "`l1` must be a number of at least 0"),
+        ({"l2": float("nan")}, "`l2`"),
+        ({"seed": -1}, "`seed`"),
+        ({"seed": None}, "`seed`"),
+        ({"population_size": 1}, "`population_size` must be at least 2"),
+        ({"population_size": 0, "optimizer": "cma-es"}, "`population_size` must be at least 2"),
+    ],
+)
+def test_settings_that_make_no_sense(options: dict[str, Any], message: str, mixture: AdaptiveMixture) -> None:
+    with pytest.raises(ValueError, match=message):
+        mixture.search(objective=Distance(TARGET), **options)
+
+
+def test_an_optimizer_that_is_none(mixture: AdaptiveMixture) -> None:
+    class Half:
+        def ask(self) -> np.ndarray:
+            return np.zeros(3)
+
+    with pytest.raises(TypeError, match="Half has no `tell`"):
+        mixture.search(objective=Distance(TARGET), optimizer=Half())
+    with pytest.raises(ValueError, match="needs two weights"):
+        make_optimizer("sep-cma-es", WeightSpace(["one"], []), population_size=4, seed=0)
+
+
+def test_a_mean_that_is_a_function_is_no_candidate(mixture: AdaptiveMixture) -> None:
+    class Own(RandomShooting):
+        def mean(self) -> float:
+            return 0.0
+
+    assert mixture.search(objective=Distance(TARGET), optimizer=Own(np.tile([0, 1], (3, 1)), seed=0)).history
+
+
+def test_several_answers_for_a_prompt_are_refused(tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match="num_return_sequences"):
+        RewardObjective(ROWS, count_letters, tokenizer, generation_kwargs={"num_return_sequences": 2})
+
+
+def test_tokens_are_counted_by_pair_and_come_back_with_a_checkpoint(mixture: AdaptiveMixture, tokenizer: Any) -> None:
+    space, objective = WeightSpace(mixture.experts, modules(mixture)), LogLikelihoodObjective(ROWS, tokenizer)
+    evaluator = Evaluator(mixture.model, space, objective, batch_size=3)
+    candidates = [*np.random.default_rng(0).uniform(0, 1, (3, 3))]
+    evaluator.scores(candidates, range(4))
+    assert evaluator.usage.tokens == 3 * sum(objective.lengths())
+    other = Evaluator(mixture.model, space, LogLikelihoodObjective(ROWS, tokenizer), batch_size=3)
+    other.load_state_dict(evaluator.state_dict())
+    assert other.usage.tokens == 0
+    found = other.scores(candidates, range(4))
+    assert other.usage.tokens == evaluator.usage.tokens
+    assert found.tolist() == evaluator.scores(candidates, range(4)).tolist()
+    other.value_and_gradient(candidates[0], range(4))
+    assert other.usage.tokens == evaluator.usage.tokens + sum(objective.lengths())
+
+
+def test_a_gradient_that_does_not_fit_is_made_of_parts(mixture: AdaptiveMixture, tokenizer: Any) -> None:
+    class Large(LogLikelihoodObjective):
+        def differentiable(self, model: Any, indices: Sequence[int], prefix: Any = None) -> torch.Tensor:
+            if len(indices) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return super().differentiable(model, indices, prefix)
+
+    space, x = WeightSpace(mixture.experts, modules(mixture)), np.array([0.3, 0.5, 0.7])
+    value, gradient = Evaluator(mixture.model, space, LogLikelihoodObjective(ROWS, tokenizer)).value_and_gradient(
+        x, range(4)
+    )
+    evaluator = Evaluator(mixture.model, space, Large(ROWS, tokenizer))
+    found, slope = evaluator.value_and_gradient(x, range(4))
+    assert found == pytest.approx(value, abs=1e-5)
+    assert slope == pytest.approx(gradient, abs=1e-5)
+    assert evaluator.batch_size == 1
+
+
+def test_ctrl_c_while_the_result_is_judged_keeps_it(mixture: AdaptiveMixture) -> None:
+    class Interrupted(Distance):
+        """At the first call for held-out examples after the one for the simple choices."""
+
+        calls = 0
+
+        def score(self, model: Any, indices: Sequence[int]) -> list[float]:
+            self.calls += set(indices) <= {4, 5}
+            if self.calls == 2:
+                self.calls += 1
+                raise KeyboardInterrupt
+            return super().score(model, indices)
+
+    objective = Interrupted(TARGET, 4)
+    objective.with_examples = lambda examples: Interrupted(TARGET, len(examples))  # type: ignore[attr-defined]
+    result = mixture.search(
+        objective=objective, validation=[{"prompt": "y"}, {"prompt": "z"}], racing=False, num_generations=3
+    )
+    assert (result.stopped, result.judged_on, len(result.history)) == ("interrupted", "validation", 3)
+    assert mixture.weights == result.weights
+
+
 @pytest.mark.parametrize("validation", [0.0, 1.0, 0.01, 1, 13, True, "yes", []])
 def test_a_validation_that_makes_no_sense(validation: Any) -> None:
     with pytest.raises(ValueError, match="validation"):
@@ -710,6 +824,13 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     rng = np.random.default_rng(0)
     hits = sum(low <= 0.3 <= high for low, high in (interval(rng.random(100) < 0.3) for _ in range(200)))
     assert 175 <= hits <= 198
+
+
+@pytest.mark.parametrize(("count", "quantile"), [(6, 2.571), (12, 2.201), (30, 2.045), (1000, 1.962)])
+def test_the_interval_is_as_wide_as_students(count: int, quantile: float) -> None:
+    values = np.random.default_rng(0).normal(size=count)
+    low, high = interval(values)
+    assert (high - low) / 2 == pytest.approx(quantile * values.std(ddof=1) / np.sqrt(count), rel=0.08)
 
 
 def test_ties_go_to_the_simpler() -> None:
@@ -890,7 +1011,7 @@ def test_a_subclass_stays_what_it_is(mixture: AdaptiveMixture, tokenizer: Any) -
             return [score + 100 for score in super().score(model, indices)]
 
     objective = Raised(ROWS, count_letters, tokenizer, generation_kwargs={"max_new_tokens": 2})
-    for validation in (None, EXAMPLES[:2]):
+    for validation in (None, EXAMPLES[4:]):
         result = mixture.search(objective=objective, validation=validation, num_generations=1, population_size=2)
         assert "in-context" in result.scores
         assert min(result.scores.values()) >= 100
