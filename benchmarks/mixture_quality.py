@@ -3,8 +3,8 @@
     python benchmarks/mixture_quality.py [--tasks NAME ...] [--seeds N] [--jobs N] [--only-report]
 
 For each task that no expert was trained on (benchmarks/unseen_tasks.py) and each seed, 12 examples are drawn, and on
-them a mixture of the shipped experts is searched with the defaults of `AdaptiveMixture.search`, once by the reward and
-once by the log-likelihood of the answers; the best single expert and the best of all simple choices are chosen on the
+them a mixture of the shipped experts is searched with the defaults of `AdaptiveMixture.search`, by the reward, and by
+the log-likelihood of the answers (`--searches`); the best single expert and the best of all simple choices are chosen on the
 same examples. Everything is then scored on 200 other questions, with in-context prompting beside it: the base model
 with the 12 examples before the question.
 
@@ -73,34 +73,37 @@ class Bench:
         evaluator = Evaluator(self.mixture.model, self.space, self.objective(self.held_out))
         return evaluator.scores(candidates, range(HELD_OUT)).tolist()
 
-    def run(self, seeds: int) -> None:
+    def run(self, seeds: int, searches: list[str]) -> None:
         if not self.record["simple"]:
             self.record["simple"] = dict(zip(self.simple, self.on_held_out([*self.simple.values()]), strict=True))
             self.save()
-        for seed in map(str, range(seeds)):
-            if seed not in self.record["seeds"]:
-                self.record["seeds"][seed] = self.one(int(seed))
-                self.save()
+        for part in ("reward", "in-context", "log-likelihood"):
+            if part != "in-context" and part not in searches:
+                continue
+            for seed in range(seeds):
+                known = self.record["seeds"].setdefault(str(seed), {})
+                if part not in known:
+                    begun, shots = time.perf_counter(), random.Random(seed).sample(self.pool, SHOTS)
+                    known[part] = self.prompted(shots) if part == "in-context" else self.searched(shots, part, seed)
+                    known[part] |= {"seconds": round(time.perf_counter() - begun), "load": os.getloadavg()[0]}
+                    self.save()
 
-    def one(self, seed: int) -> dict[str, Any]:
-        begun = time.perf_counter()
-        shots = random.Random(seed).sample(self.pool, SHOTS)
+    def prompted(self, shots: list[dict[str, Any]]) -> dict[str, Any]:
         evaluator = Evaluator(self.mixture.model, self.space, self.objective([*self.held_out, *shots]))
-        asked, led_by = list(range(HELD_OUT)), list(range(HELD_OUT, HELD_OUT + SHOTS))
-        prompted = in_context_scores(evaluator, [(asked, led_by)])
-        assert prompted is not None
-        found: dict[str, Any] = {"in_context": prompted.tolist()}
-        for name in SEARCHES:
-            result = self.search(shots, name, seed)
-            alpha = self.space.vector([result.searched_weights[expert] for expert in self.mixture.experts])
-            found[name] = {
-                "on_shots": result.scores,
-                "weights": result.searched_weights,
-                "held_out": self.on_held_out([alpha])[0],
-                "usage": vars(result.usage),
-                "best": [entry["best"] for entry in result.history],
-            }
-        return found | {"seconds": round(time.perf_counter() - begun), "load": os.getloadavg()[0]}
+        found = in_context_scores(evaluator, [(list(range(HELD_OUT)), list(range(HELD_OUT, HELD_OUT + SHOTS)))])
+        assert found is not None
+        return {"held_out": found.tolist()}
+
+    def searched(self, shots: list[dict[str, Any]], name: str, seed: int) -> dict[str, Any]:
+        result = self.search(shots, name, seed)
+        alpha = self.space.vector([result.searched_weights[expert] for expert in self.mixture.experts])
+        return {
+            "on_shots": result.scores,
+            "weights": result.searched_weights,
+            "held_out": self.on_held_out([alpha])[0],
+            "usage": vars(result.usage),
+            "best": [entry["best"] for entry in result.history],
+        }
 
     def search(self, shots: list[dict[str, Any]], name: str, seed: int) -> MixtureResult:
         return self.mixture.search(objective=self.objective(shots, name), validation=None, in_context=False, seed=seed)
@@ -129,8 +132,9 @@ def stored(task: str) -> dict[str, Any] | None:
 
 
 def scores_by_seed(record: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Name → `[seeds, questions]`, of what is compared."""
-    simple, seeds = record["simple"], [record["seeds"][seed] for seed in sorted(record["seeds"], key=int)]
+    """Name → `[seeds, questions]`, of what is compared, for the seeds that have a search by reward."""
+    simple = record["simple"]
+    seeds = [record["seeds"][seed] for seed in sorted(record["seeds"], key=int) if "reward" in record["seeds"][seed]]
     experts = [name for name in simple if name not in ("base", "uniform")]
 
     def best(names: list[str]) -> np.ndarray:
@@ -143,8 +147,11 @@ def scores_by_seed(record: dict[str, Any]) -> dict[str, np.ndarray]:
         "uniform": np.array([simple["uniform"]] * len(seeds)),
         "best expert": best(experts),
         "best simple": best(list(simple)),
-        "in-context": np.array([seed["in_context"] for seed in seeds]),
-        **{f"searched, {name}": np.array([seed[name]["held_out"] for seed in seeds]) for name in SEARCHES},
+        **{
+            label: np.array([seed[part]["held_out"] for seed in seeds])
+            for part, label in {"in-context": "in-context", **{n: f"searched, {n}" for n in SEARCHES}}.items()
+            if all(part in seed for seed in seeds)
+        },
     }
 
 
@@ -160,8 +167,11 @@ def spread(values: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
 
 def report(tasks: list[str]) -> None:
     """Write docs/mixtures.md."""
-    records = [record for task in tasks if (record := stored(task)) and record["seeds"]]
-    names = list(scores_by_seed(records[0]))
+    found = [record for task in tasks if (record := stored(task))]
+    records = [record for record in found if any("reward" in seed for seed in record["seeds"].values())]
+    if not records:
+        raise SystemExit(f"There is no search in {STORED}.")
+    names = [name for name in scores_by_seed(records[0]) if all(name in scores_by_seed(record) for record in records)]
     lines = [
         "# Searched mixtures on unseen tasks",
         "",
@@ -179,11 +189,12 @@ def report(tasks: list[str]) -> None:
     ]
     for record in records:
         scores = scores_by_seed(record)
-        cells = ["{:.3f} ({:.3f} to {:.3f})".format(*spread(values)) for values in scores.values()]
-        lines.append(f"| {record['task']} ({len(record['seeds'])}) | " + " | ".join(cells) + " |")
+        cells = ["{:.3f} ({:.3f} to {:.3f})".format(*spread(scores[name])) for name in names]
+        lines.append(f"| {record['task']} ({len(scores['base'])}) | " + " | ".join(cells) + " |")
     lines += ["", "## Searched less its rivals", ""]
     rivals = [name for name in names if not name.startswith("searched")]
-    for search in SEARCHES:
+    searches = [search for search in SEARCHES if f"searched, {search}" in names]
+    for search in searches:
         lines += ["| by the " + search + " | " + " | ".join(rivals) + " |", "|" + "---|" * (1 + len(rivals))]
         for record in records:
             scores = scores_by_seed(record)
@@ -203,8 +214,8 @@ def report(tasks: list[str]) -> None:
         "|---|---|---|---|---|---|---|",
     ]
     for record in records:
-        for search in SEARCHES:
-            seeds = [seed[search] for seed in record["seeds"].values()]
+        for search in searches:
+            seeds = [seed[search] for seed in record["seeds"].values() if search in seed]
             simple = np.mean([max(v for k, v in x["on_shots"].items() if k != "searched") for x in seeds])
             searched = np.mean([x["on_shots"]["searched"] for x in seeds])
             weights = ", ".join(f"{k} {np.mean([x['weights'][k] for x in seeds]):.2f}" for k in seeds[0]["weights"])
@@ -212,7 +223,7 @@ def report(tasks: list[str]) -> None:
             lines.append(
                 f"| {record['task']} | {search} | {simple:.3f}, {searched:.3f} | {weights} | " + " | ".join(cost) + " |"
             )
-    load = [seed["load"] for record in records for seed in record["seeds"].values()]
+    load = [part["load"] for record in records for seed in record["seeds"].values() for part in seed.values()]
     lines += ["", f"Load while it ran: {min(load):.1f} to {max(load):.1f}."]
     write_whole(ROOT / "docs" / "mixtures.md", "\n".join(lines) + "\n")
     print("docs/mixtures.md")
@@ -221,6 +232,7 @@ def report(tasks: list[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--searches", nargs="+", choices=SEARCHES, default=list(SEARCHES))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=2, help="tasks at once, each with its share of the cores")
     parser.add_argument("--only-report", action="store_true", help="make the page from what is stored")
@@ -228,12 +240,20 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.one:
         torch.manual_seed(0)
-        Bench(arguments.one).run(arguments.seeds)
+        Bench(arguments.one).run(arguments.seeds, arguments.searches)
         return
     if not arguments.only_report:
         cores = max(1, (os.cpu_count() or 1) // arguments.jobs)
         environment = {"OMP_NUM_THREADS": str(cores), **KEEP_MEMORY, **os.environ}
-        command = [sys.executable, __file__, "--seeds", str(arguments.seeds), "--one"]
+        command = [
+            sys.executable,
+            __file__,
+            "--seeds",
+            str(arguments.seeds),
+            "--searches",
+            *arguments.searches,
+            "--one",
+        ]
         waiting, at_work = list(arguments.tasks), dict[str, subprocess.Popen[bytes]]()
         while waiting or at_work:
             while waiting and len(at_work) < arguments.jobs:

@@ -118,7 +118,6 @@ def _cem(space: WeightSpace, start: np.ndarray, population_size: int, seed: int)
         _spread(space),
         bounds=space.bounds,
         population_size=population_size,
-        smoothing=0.2,
         min_std=0.05 * 2 * _spread(space),
         seed=seed,
     )
@@ -160,8 +159,8 @@ def make_optimizer(name: str, space: WeightSpace, *, population_size: int, seed:
     quarter for CMA-ES, as its authors advise), as in the paper's code.
 
     Args:
-        name (`str`): `"cem"`, the cross-entropy method with its refit smoothed by 0.2 and a floor of 0.05 of the box's
-            width under the standard deviation; `"cem-paper"`, without the two; `"cma-es"` and `"sep-cma-es"` of the
+        name (`str`): `"cem"`, the cross-entropy method with a floor of 0.05 of the box's width under the standard
+            deviation; `"cem-paper"`, without it; `"cma-es"` and `"sep-cma-es"` of the
             package `cmaes`; `"random"`; `"gradient"`, for the log-likelihood.
         space ([`WeightSpace`]): The space.
         population_size (`int`): Candidates per generation.
