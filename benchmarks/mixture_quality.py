@@ -4,9 +4,9 @@
 
 For each task that no expert was trained on (benchmarks/unseen_tasks.py) and each seed, 12 examples are drawn, and on
 them a mixture of the shipped experts is searched with the defaults of `AdaptiveMixture.search`, by the reward, and by
-the log-likelihood of the answers (`--searches`); the best single expert and the best of all simple choices are chosen on the
-same examples. Everything is then scored on 200 other questions, with in-context prompting beside it: the base model
-with the 12 examples before the question.
+the log-likelihood of the answers (`--searches`); the best single expert and the best of all simple choices are chosen
+on the same examples. Everything is then scored on 200 other questions, with in-context prompting beside it: the base
+model with the 12 examples before the question.
 
 An hour and more on two cores. Each task leaves a JSON in `benchmarks/mixture_runs/`, to which a seed is added when it
 is done; what is there is not done again. `docs/mixtures.md` is made of them.

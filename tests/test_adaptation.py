@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,15 @@ def test_starts_as_the_uniform_mixture(mixture: AdaptiveMixture, experts: dict[s
     found = logits(mixture.model)
     mixture.model.set_adapter("by hand")
     assert torch.allclose(found, logits(mixture.model), atol=1e-6)
+
+
+def test_experts_with_gaps_mix_and_that_is_said(experts: dict[str, str], tokenizer: Any) -> None:
+    with pytest.warns(UserWarning, match=r"all \d+ in 14, narrow 20 in 4, last \d+ in \d+ modules"):
+        AdaptiveMixture.from_pretrained(base_model(), experts, tokenizer=tokenizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        same = {"one": experts["all"], "two": experts["all"]}
+        AdaptiveMixture.from_pretrained(base_model(), same, tokenizer=tokenizer)
 
 
 def test_zero_weights_are_the_base_model_bit_for_bit(mixture: AdaptiveMixture) -> None:

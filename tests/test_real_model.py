@@ -9,11 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
 from peft_svf import AdaptiveMixture, SVFConfig, SVFLayer
+from peft_svf.adaptation import Evaluator, LogLikelihoodObjective, RewardObjective, WeightSpace
 from peft_svf.spectral import effective_weight
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -198,6 +200,39 @@ def test_shipped_experts_mix() -> None:
     together = logits(mixture.model)
     mixture.model.base_model.set_adapter([path.name for path in SHIPPED])
     torch.testing.assert_close(logits(mixture.model), together, rtol=0, atol=1e-3)
+
+
+def test_scores_in_batches_are_those_of_mixtures_applied_one_by_one() -> None:
+    base, tokenizer = load()
+    mixture = AdaptiveMixture.from_pretrained(base, {path.name: str(path) for path in SHIPPED}, tokenizer=tokenizer)
+    questions = ["What is 3 + 4?", "What is the last word of this list? cat, river, lamp", "Name a colour.", "8 - 5 ="]
+    system = {"role": "system", "content": "Reply with the answer only."}
+    rows = [
+        {"prompt": [system, {"role": "user", "content": text}], "completion": [{"role": "assistant", "content": "7"}]}
+        for text in questions
+    ]
+    answers: list[str] = []
+
+    def spy(completions: list[Any], **kwargs: Any) -> list[float]:
+        answers.extend(completion[0]["content"] for completion in completions)
+        return [float(len(completion[0]["content"])) for completion in completions]
+
+    reward = RewardObjective(rows, spy, tokenizer, generation_kwargs={"max_new_tokens": 8})
+    likelihood = LogLikelihoodObjective(rows, tokenizer)
+    assert len(SHIPPED) >= 4
+    assert len(reward.prefix_ids) > 10  # the template and the system message
+    space = WeightSpace(mixture.experts, [])
+    candidates = [*np.random.default_rng(0).uniform(0, 1, (6, space.dim))]
+    lengths = Evaluator(mixture.model, space, reward).scores(candidates, range(4))
+    together = sorted(answers)
+    answers.clear()
+    found = Evaluator(mixture.model, space, likelihood).scores(candidates, range(4))
+    for i, x in enumerate(candidates):
+        mixture.set_weights(x)
+        assert lengths[i].tolist() == reward(mixture.model)
+        assert found[i] == pytest.approx(likelihood(mixture.model), abs=1e-4)
+    assert together == sorted(answers)
+    assert len(set(answers)) > len(questions)  # the mixtures differ
 
 
 def test_quickstart(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -72,10 +73,27 @@ class AdaptiveMixture:
         model.base_model.add_weighted_adapter(self.experts, [1 / len(self.experts)] * len(self.experts), adapter_name)
         model.set_adapter(adapter_name, inference_mode=True)
         model.eval()
+        self._warn_of_gaps()
         self._alpha = np.full((len(self.experts), 1), 1 / len(self.experts))
         self._group_of: Mapping[str, int] | None = None
         self.result: MixtureResult | None = None
         self.sources: dict[str, str] = {}  # where the experts were loaded from
+
+    def _warn_of_gaps(self) -> None:
+        """Say so if the experts do not all adapt the same numbers."""
+        layers = self._mixed_layers(self.adapter_name)
+        of_each = {
+            name: {layer.module_name: layer.rank(name) for layer in layers if name in layer.svf_delta}
+            for name in self.experts
+        }
+        if all(ranks == of_each[self.experts[0]] for ranks in of_each.values()):
+            return
+        numbers = ", ".join(f"{name} {sum(ranks.values())} in {len(ranks)}" for name, ranks in of_each.items())
+        warnings.warn(
+            f"The experts do not adapt the same singular values ({numbers} modules). Where one adapts none, its part "
+            "of the mixture is 0.",
+            stacklevel=3,
+        )
 
     @classmethod
     def from_pretrained(
