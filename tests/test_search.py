@@ -717,6 +717,7 @@ def test_validation_as_a_dataset_or_a_number_of_numpy() -> None:
         ({"l2": float("nan")}, "`l2`"),
         ({"seed": -1}, "`seed`"),
         ({"seed": None}, "`seed`"),
+        ({"seed": 0.5}, "`seed`"),
         ({"population_size": 1}, "`population_size` must be at least 2"),
         ({"population_size": 0, "optimizer": "cma-es"}, "`population_size` must be at least 2"),
     ],

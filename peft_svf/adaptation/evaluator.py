@@ -50,7 +50,7 @@ class Evaluator:
     their mixtures, no pair is evaluated twice, and what all prompts begin with is read once for each candidate.
 
     With several processes, batches are dealt out to them, and all get all scores. Batches do not depend on the number
-    of processes, nor do the random numbers of an objective that samples, so neither do the scores.
+    of processes, nor do the random numbers of an objective that samples, so neither do the scores, up to rounding.
 
     Args:
         model: The `PeftModel` with the experts.
@@ -76,6 +76,7 @@ class Evaluator:
         self._prefix_ids: list[int] = getattr(objective, "prefix_ids", [])
         self._prefix: Prefix | None = None  # a row for each candidate that was met lately
         self._prefix_rows: dict[bytes, int] = {}
+        self._share = False  # whether candidates have several examples now
 
     @property
     def evaluations(self) -> int:

@@ -9,6 +9,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -285,8 +286,8 @@ class AdaptiveMixture:
         for name, value in {"num_generations": num_generations, "batch_size": batch_size, "patience": patience}.items():
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
-        for name, least in {"l1": l1, "l2": l2, "seed": seed}.items():
-            if not isinstance(least, (int, float)) or not least >= 0:
+        for name, least, kind in (("l1", l1, Real), ("l2", l2, Real), ("seed", seed, Integral)):
+            if not isinstance(least, kind) or not least >= 0:
                 raise ValueError(f"`{name}` must be a number of at least 0, got {least!r}.")
         for name in () if isinstance(optimizer, str) else ("ask", "tell", "population_size"):
             if not hasattr(optimizer, name):
@@ -306,7 +307,7 @@ class AdaptiveMixture:
             "l2": l2,
             "racing": racing,
             "examples": len(objective.examples),
-            "seed": seed,
+            "seed": int(seed),
         }
         budget = {
             "num_generations": num_generations,
