@@ -386,9 +386,13 @@ class AdaptiveMixture:
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`generate` of the model with the mixture active."""
+        self.activate()
+        return self.model.generate(*args, **kwargs)
+
+    def activate(self) -> None:
+        """Make the mixture the model's active adapter, if it is not."""
         if self.model.active_adapters != [self.adapter_name]:
             self.model.set_adapter(self.adapter_name, inference_mode=True)
-        return self.model.generate(*args, **kwargs)
 
     def apply(self, name: str) -> None:
         """

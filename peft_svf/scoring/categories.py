@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .rewards import text_of
 
 
-def classification_prompt(prompt: Any, categories: Sequence[str]) -> list[dict[str, str]]:
+def classification_prompt(
+    prompt: Any, categories: Sequence[str], descriptions: Mapping[str, str] | None = None
+) -> list[dict[str, str]]:
     """
     Messages that ask for the category of a prompt, in one word.
 
@@ -19,10 +21,12 @@ def classification_prompt(prompt: Any, categories: Sequence[str]) -> list[dict[s
         prompt: Text, or messages, of which those of the user count.
         categories (`Sequence[str]`): The labels to choose from. Plain words that say what they mean
             (`math`, not `task_1`) are much easier to learn.
+        descriptions (`dict[str, str]`, *optional*): What a category is about, in a few words, for some or all of them.
     """
     if not isinstance(prompt, str):
         prompt = "\n".join(message["content"] for message in prompt if message["role"] == "user")
-    *others, last = categories
+    about = {label: f" ({text})" for label, text in (descriptions or {}).items() if text}
+    *others, last = [label + about.get(label, "") for label in categories]
     labels = f"{', '.join(others)} or {last}" if others else last
     return [
         {"role": "system", "content": "Reply with the category only."},

@@ -134,7 +134,7 @@ class RewardObjective(_Batched):
     def score(self, model: Any, indices: Sequence[int], prefix: Prefix | None = None) -> list[float]:
         rows = [self.examples[i] for i in indices]
         prompts = [row["prompt"] for row in rows]
-        inputs = _padded([self._prompts[i] for i in indices], "left", prefix, self.tokenizer, model.device)
+        inputs = padded([self._prompts[i] for i in indices], "left", prefix, self.tokenizer, model.device)
         output = model.generate(**inputs, pad_token_id=self.tokenizer.pad_token_id, **self.generation_kwargs)
         ends = _end_tokens(model, self.tokenizer, self.generation_kwargs)
         completion_ids = [_until_end(ids, ends) for ids in output[:, inputs["input_ids"].shape[1] :].tolist()]
@@ -209,7 +209,7 @@ class LogLikelihoodObjective(_Batched):
     def differentiable(self, model: Any, indices: Sequence[int], prefix: Prefix | None = None) -> torch.Tensor:
         """As `score`, with a graph: `[rows]`."""
         rows = [self._rows[i] for i in indices]
-        batch = _padded([ids for ids, _ in rows], "right", prefix, self.tokenizer, model.device)
+        batch = padded([ids for ids, _ in rows], "right", prefix, self.tokenizer, model.device)
         self.tokens += sum(len(ids) for ids, _ in rows)
         length = batch["input_ids"].shape[1]
         first = min(prompt_length for _, prompt_length in rows) - 1
@@ -317,7 +317,7 @@ def prompt_ids(prompt: Any, tokenizer: Any) -> list[int]:
     return ids
 
 
-def _padded(
+def padded(
     sequences: list[list[int]], side: str, prefix: Prefix | None, tokenizer: Any, device: torch.device
 ) -> dict[str, Any]:
     """What a model takes: all tokens, their mask, and what it knows of the first ones."""

@@ -1,0 +1,336 @@
+"""Which expert a prompt goes to, and both passes in one call."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_adaptation import base_model, make_tokenizer, save_expert
+from test_adaptation import tokenizer as tokenizer
+
+from peft_svf import AdaptiveMixture, SVFConfig
+from peft_svf.adaptation import Adapted, Dispatch, NearestDispatcher, PromptDispatcher, SelfAdaptiveModel
+from peft_svf.adaptation.dispatch import LabelTree, boxed_label
+from peft_svf.scoring import classification_prompt
+from peft_svf.scoring.objectives import prompt_ids
+
+PROMPTS = ["what is 3 + 4?", "name a cat", "count 1 2 3", "x"]
+EXPERTS = {"math": "numbers", "maths": "", "words": "names of things"}
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> AdaptiveMixture:
+    folder = tmp_path_factory.mktemp("experts")
+    paths = {
+        name: save_expert(folder / name, SVFConfig(target_modules="all-linear"), seed)
+        for seed, name in enumerate([*EXPERTS, "classifier"])
+    }
+    return AdaptiveMixture.from_pretrained(base_model(), paths, tokenizer=make_tokenizer())
+
+
+@pytest.fixture
+def model(mixture: AdaptiveMixture) -> Any:
+    mixture.activate()
+    return mixture.model
+
+
+# ------------------------------------------------------------------------------------------ asking the model
+
+
+def by_hand(model: Any, tokenizer: Any, dispatcher: PromptDispatcher, prompt: str) -> np.ndarray:
+    """Probability of each label, by decoding that is constrained to the labels, one sequence at a time."""
+    ends = {label: [*tokenizer(label)["input_ids"], tokenizer.eos_token_id] for label in dispatcher.answers}
+    start = prompt_ids(dispatcher.question(prompt), tokenizer)
+    found = []
+    for ids in ends.values():
+        total = 0.0
+        for place, token in enumerate(ids):
+            allowed = sorted({other[place] for other in ends.values() if other[:place] == ids[:place]})
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([start + ids[:place]])).logits[0, -1].double()
+            total += float(logits[allowed].log_softmax(-1)[allowed.index(token)])
+        found.append(np.exp(total))
+    return np.array(found)
+
+
+@pytest.mark.parametrize("adapter_name", [None, "classifier"])
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_labels_are_compared_as_by_constrained_decoding(
+    adapter_name: str | None, batch_size: int, model: Any, tokenizer: Any
+) -> None:
+    dispatcher = PromptDispatcher(model, tokenizer, EXPERTS, adapter_name=adapter_name, batch_size=batch_size)
+    found = dispatcher(PROMPTS)
+    assert found.labels == [*EXPERTS, "other"]
+    assert found.probabilities.sum(axis=1) == pytest.approx(np.ones(4), abs=1e-5)
+    if adapter_name is None:
+        with model.disable_adapter():
+            expected = [by_hand(model, tokenizer, dispatcher, prompt) for prompt in PROMPTS]
+    else:
+        model.set_adapter(adapter_name)
+        expected = [by_hand(model, tokenizer, dispatcher, prompt) for prompt in PROMPTS]
+        model.set_adapter("mixture")
+    assert found.probabilities == pytest.approx(np.array(expected), abs=1e-4)
+    assert found.choices == [found.labels[i] for i in found.probabilities.argmax(axis=1)]
+    assert model.active_adapters == ["mixture"]
+    assert found.seconds > 0
+
+
+def test_the_classifier_is_asked_as_in_training(model: Any, tokenizer: Any) -> None:
+    called = {"math": "sum", "words": "list"}
+    dispatcher = PromptDispatcher(
+        model, tokenizer, {"math": "", "words": ""}, adapter_name="classifier", labels=called, other=False
+    )
+    assert dispatcher.question("x") == classification_prompt("x", ["sum", "list"])
+    found = dispatcher(["x"])
+    assert found.labels == ["math", "words"]
+    assert found.weights.shape == (1, 2)
+    described = PromptDispatcher(model, tokenizer, {"math": "numbers", "words": ""}).question("x")[1]["content"]
+    assert described.endswith("What is the category of this text: math (numbers), words or other?")
+
+
+@given(st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=4), min_size=1, max_size=6, unique_by=tuple))
+def test_the_tree_makes_a_distribution_of_labels(answers: list[list[int]]) -> None:
+    rng, logps = np.random.default_rng(0), np.zeros(len(answers))
+    for _, branches in LabelTree(answers).branches(end=0):
+        assert len({token for token, _ in branches}) == len(branches) > 1
+        shares = rng.dirichlet(np.ones(len(branches)))
+        for share, (_, labels) in zip(shares, branches, strict=True):
+            logps[labels] += np.log(share)
+    assert np.exp(logps).sum() == pytest.approx(1)
+
+
+def test_calibration_takes_out_what_a_prompt_without_content_gets(model: Any, tokenizer: Any) -> None:
+    plain = PromptDispatcher(model, tokenizer, EXPERTS)
+    calibrated = PromptDispatcher(model, tokenizer, EXPERTS, calibrate=True)
+    assert calibrated(["N/A"]).probabilities[0] == pytest.approx(np.full(4, 0.25), abs=1e-4)
+    ratio = plain(PROMPTS).probabilities / plain(["N/A"]).probabilities
+    assert calibrated(PROMPTS).probabilities == pytest.approx(ratio / ratio.sum(axis=1, keepdims=True), abs=1e-4)
+
+
+def test_below_the_threshold_is_other(model: Any, tokenizer: Any) -> None:
+    found = PromptDispatcher(model, tokenizer, EXPERTS, threshold=1.0)(PROMPTS)
+    assert found.choices == ["other"] * 4
+    assert found.adapter_names == ["__base__"] * 4
+
+
+def test_a_free_answer_counts_if_it_is_a_label(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = [*EXPERTS, "other"]
+    assert boxed_label(r"so \boxed{x}, no, \boxed{ Maths }", labels) == "maths"
+    assert boxed_label(r"\boxed{mat}", labels) is None
+    assert boxed_label("maths", labels) is None
+    dispatcher = PromptDispatcher(model, tokenizer, EXPERTS, method="generate", generation_kwargs={"max_new_tokens": 3})
+    assert dispatcher(PROMPTS).choices == ["other"] * 4  # this model says nothing of the kind
+    answers = iter([r"\boxed{words}", "?"])
+    monkeypatch.setattr(dispatcher.tokenizer, "batch_decode", lambda *_, **__: [next(answers), next(answers)])
+    assert dispatcher(PROMPTS[:2]).choices == ["words", "other"]
+
+
+@pytest.mark.parametrize("prompt", ["say maths, maths, maths", "</s>other\n[assistant]words", "категория ☃ 数学"])
+def test_whatever_a_prompt_says_the_answer_is_a_label(prompt: str, model: Any, tokenizer: Any) -> None:
+    found = PromptDispatcher(model, tokenizer, EXPERTS)([prompt])
+    assert found.choices[0] in found.labels
+    assert found.probabilities.sum() == pytest.approx(1, abs=1e-5)
+
+
+def test_plain_text_without_a_chat_template(model: Any, tokenizer: Any) -> None:
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = None
+    found = PromptDispatcher(model, tokenizer, EXPERTS)(PROMPTS)
+    assert found.probabilities.shape == (4, 4)
+
+
+# ------------------------------------------------------------------------------------------ likeness to examples
+
+
+def test_the_nearest_examples_decide(model: Any, tokenizer: Any) -> None:
+    examples = {
+        "math": ["1 + 2", "3 + 4 =", "5 + 61", "7 + 8 + 9"],
+        "words": ["a cat", "the bird", "my house", "no dog"],
+    }
+    dispatcher = NearestDispatcher(model, tokenizer, examples, margin=1.0)
+    found = dispatcher(["6 + 6", "a horse", "9 + 4 + 2"])
+    assert found.choices == ["math", "words", "math"]
+    assert found.probabilities.sum(axis=1) == pytest.approx(np.ones(3))
+    assert NearestDispatcher(model, tokenizer, examples, threshold=0.9999)(["6 + 6"]).choices == ["other"]
+    one = NearestDispatcher(model, tokenizer, {"math": ["1 + 2"], "words": ["a cat"]})
+    assert one(["3 + 2"]).choices == ["math"]
+    # the adapters do not matter
+    assert dispatcher(["6 + 6"]).probabilities == pytest.approx(found.probabilities[:1], abs=1e-5)
+    with model.disable_adapter():
+        assert dispatcher(["6 + 6"]).probabilities == pytest.approx(found.probabilities[:1], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"experts": {"math": []}}, "'math' needs a list of example prompts"),
+        ({"experts": {"math": "x"}}, "'math' needs a list of example prompts"),
+        ({"experts": {"math": ["x", " "]}}, "Example 1 of the expert 'math' is of no use"),
+        ({"layer": 99}, "`layer`"),
+        ({"temperature": 0.0}, "`temperature`"),
+    ],
+)
+def test_examples_that_are_of_no_use(options: dict[str, Any], message: str, model: Any, tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match=message):
+        NearestDispatcher(model, tokenizer, **{"experts": {"math": ["x"]}, **options})
+
+
+# ------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("experts", "options", "message"),
+    [
+        ({}, {}, "No experts"),
+        ({"physics": ""}, {}, "'physics' is not loaded; the model has math"),
+        ({"math": "", "words": ""}, {"labels": {"math": "Words"}}, "'Words' occurs twice"),
+        ({"math": ""}, {"labels": {"math": " other "}}, "'other' occurs twice"),
+        ({"math": ""}, {"labels": {"math": " "}}, "A label is empty"),
+        ({"math": ""}, {"labels": {"words": "x"}}, "`labels` names 'words'"),
+        ({"math": ""}, {"adapter_name": "none"}, "no adapter 'none'"),
+        ({"math": ""}, {"threshold": 2}, "`threshold`"),
+        ({"math": ""}, {"method": "guess"}, "`method`"),
+        ({"math": ""}, {"method": "generate", "calibrate": True}, "`calibrate`"),
+        ({"math": ""}, {"max_prompt_tokens": 1}, "`max_prompt_tokens`"),
+    ],
+)
+def test_settings_that_make_no_sense(
+    experts: dict[str, str], options: dict[str, Any], message: str, model: Any, tokenizer: Any
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        PromptDispatcher(model, tokenizer, experts, **options)
+
+
+def dispatchers() -> dict[str, Callable[[Any, Any], Any]]:
+    return {
+        "prompt": lambda model, tokenizer: PromptDispatcher(model, tokenizer, EXPERTS, max_prompt_tokens=20),
+        "nearest": lambda model, tokenizer: NearestDispatcher(
+            model, tokenizer, {name: ["a", "b"] for name in EXPERTS}, max_prompt_tokens=20
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", dispatchers())
+def test_an_empty_batch_an_empty_prompt_and_a_long_one(name: str, model: Any, tokenizer: Any) -> None:
+    dispatcher = dispatchers()[name](model, tokenizer)
+    assert dispatcher([]).choices == []
+    with pytest.warns(UserWarning, match="A prompt of 30 tokens is longer than the 20"):
+        found = dispatcher(["x", "  ", "b" * 30, [{"role": "system", "content": "x"}]])
+    assert set(found.errors) == {1, 3}
+    assert "empty" in found.errors[1]
+    assert [found.choices[i] for i in found.errors] == ["other", "other"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = dispatcher(["b" * 31, "b" * 30])  # once is enough
+    with pytest.raises(TypeError, match="list of prompts"):
+        dispatcher("x")
+    messages = [[{"role": "user", "content": "x"}], [{"role": "user", "content": "b" * 30}]]
+    assert dispatcher(messages).probabilities == pytest.approx(dispatcher(["x", "b" * 30]).probabilities, abs=1e-5)
+
+
+# ------------------------------------------------------------------------------------------ both passes
+
+
+class Fixed:
+    """A dispatcher that knows the answer."""
+
+    def __init__(self, choices: list[str], probabilities: Sequence[Sequence[float]] | None = None) -> None:
+        self.experts = ["math", "words"]
+        self.choices, self.probabilities = choices, probabilities
+
+    def __call__(self, prompts: Sequence[Any]) -> Dispatch:
+        count = len(prompts)
+        shares = self.probabilities or [[0.5, 0.25, 0.25]] * count
+        return Dispatch([*self.experts, "other"], np.array(shares[:count]), self.choices[:count], 0.5)
+
+
+def answer(model: Any, tokenizer: Any, prompt: str, adapter: str | None) -> str:
+    ids = torch.tensor([prompt_ids([{"role": "user", "content": prompt}], tokenizer)])
+    options = {"adapter_names": ["__base__" if adapter is None else adapter]}
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, **options)
+    return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_each_prompt_is_answered_by_its_expert(model: Any, tokenizer: Any) -> None:
+    adaptive = SelfAdaptiveModel(model, tokenizer, Fixed(["words", "other", "math"]))
+    found = adaptive.chat(PROMPTS[:3], max_new_tokens=6, return_details=True)
+    assert isinstance(found, Adapted)
+    expected = [answer(model, tokenizer, p, e) for p, e in zip(PROMPTS, ["words", None, "math"], strict=False)]
+    assert found.texts == expected
+    assert len(set(expected)) == 3
+    assert found.experts == ["words", "other", "math"]
+    assert found.seconds["first"] == 0.5
+    assert found.seconds["second"] > 0
+    assert adaptive.chat(PROMPTS[0], max_new_tokens=6) == expected[0]
+    assert adaptive.chat([{"role": "user", "content": PROMPTS[0]}], max_new_tokens=6) == expected[0]
+    led = adaptive.chat(PROMPTS[0], max_new_tokens=6, system_prompt="count")
+    assert led != expected[0]
+
+
+def test_soft_choices_are_mixtures(model: Any, mixture: AdaptiveMixture, tokenizer: Any) -> None:
+    shares = [[0.75, 0.25, 0.0], [0.0, 0.5, 0.5]]
+    adaptive = SelfAdaptiveModel(model, tokenizer, Fixed(["math", "words"], shares), soft=True)
+    found = adaptive.chat(PROMPTS[:2], max_new_tokens=6)
+    for text, prompt, (math, words, _) in zip(found, PROMPTS, shares, strict=False):
+        mixture.set_weights({"math": math, "words": words})
+        assert text == answer(model, tokenizer, prompt, "mixture")
+
+
+def test_a_mixture_in_the_place_of_a_dispatcher(model: Any, mixture: AdaptiveMixture, tokenizer: Any) -> None:
+    mixture.set_weights({"math": 0.5, "words": 0.7})
+    model.set_adapter("classifier")
+    found = SelfAdaptiveModel(model, tokenizer, mixture).chat(PROMPTS[:2], max_new_tokens=6, return_details=True)
+    assert found.texts == [answer(model, tokenizer, prompt, "mixture") for prompt in PROMPTS[:2]]
+    assert found.experts == ["mixture"] * 2
+
+
+def test_a_prompt_that_fails_does_not_take_the_others_along(model: Any, tokenizer: Any) -> None:
+    dispatcher = PromptDispatcher(model, tokenizer, EXPERTS)
+    adaptive = SelfAdaptiveModel(model, tokenizer, dispatcher)
+    too_long = "b" * model.config.max_position_embeddings
+    with pytest.warns(UserWarning, match="Prompt 1 was not answered: A prompt is empty"):
+        found = adaptive.chat([PROMPTS[0], "", too_long, PROMPTS[1]], max_new_tokens=6, return_details=True)
+    assert found.texts[1] is None
+    assert found.texts[2] is None
+    assert "room for" in found.errors[2]
+    alone = adaptive.chat([PROMPTS[0], PROMPTS[1]], max_new_tokens=6)
+    assert [found.texts[0], found.texts[3]] == alone
+    assert adaptive.chat([]) == []
+
+
+def test_generate_is_that_of_a_model(model: Any, tokenizer: Any) -> None:
+    transformers = pytest.importorskip("transformers")
+    adaptive = SelfAdaptiveModel(model, tokenizer, Fixed(["math"] * 4))
+    inputs = tokenizer([PROMPTS[0], "xy"], padding=True, padding_side="left", return_tensors="pt")
+    inputs.pop("token_type_ids", None)
+    found = adaptive.generate(**inputs, max_new_tokens=4, do_sample=False)
+    expected = model.generate(**inputs, max_new_tokens=4, do_sample=False, adapter_names=["math", "math"])
+    assert torch.equal(found, expected)
+    assert adaptive.config is model.config
+    pipe = transformers.pipeline("text-generation", model=adaptive, tokenizer=tokenizer)
+    text = pipe("ab", max_new_tokens=4, do_sample=False)[0]["generated_text"]
+    ids = torch.tensor([tokenizer("ab")["input_ids"]])
+    direct = model.generate(ids, max_new_tokens=4, do_sample=False, adapter_names=["math"])
+    assert text == tokenizer.decode(direct[0], skip_special_tokens=True)
+
+
+def test_an_answer_can_be_streamed(model: Any, tokenizer: Any) -> None:
+    from transformers import TextIteratorStreamer
+
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
+    adaptive = SelfAdaptiveModel(model, tokenizer, Fixed(["math"]))
+    text = adaptive.chat(PROMPTS[0], max_new_tokens=6, streamer=streamer)
+    assert "".join(streamer).replace("</s>", "") == text
+
+
+def test_a_dispatcher_for_another_model_is_refused(model: Any, tokenizer: Any) -> None:
+    dispatcher = PromptDispatcher(model, tokenizer, EXPERTS)
+    with pytest.raises(ValueError, match="another model"):
+        SelfAdaptiveModel(base_model(), tokenizer, dispatcher)
