@@ -3,6 +3,7 @@
 from ..scoring import LogLikelihoodObjective, Objective, RewardObjective, WeightedObjective
 from .cem import CrossEntropyMethod
 from .dispatch import Dispatch, Dispatcher, PromptDispatcher
+from .evaluation import Evaluation, EvaluationTask, evaluate
 from .evaluator import Evaluator
 from .in_context import in_context_scores
 from .mixture import AdaptiveMixture
@@ -19,6 +20,8 @@ __all__ = [
     "CrossEntropyMethod",
     "Dispatch",
     "Dispatcher",
+    "Evaluation",
+    "EvaluationTask",
     "Evaluator",
     "GradientDescent",
     "LogLikelihoodObjective",
@@ -32,6 +35,7 @@ __all__ = [
     "SelfAdaptiveModel",
     "WeightSpace",
     "WeightedObjective",
+    "evaluate",
     "in_context_scores",
     "make_optimizer",
 ]

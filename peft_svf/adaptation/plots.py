@@ -1,4 +1,4 @@
-"""A picture of a search: how it went, what it compares to, and where the weights are."""
+"""Pictures: of a search, how it went, what it compares to, and where the weights are; and of an evaluation."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from .._figures import figure
 
 if TYPE_CHECKING:
+    from .evaluation import Evaluation
     from .result import MixtureResult
 
 
@@ -65,3 +66,34 @@ def _alpha(picture: Any, axes: Any, result: MixtureResult) -> None:
         axes.set_yticks(range(0, len(result.groups), step), result.groups[::step], fontsize="x-small")
         picture.colorbar(image, ax=axes)
     axes.set(title="weights α")
+
+
+def plot_evaluation(found: Evaluation, path: str | Path) -> None:
+    """
+    Draw accuracies by task and strategy with their intervals, and where each dispatcher sent the questions.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    picture = figure(6 + 3.2 * len(found.confusion), 4)
+    axes = picture.subplots(1, 1 + len(found.confusion), squeeze=False)[0]
+    places, width = np.arange(len(found.tasks) + 1), 0.8 / len(found.accuracy)
+    for i, (name, by_task) in enumerate(found.accuracy.items()):
+        means = np.array([by_task[task] for task in (*found.tasks, "all")])
+        ends = np.array([found.intervals[name][task] for task in (*found.tasks, "all")])
+        errors = np.maximum(0, np.abs(ends.T - means))
+        axes[0].bar(places + (i - (len(found.accuracy) - 1) / 2) * width, means, width, yerr=errors, label=name)
+    axes[0].set(xticks=places, xticklabels=[*found.tasks, "all"], ylabel="accuracy", ylim=(0, 1))
+    axes[0].tick_params(axis="x", rotation=30)
+    axes[0].legend(fontsize="small")
+    for its, (name, confusion) in zip(axes[1:], found.confusion.items(), strict=True):
+        rows = list(confusion)
+        columns = list(dict.fromkeys([*rows, *(label for row in confusion.values() for label in row)]))
+        counts = np.array([[confusion[row].get(label, 0) for label in columns] for row in rows])
+        its.imshow(counts / np.maximum(1, counts.sum(axis=1, keepdims=True)), cmap="Blues", vmin=0, vmax=1)
+        for (y, x), count in np.ndenumerate(counts):
+            its.text(x, y, str(count), ha="center", va="center", fontsize="small")
+        its.set(xticks=range(len(columns)), xticklabels=columns, yticks=range(len(rows)), yticklabels=rows)
+        its.set(title=name, xlabel="chosen", ylabel="right")
+        its.tick_params(axis="x", rotation=30)
+    picture.savefig(path, dpi=110)

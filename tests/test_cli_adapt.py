@@ -1,0 +1,178 @@
+"""`peft-svf generate`, `chat` and `evaluate`."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_adaptation import base_model, make_tokenizer, save_expert
+
+from peft_svf import AdaptiveMixture, SVFConfig
+from peft_svf.adaptation import EvaluationTask, NearestDispatcher, PromptDispatcher, evaluate
+from peft_svf.adaptation.loading import CLASSIFIER, load_experts, make_dispatcher
+
+testing = pytest.importorskip("typer.testing")
+RECIPES = Path(__file__).parents[1] / "examples" / "recipes"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model, two experts and a classifier."""
+    folder = tmp_path_factory.mktemp("world")
+    base_model().save_pretrained(folder / "base")
+    make_tokenizer().save_pretrained(folder / "base")
+    for seed, name in enumerate(("sums", "lists", "classifier")):
+        save_expert(folder / name, SVFConfig(target_modules="all-linear"), seed)
+    (folder / "sums.txt").write_text("1 + 2\n\n3 + 4\n")
+    (folder / "lists.jsonl").write_text('{"prompt": "a cat"}\n{"prompt": "my dog"}\n')
+    return folder
+
+
+def run(world: Path, command: str, *more: str, text: str | None = None) -> Any:
+    from peft_svf.cli import app
+
+    words = ["--model_name_or_path", str(world / "base")]
+    words += ["--expert", f"sums={world / 'sums'}", "--expert", f"lists={world / 'lists'}"]
+    if "--max_new_tokens" not in more:
+        more = (*more, "--max_new_tokens", "4")
+    return testing.CliRunner().invoke(app, [command, *words, *more], input=text)
+
+
+@pytest.mark.parametrize("dispatch", ["prompt", "classifier", "nearest", "mixture"])
+def test_prompts_are_answered(dispatch: str, world: Path) -> None:
+    more = ["--dispatch", dispatch, "--classifier", str(world / "classifier"), "--label", "sums=math"]
+    more += ["--description", "lists=words", "--weight", "sums=0.5"]
+    more += ["--nearest_examples", f"sums={world / 'sums.txt'}", "--nearest_examples", f"lists={world / 'lists.jsonl'}"]
+    result = run(world, "generate", *more, "--prompt", "5 + 6", "--file", str(world / "lists.jsonl"), "--json")
+    assert result.exit_code == 0, result.output
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [line["prompt"] for line in lines] == ["5 + 6", "a cat", "my dog"]
+    assert all(isinstance(line["text"], str) for line in lines)
+    if dispatch == "mixture":
+        assert {line["expert"] for line in lines} == {"mixture"}
+    else:
+        assert all(line["expert"] in line["probabilities"] for line in lines)
+    if dispatch == "classifier":
+        assert list(lines[0]["probabilities"]) == ["sums", "lists"]
+    plain = run(world, "generate", *more, "--prompt", "5 + 6", "--soft")
+    assert plain.exit_code == 0, plain.output
+    assert lines[0]["expert"] in plain.stdout
+
+
+def test_a_conversation(world: Path) -> None:
+    result = run(world, "chat", "--dispatch", "prompt", text="a cat\n/clear\n1 + 2\n\n")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count(" s)") == 2
+    assert run(world, "chat", text="").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "more", "message"),
+    [
+        ("generate", [], "nothing to answer"),
+        ("generate", ["--prompt", "x", "--dispatch", "guess"], "no dispatch 'guess'"),
+        ("generate", ["--prompt", "x", "--dispatch", "classifier"], "needs one: say where it is"),
+        ("generate", ["--prompt", "x", "--dispatch", "nearest"], "'sums' has none"),
+        ("generate", ["--prompt", "x", "--description", "physics=x"], "'physics' is none of the experts"),
+        ("generate", ["--prompt", "x", "--dispatch", "mixture", "--weight", "sums=much"], "NAME=NUMBER"),
+        ("generate", ["--prompt", "x", "--weight", "sums"], "must be NAME=..., got 'sums'"),
+        ("generate", ["--file", "nothing.jsonl"], "no file nothing.jsonl"),
+        ("evaluate", ["--task", "sums", "--output_dir", "x"], "must be EXPERT=RECIPE"),
+        ("evaluate", ["--task", "physics=x.yaml", "--output_dir", "x"], "'physics', which is none of the experts"),
+    ],
+)
+def test_mistakes_are_errors_in_a_line(command: str, more: list[str], message: str, world: Path) -> None:
+    result = run(world, command, *more)
+    assert result.exit_code == 1, result.output
+    assert message in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(find_spec("reasoning_gym") is None, reason="needs reasoning-gym")
+def test_strategies_are_compared(world: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    more = ["--task", f"sums={RECIPES / 'sums.yaml'}", "--task", f"other={RECIPES / 'products.yaml'}"]
+    more += ["--task", f"lists={RECIPES / 'lists.yaml'}"]
+    more += ["--strategy", "prompt", "--strategy", "nearest", "--strategy", "mixture"]
+    more += ["--size", "6", "--shots", "4", "--output_dir", str(tmp_path)]
+    result = run(world, "evaluate", *more, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    assert found == json.loads(result.stdout)
+    assert found["tasks"] == ["sums", "products", "lists"]
+    assert list(found["accuracy"]) == ["base", "oracle", "prompt", "nearest", "mixture"]
+    assert set(found["confusion"]) == {"prompt", "nearest"}
+    assert sum(found["confusion"]["prompt"]["sums"].values()) == 6
+    assert set(found["seconds"]["mixture"]) == {"first", "second", "prompts"}
+    assert (tmp_path / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+    again = run(world, "evaluate", *more)
+    assert again.exit_code == 1
+    assert "exists" in again.stderr
+    again = run(world, "evaluate", *more, "--resume")
+    assert again.exit_code == 0, again.output
+    assert "right, chosen" in again.stdout
+    repeated = json.loads((tmp_path / "evaluation.json").read_text())
+    assert {**repeated, "seconds": 0} == {**found, "seconds": 0}
+
+
+# ------------------------------------------------------------------------------------------ evaluation
+
+
+def length(completions: list[str], **kwargs: Any) -> list[float]:
+    return [float(len(text) > 2) for text in completions]
+
+
+def first_letter(completions: list[str], answer: list[str], **kwargs: Any) -> list[float]:
+    return [float(right in text) for text, right in zip(completions, answer, strict=True)]
+
+
+def test_the_oracle_uses_the_right_expert_and_nothing_is_answered_twice(world: Path, tmp_path: Path) -> None:
+    mixture = load_experts(
+        str(world / "base"),
+        {name: str(world / name) for name in ("sums", "lists")},
+        classifier=str(world / "classifier"),
+    )
+    assert CLASSIFIER in mixture.model.peft_config
+    assert mixture.model.active_adapters == ["mixture"]
+    asked: list[str] = []
+
+    def counting(prompts: list[str], completions: list[str], answer: list[str], **kwargs: Any) -> list[float]:
+        asked.extend(prompts)
+        return first_letter(completions, answer)
+
+    tasks = [
+        EvaluationTask("a", [{"prompt": f"a {i}", "answer": "a"} for i in range(5)], counting, "sums"),
+        EvaluationTask("b", [{"prompt": f"b {i}", "answer": "b"} for i in range(3)], counting),
+    ]
+    dispatcher = make_dispatcher("prompt", mixture)
+    options: dict[str, Any] = {"generation_kwargs": {"max_new_tokens": 8}, "timed_prompts": 0}
+    found = evaluate(mixture.model, mixture.tokenizer, tasks, {"prompt": dispatcher}, **options)
+    prompts = [row["prompt"] for task in tasks for row in task.examples]
+    assert isinstance(dispatcher, PromptDispatcher)
+    choices = dispatcher(prompts).choices
+    pairs = {(p, "base") for p in prompts} | {(p, "sums") for p in prompts[:5]}
+    pairs |= {(p, "base" if c == "other" else c) for p, c in zip(prompts, choices, strict=True)}
+    assert len(asked) == len(pairs)
+    hits = [c == right for c, right in zip(choices, ["sums"] * 5 + ["other"] * 3, strict=True)]
+    assert found.dispatch_accuracy["prompt"]["all"] == sum(hits) / 8
+    assert found.accuracy["oracle"]["b"] == found.accuracy["base"]["b"]
+    mixture.set_weights({"sums": 1.0})
+    whole = evaluate(mixture.model, mixture.tokenizer, tasks, {"mine": mixture}, **options)
+    assert whole.accuracy["mine"]["a"] == whole.accuracy["oracle"]["a"]
+
+
+def test_evaluations_that_make_no_sense(world: Path) -> None:
+    mixture = AdaptiveMixture.from_pretrained(str(world / "base"), {"sums": str(world / "sums")})
+    task = EvaluationTask("a", [{"prompt": "a"}], length, "sums")
+    with pytest.raises(ValueError, match="different names"):
+        evaluate(mixture.model, mixture.tokenizer, [task, task], {})
+    with pytest.raises(ValueError, match="different names"):
+        evaluate(mixture.model, mixture.tokenizer, [], {})
+    with pytest.raises(ValueError, match="'physics' is not loaded"):
+        evaluate(mixture.model, mixture.tokenizer, [EvaluationTask("a", task.examples, length, "physics")], {})
+    dispatcher = NearestDispatcher(mixture.model, mixture.tokenizer, {"sums": ["a"]})
+    with pytest.raises(ValueError, match="cannot be called 'oracle'"):
+        evaluate(mixture.model, mixture.tokenizer, [task], {"oracle": dispatcher})
