@@ -267,6 +267,28 @@ def search(folder: Path, only: int | None = None) -> dict[str, Any]:
     return {"result": result, "calls": calls, "unseeded": loose.alpha}
 
 
+def search_with_files_of_one_process(folder: Path) -> dict[str, Any]:
+    """A checkpoint that only the first process sees, gone on from; and one that cannot be written."""
+    from test_adaptation import EXAMPLES, base_model, make_tokenizer
+
+    from peft_svf import AdaptiveMixture
+
+    experts = {path.name: str(path) for path in sorted((folder / "experts").iterdir())}
+    mixture = AdaptiveMixture.from_pretrained(base_model(), experts, tokenizer=make_tokenizer())
+    mine = folder / f"disk-of-{distributed.get_rank()}" / "search.json"
+    options: dict[str, Any] = {"population_size": 4, "validation": None, "in_context": False}
+    mixture.search(EXAMPLES[:4], num_generations=1, checkpoint=mine, **options)
+    resumed = mixture.search(EXAMPLES[:4], num_generations=3, checkpoint=mine, resume=True, **options)
+    whole = mixture.search(EXAMPLES[:4], num_generations=3, **options)
+    (folder / "file").write_text("in the way")
+    try:
+        mixture.search(EXAMPLES[:4], num_generations=1, checkpoint=folder / "file" / "search.json", **options)
+        error = "none"
+    except Exception as caught:
+        error = type(caught).__name__
+    return {"resumed": resumed.alpha, "whole": whole.alpha, "error": error, "there": mine.exists()}
+
+
 def search_that_fails(folder: Path) -> dict[str, Any]:
     return search(folder, only=1)
 

@@ -76,6 +76,13 @@ def test_a_search_is_shared_and_finds_the_same(two_experts: Path) -> None:
     assert first["calls"] + second["calls"] == alone["calls"]
 
 
+def test_the_first_process_alone_has_the_checkpoint(two_experts: Path) -> None:
+    first, second = run("search_with_files_of_one_process", two_experts)
+    assert first["resumed"] == second["resumed"] == first["whole"] == second["whole"]
+    assert (first["there"], second["there"]) == (True, False)
+    assert first["error"] == second["error"] in ("NotADirectoryError", "FileExistsError")
+
+
 def test_a_reward_that_fails_in_one_process_stops_all(two_experts: Path) -> None:
     first, second = run("search_that_fails", two_experts)
     assert first["error"] == "RuntimeError: The evaluation failed in process 1: ZeroDivisionError: in one process"
