@@ -576,7 +576,7 @@ def test_what_only_fits_the_examples_of_the_search_is_not_kept(mixture: Adaptive
         evaluator,
         Split([0, 1, 2, 3], held_out=[4, 5, 6, 7, 8, 9]),
         Plan(8),
-        lambda seed: make_optimizer("cem", space, population_size=16, seed=seed),
+        lambda seed, start: make_optimizer("cem", space, population_size=16, seed=seed, start=start),
     )
     result, chosen = procedure({})
     assert result.judged_on == "validation"

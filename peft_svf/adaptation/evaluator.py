@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -70,10 +71,11 @@ class Evaluator:
         self.on_rows: Callable[[int], None] = _nothing
         self._lengths = objective.lengths()
         # α as bytes → score and tokens by example; of an objective that samples, for one round only
-        self._known: dict[tuple[int, bytes], dict[int, tuple[float, float]]] = {}
-        self._stored: dict[tuple[int, bytes], dict[int, tuple[float, float]]] = {}  # the same, from a checkpoint
+        self._known: dict[tuple[int, bytes], dict[int, tuple[float, int]]] = {}
+        self._stored: dict[tuple[int, bytes], dict[int, tuple[float, int]]] = {}  # the same, from a checkpoint
         self._round = self._call = self._dealt = 0
-        self._prefix_ids: list[int] = getattr(objective, "prefix_ids", [])
+        takes_prefix = "prefix" in inspect.signature(objective.score).parameters
+        self._prefix_ids: list[int] = getattr(objective, "prefix_ids", []) if takes_prefix else []
         self._prefix: Prefix | None = None  # a row for each candidate that was met lately
         self._prefix_rows: dict[bytes, int] = {}
         self._share = False  # whether candidates have several examples now
@@ -107,8 +109,9 @@ class Evaluator:
             batches = [pairs[start : start + self.batch_size] for start in range(0, len(pairs), self.batch_size)]
             with self._timed():
                 for i, found, tokens in self._of_all_processes(batches):
-                    for (scores, _, example), score in zip(batches[i], found, strict=True):
-                        scores[example] = score, tokens / len(found)
+                    shares = np.diff(np.linspace(0, tokens, len(found) + 1).astype(int)).tolist()  # whole ones
+                    for (scores, _, example), score, share in zip(batches[i], found, shares, strict=True):
+                        scores[example] = score, share
             pairs = [pair for pair in pairs if pair[2] not in pair[0]]  # of batches that were too large
         return np.array([[scores[i][0] for i in examples] for scores in known])
 
@@ -269,14 +272,14 @@ class Evaluator:
 
     # ------------------------------------------------------------------------------------------------ memory
 
-    def _recall(self, x: np.ndarray, examples: Sequence[int]) -> dict[int, tuple[float, float]]:
+    def _recall(self, x: np.ndarray, examples: Sequence[int]) -> dict[int, tuple[float, int]]:
         """What is known of a candidate. What a checkpoint knew counts as spent, or a limit would be another one."""
         key = self._key(x)
         known, stored = self._known.setdefault(key, {}), self._stored.get(key, {})
         taken = {i: stored[i] for i in examples if i in stored and i not in known}
         known |= taken
         self.usage.rows += len(taken)
-        self.usage.tokens += round(sum(tokens for _, tokens in taken.values()))
+        self.usage.tokens += sum(tokens for _, tokens in taken.values())
         if taken:
             self.on_rows(len(taken))
         return known

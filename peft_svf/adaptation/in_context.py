@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import bisect
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from accelerate.utils.memory import should_reduce_batch_size
 
 from ..scoring import text_of
 from ..scoring.objectives import prompt_ids
@@ -73,8 +75,24 @@ def in_context_scores(evaluator: Evaluator, groups: Sequence[tuple[list[int], li
 
     Returns:
         `None` where that cannot be done: examples without an answer that is text, an objective that has no tokenizer or
-        takes no other examples, or no room for a single demonstration.
+        takes no other examples, or no room for a single demonstration; and with a warning, a chat template that does
+        not take them, or no memory for prompts that are so long.
     """
+    try:
+        return _in_context_scores(evaluator, groups)
+    except Exception as error:
+        kinds = {kind.__name__ for kind in type(error).__mro__}
+        if "TemplateError" in kinds:
+            reason = f"the chat template does not take the examples as turns: {error}"
+        elif should_reduce_batch_size(error) or "OutOfMemoryError" in str(error):  # of another process
+            reason = "there is not enough memory for prompts with all examples"
+        else:
+            raise
+        warnings.warn(f"In-context prompting was left out: {reason}.", stacklevel=2)
+        return None
+
+
+def _in_context_scores(evaluator: Evaluator, groups: Sequence[tuple[list[int], list[int]]]) -> np.ndarray | None:
     objective: Any = evaluator.objective
     rows = objective.examples
     parts = [objective, *getattr(objective, "objectives", [])]
@@ -107,7 +125,7 @@ def in_context_scores(evaluator: Evaluator, groups: Sequence[tuple[list[int], li
 
 
 def _new_tokens(parts: Sequence[Any]) -> int:
-    limits = [getattr(part, "generation_kwargs", {}).get("max_new_tokens", 0) for part in parts]
+    limits = [getattr(part, "generation_kwargs", {}).get("max_new_tokens") or 0 for part in parts]
     return max(limits, default=0) or max(parts[0].lengths())
 
 

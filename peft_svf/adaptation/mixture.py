@@ -326,9 +326,13 @@ class AdaptiveMixture:
             evaluator,
             split,
             plan,
-            (lambda seed: make_optimizer(optimizer, space, population_size=population_size, seed=seed))
+            (
+                lambda seed, start: make_optimizer(
+                    optimizer, space, population_size=population_size, seed=seed, start=start
+                )
+            )
             if isinstance(optimizer, str)
-            else (lambda seed: copy.deepcopy(optimizer) if split.folds else optimizer),
+            else (lambda seed, start: copy.deepcopy(optimizer) if split.folds else optimizer),
             in_context,
             None if checkpoint is None else Checkpoint(checkpoint, resume, self._identity(objective, space, settings)),
         )

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from .cem import CrossEntropyMethod
-from .space import WeightSpace
+from .space import UNIFORM, WeightSpace
 
 
 class Optimizer(Protocol):
@@ -115,7 +115,7 @@ class GradientDescent:
 def _cem(space: WeightSpace, start: np.ndarray, population_size: int, seed: int) -> Any:
     return CrossEntropyMethod(
         start,
-        _spread(space),
+        _spread(space) / 2,
         bounds=space.bounds,
         population_size=population_size,
         min_std=0.05 * 2 * _spread(space),
@@ -124,6 +124,7 @@ def _cem(space: WeightSpace, start: np.ndarray, population_size: int, seed: int)
 
 
 def _cem_paper(space: WeightSpace, start: np.ndarray, population_size: int, seed: int) -> Any:
+    start = _uniform(space)
     return CrossEntropyMethod(start, _spread(space), bounds=space.bounds, population_size=population_size, seed=seed)
 
 
@@ -153,18 +154,21 @@ OPTIMIZERS: dict[str, Callable[[WeightSpace, np.ndarray, int, int], Any]] = {
 }
 
 
-def make_optimizer(name: str, space: WeightSpace, *, population_size: int, seed: int) -> Any:
+def make_optimizer(
+    name: str, space: WeightSpace, *, population_size: int, seed: int, start: np.ndarray | None = None
+) -> Any:
     """
-    An optimiser over a space, started at the uniform mixture with half the width of the box as standard deviation (a
-    quarter for CMA-ES, as its authors advise), as in the paper's code.
+    An optimiser over a space, started with a quarter of the width of the box as standard deviation.
 
     Args:
         name (`str`): `"cem"`, the cross-entropy method with a floor of 0.05 of the box's width under the standard
-            deviation; `"cem-paper"`, without it; `"cma-es"` and `"sep-cma-es"` of the
+            deviation; `"cem-paper"`, as in the paper's code: without it, and always from the uniform mixture, with half
+            the width; `"cma-es"` and `"sep-cma-es"` of the
             package `cmaes`; `"random"`; `"gradient"`, for the log-likelihood.
         space ([`WeightSpace`]): The space.
         population_size (`int`): Candidates per generation.
         seed (`int`): Seed of the random numbers.
+        start (`np.ndarray`, *optional*): `[dim]`, where to start; the uniform mixture if `None`.
 
     Raises:
         ValueError: There is none of that name, a population below 2, or `"sep-cma-es"` for one variable.
@@ -176,8 +180,12 @@ def make_optimizer(name: str, space: WeightSpace, *, population_size: int, seed:
         raise ValueError(f"`population_size` must be at least 2, got {population_size}.")
     if name == "sep-cma-es" and space.dim < 2:
         raise ValueError("'sep-cma-es' needs two weights or more; for one, take 'cem'.")
-    start = space.vector(np.full(len(space.experts), np.clip(1 / len(space.experts), space.low, space.high)))
+    start = _uniform(space) if start is None else np.clip(start, space.low, space.high)
     return OPTIMIZERS[name](space, start, population_size, seed)
+
+
+def _uniform(space: WeightSpace) -> np.ndarray:
+    return np.clip(space.simple()[UNIFORM], space.low, space.high)
 
 
 def _spread(space: WeightSpace) -> float:

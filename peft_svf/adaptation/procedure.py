@@ -17,7 +17,7 @@ from .evaluator import Evaluator
 from .in_context import in_context_scores
 from .result import IN_CONTEXT, SEARCHED, MixtureResult, compared, interval
 from .search import Outcome, Plan, run_search
-from .space import UNIFORM
+from .space import BASE, UNIFORM
 
 FOLDS, FEW, MANY = 3, 6, 24
 
@@ -117,7 +117,8 @@ class Procedure:
         evaluator ([`Evaluator`]): Scores candidates.
         split ([`Split`]): Which examples are for what.
         plan ([`Plan`]): How to search.
-        make_optimizer: An optimiser for a seed.
+        make_optimizer: An optimiser for a seed, and where to start: at the best simple choice for the examples of its
+            search.
         in_context (`bool`): Whether to score in-context prompting.
         checkpoint ([`Checkpoint`], *optional*): Where to keep the scores.
     """
@@ -125,7 +126,7 @@ class Procedure:
     evaluator: Evaluator
     split: Split
     plan: Plan
-    make_optimizer: Callable[[int], Any]
+    make_optimizer: Callable[[int, np.ndarray], Any]
     in_context: bool = True
     checkpoint: Checkpoint | None = None
 
@@ -135,11 +136,10 @@ class Procedure:
         simple = space.simple()
         if self.checkpoint is not None:
             self.checkpoint.load(evaluator)
-        optimizer = self.make_optimizer(self.plan.seed)
-        with progress_bar(
-            desc=f"Searching ({evaluator.objective.name})", total=self._rows(optimizer), unit="row"
-        ) as bar:
+        with progress_bar(desc=f"Searching ({evaluator.objective.name})", unit="row") as bar:
             evaluator.on_rows = bar.update
+            optimizer = self.make_optimizer(self.plan.seed, self._start(self.split.search))
+            bar.total = self._rows(optimizer)
             scores = dict(zip(simple, evaluator.scores(list(simple.values()), judged), strict=True))
             if self.checkpoint is not None:
                 self.checkpoint.save(evaluator)
@@ -204,22 +204,39 @@ class Procedure:
             out_of_fold = np.empty(len(split.search))
             for number, fold in enumerate(split.folds, start=1):
                 rest = [i for i in split.search if i not in fold]
-                outcome = run_search(evaluator, self.make_optimizer(plan.seed + number), rest, plan, on_generation)
+                optimizer = self.make_optimizer(plan.seed + number, self._start(rest))
+                outcome = run_search(evaluator, optimizer, rest, plan, on_generation)
                 if not outcome.finalists or outcome.stopped == "interrupted":
                     main.stopped = "interrupted"
                     break
                 evaluator.new_round()
-                out_of_fold[fold] = evaluator.scores(outcome.finalists[:1], fold)[0]
+                try:
+                    out_of_fold[fold] = evaluator.scores(outcome.finalists[:1], fold)[0]
+                except KeyboardInterrupt:
+                    if processes().num_processes > 1:
+                        raise
+                    main.stopped = "interrupted"
+                    break
             else:
                 return found, out_of_fold, "cross-validation"
         return found, score(split.search), "search"
+
+    def _start(self, examples: list[int]) -> np.ndarray:
+        """The best simple choice for these examples; of equals the uniform mixture, then an expert."""
+        simple = self.evaluator.space.simple()
+        names = [UNIFORM, *(name for name in simple if name not in (UNIFORM, BASE)), BASE]
+        scores = self.evaluator.scores([simple[name] for name in names], examples).mean(axis=1)
+        return simple[names[int(scores.argmax())]]
 
     def _rows(self, optimizer: Any) -> int:
         """At most so many pairs of a candidate and an example."""
         candidates = self.plan.num_generations * optimizer.population_size
         searched = len(self.split.search)
         folds = sum(searched - len(fold) for fold in self.split.folds)
-        return (len(self.evaluator.space.experts) + 3) * len(self.split.judged) + candidates * (searched + folds)
+        simple = (len(self.evaluator.space.experts) + 3) * (
+            len(self.split.judged) + bool(self.split.held_out) * searched
+        )
+        return simple + candidates * (searched + folds)
 
 
 def _per_expert(experts: list[str], alpha: np.ndarray) -> dict[str, float]:

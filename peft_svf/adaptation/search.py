@@ -74,7 +74,8 @@ class Outcome:
 
     Attributes:
         finalists: The few best candidates, the best first: those with the best scores, and where the optimiser has one,
-            its mean, which goes first among equals, for it has the luck of a single draw least.
+            its mean. That goes first unless another is better beyond the noise of the examples, for it has the luck of
+            a single draw least.
         history: See [`MixtureResult`].
         stopped: Why it ended.
     """
@@ -145,12 +146,21 @@ def run_search(
 def by_score(
     evaluator: Evaluator, candidates: Sequence[np.ndarray], examples: Sequence[int], plan: Plan
 ) -> list[np.ndarray]:
-    """Candidates in the order of their scores on these examples, equals in the order given. Scored anew if the
-    objective samples, as the best of many scores is a lucky one."""
+    """
+    Candidates in the order of their scores on these examples, but the first one stays in front unless another is better
+    than it by more than the standard error of the difference. Scored anew if the objective samples, as the best of many
+    scores is a lucky one.
+    """
     evaluator.new_round()
-    scores = evaluator.scores(candidates, examples).mean(axis=1)
-    values = [_penalty(evaluator, x, plan) - score for x, score in zip(candidates, scores, strict=True)]
-    return [candidates[i] for i in np.argsort(values, kind="stable")]
+    scores = evaluator.scores(candidates, examples)
+    values = np.array([_penalty(evaluator, x, plan) for x in candidates]) - scores.mean(axis=1)
+    order = np.argsort(values, kind="stable").tolist()
+    gains = scores[order[0]] - scores[0]
+    error = gains.std(ddof=1) / np.sqrt(len(gains)) if len(gains) > 1 else 0.0
+    if values[0] - values[order[0]] <= error:
+        order.remove(0)
+        order.insert(0, 0)
+    return [candidates[i] for i in order]
 
 
 def _generation(

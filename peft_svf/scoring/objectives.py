@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from .prefix import Prefix, common_prefix, generates_from_prefix
+from .prefix import Prefix, common_prefix, generates_from_prefix, takes
 from .rewards import RewardFunc, check_rewards
 
 
@@ -134,8 +134,12 @@ class RewardObjective(_Batched):
     def score(self, model: Any, indices: Sequence[int], prefix: Prefix | None = None) -> list[float]:
         rows = [self.examples[i] for i in indices]
         prompts = [row["prompt"] for row in rows]
+        if not generates_from_prefix(self.generation_kwargs, getattr(model, "generation_config", None)):
+            prefix = None
         inputs = padded([self._prompts[i] for i in indices], "left", prefix, self.tokenizer, model.device)
         output = model.generate(**inputs, pad_token_id=self.tokenizer.pad_token_id, **self.generation_kwargs)
+        if len(output) != len(rows):
+            raise ValueError("`num_return_sequences` must be 1: an example has one score.")
         ends = _end_tokens(model, self.tokenizer, self.generation_kwargs)
         completion_ids = [_until_end(ids, ends) for ids in output[:, inputs["input_ids"].shape[1] :].tolist()]
         self.tokens += sum(len(self._prompts[i]) for i in indices) + sum(map(len, completion_ids))
@@ -196,7 +200,7 @@ class LogLikelihoodObjective(_Batched):
                 raise ValueError(f"The chat template does not continue this prompt with its completion: {row}")
             answer = whole[len(prompt) :]
         before = prompt_ids(row["prompt"], self.tokenizer)
-        return before + self.tokenizer(answer, add_special_tokens=False)["input_ids"], len(before)
+        return before + continuation_ids(row["prompt"], answer, self.tokenizer), len(before)
 
     def lengths(self) -> list[int]:
         return [len(ids) for ids, _ in self._rows]
@@ -214,7 +218,7 @@ class LogLikelihoodObjective(_Batched):
         length = batch["input_ids"].shape[1]
         first = min(prompt_length for _, prompt_length in rows) - 1
         # logits of the answers only, for there is a large vocabulary of them at each place
-        kept = {"logits_to_keep": length - first} if _takes(model, "logits_to_keep") else {}
+        kept = {"logits_to_keep": length - first} if takes(model, "logits_to_keep") else {}
         read = {"input_ids": batch["input_ids"][:, 0 if prefix is None else len(prefix) :]}
         logits = model(**{**batch, **read}, **kept).logits
         offset = length - logits.shape[1]
@@ -317,6 +321,16 @@ def prompt_ids(prompt: Any, tokenizer: Any) -> list[int]:
     return ids
 
 
+def continuation_ids(prompt: Any, answer: str, tokenizer: Any) -> list[int]:
+    """The tokens of an answer to a prompt, as they are after it: some tokenizers begin a text of its own with a space.
+    By itself where the two would grow together at the seam."""
+    before = prompt_ids(prompt, tokenizer)
+    whole = tokenizer(prompt_text(prompt, tokenizer) + answer, add_special_tokens=isinstance(prompt, str))["input_ids"]
+    if whole[: len(before)] == before:
+        return list(whole[len(before) :])
+    return list(tokenizer(answer, add_special_tokens=False)["input_ids"])
+
+
 def padded(
     sequences: list[list[int]], side: str, prefix: Prefix | None, tokenizer: Any, device: torch.device
 ) -> dict[str, Any]:
@@ -350,12 +364,6 @@ def _of_a_trainer(function: RewardFunc) -> dict[str, Any]:
         return {}
     stand_ins = {"trainer_state": None, "log_extra": _log_nothing, "log_metric": _log_nothing}
     return {name: value for name, value in stand_ins.items() if name in wanted}
-
-
-def _takes(model: Any, name: str) -> bool:
-    """Whether a model, perhaps a PEFT model, has this argument."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return name in inspect.signature(inner.forward).parameters
 
 
 def _log_nothing(*_: Any, **__: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ SHORTEST = 8  # tokens; below that it is not worth the trouble
 
 # with these, `generate` makes other rows, or caches of another kind
 ONE_ROW = ("num_beams", "num_return_sequences")
+LOCAL_ATTENTION = ("attention_types", "window_size")  # of configs whose models count places in the cache
 NO_OTHER = ("cache_implementation", "past_key_values", "assistant_model", "prompt_lookup_num_tokens")
 
 
@@ -55,26 +57,49 @@ def common_prefix(sequences: Sequence[list[int]]) -> list[int]:
     return least[:length] if length >= SHORTEST else []
 
 
-def generates_from_prefix(generation_kwargs: Mapping[str, Any]) -> bool:
-    """Whether `generate` can go on from a prefix with these arguments."""
+def generates_from_prefix(generation_kwargs: Mapping[str, Any], default: Any = None) -> bool:
+    """Whether `generate` can go on from a prefix with these arguments and a model's generation config."""
+
+    def value(name: str) -> Any:
+        sources = (generation_kwargs.get("generation_config"), default)
+        given = [generation_kwargs.get(name), *(getattr(source, name, None) for source in sources)]
+        return next((each for each in given if each is not None), None)
+
     return (
-        all((generation_kwargs.get(name) or 1) == 1 for name in ONE_ROW)
-        and all(generation_kwargs.get(name) is None for name in NO_OTHER)
-        and generation_kwargs.get("use_cache", True) is not False
+        all((value(name) or 1) == 1 for name in ONE_ROW)
+        and all(value(name) is None for name in NO_OTHER)
+        and value("use_cache") is not False
     )
+
+
+def takes(model: Any, name: str) -> bool:
+    """Whether a model, perhaps a PEFT model, has this argument."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return name in inspect.signature(inner.forward).parameters
 
 
 @torch.no_grad()
-def read_prefix(model: Any, ids: list[int], rows: int) -> Prefix | None:
+def read_prefix(model: Any, ids: list[int], rows: int, **kwargs: Any) -> Prefix | None:
     """Let a model read these tokens, in as many rows as it has mixtures.
 
+    Args:
+        model: The model.
+        ids (`list[int]`): The tokens.
+        rows (`int`): How often.
+        kwargs: More for the model's forward.
+
     Returns:
-        `None` if the model keeps anything but all keys and values of the tokens, such as those of a window or a state.
+        `None` if padding could not stand between a prefix and the rest: the model keeps anything but all keys and
+        values of the tokens, such as those of a window or a state, or it tells distances by places and not by
+        `position_ids`.
     """
+    if not takes(model, "position_ids") or any(hasattr(model.config, name) for name in LOCAL_ATTENTION):
+        return None
     inputs = torch.tensor(ids, device=model.device).expand(rows, -1)
-    kept = getattr(
-        model(input_ids=inputs, attention_mask=torch.ones_like(inputs), use_cache=True), "past_key_values", None
-    )
+    if takes(model, "logits_to_keep"):
+        kwargs["logits_to_keep"] = 1
+    output = model(input_ids=inputs, attention_mask=torch.ones_like(inputs), use_cache=True, **kwargs)
+    kept = getattr(output, "past_key_values", None)
     layers = getattr(kept, "layers", [])
     if type(kept) is not DynamicCache or not layers or any(type(layer) is not DynamicLayer for layer in layers):
         return None
