@@ -164,6 +164,34 @@ def test_the_oracle_uses_the_right_expert_and_nothing_is_answered_twice(world: P
     assert whole.accuracy["mine"]["a"] == whole.accuracy["oracle"]["a"]
 
 
+def test_an_evaluation_goes_on_only_with_what_it_was_about(world: Path, tmp_path: Path) -> None:
+    paths = {name: str(world / name) for name in ("sums", "lists")}
+    mixture = AdaptiveMixture.from_pretrained(str(world / "base"), paths)
+
+    def run_with(expert: str = "sums", reward: Any = length, threshold: float = 0.0, resume: bool = True) -> Any:
+        return evaluate(
+            mixture.model,
+            mixture.tokenizer,
+            [EvaluationTask("a", [{"prompt": f"a {i}"} for i in range(3)], reward, expert)],
+            {"prompt": make_dispatcher("prompt", mixture, threshold=threshold)},
+            generation_kwargs={"max_new_tokens": 3},
+            timed_prompts=0,
+            output=tmp_path / "scores.json",
+            resume=resume,
+        )
+
+    first = run_with(resume=False)
+    assert run_with().to_dict() == first.to_dict()
+    assert run_with(threshold=1.0).confusion["prompt"] == {"sums": {"other": 3}}  # asked anew
+    with pytest.raises(ValueError, match="its experts are others"):
+        run_with(expert="lists")
+    with pytest.raises(ValueError, match="its tasks are others"):
+        run_with(reward=first_letter)
+    next(p for n, p in mixture.model.named_parameters() if "svf_delta.sums" in n).data.mul_(2)
+    with pytest.raises(ValueError, match="its values of the experts are others"):
+        run_with()
+
+
 def test_evaluations_that_make_no_sense(world: Path) -> None:
     mixture = AdaptiveMixture.from_pretrained(str(world / "base"), {"sums": str(world / "sums")})
     task = EvaluationTask("a", [{"prompt": "a"}], length, "sums")

@@ -19,7 +19,7 @@ from peft_svf import AdaptiveMixture, SVFConfig
 from peft_svf.adaptation import Adapted, Dispatch, NearestDispatcher, PromptDispatcher, SelfAdaptiveModel
 from peft_svf.adaptation.dispatch import LabelTree, boxed_label
 from peft_svf.scoring import classification_prompt
-from peft_svf.scoring.objectives import prompt_ids
+from peft_svf.scoring.objectives import continuation_ids, prompt_ids
 
 PROMPTS = ["what is 3 + 4?", "name a cat", "count 1 2 3", "x"]
 EXPERTS = {"math": "numbers", "maths": "", "words": "names of things"}
@@ -146,6 +146,55 @@ def test_plain_text_without_a_chat_template(model: Any, tokenizer: Any) -> None:
     assert found.probabilities.shape == (4, 4)
 
 
+def test_nothing_of_the_model_is_changed(model: Any, tokenizer: Any) -> None:
+    model.base_model.set_adapter("math")  # trainable, as while it is trained
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    for dispatcher in (
+        PromptDispatcher(model, tokenizer, EXPERTS, adapter_name="classifier"),
+        PromptDispatcher(model, tokenizer, EXPERTS),
+        NearestDispatcher(model, tokenizer, {"math": ["a"], "words": ["b"]}),
+    ):
+        dispatcher(PROMPTS)
+        assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+        assert model.active_adapters == ["math"]
+    model.merge_adapter(["math"])
+    try:
+        with pytest.raises(ValueError, match="merged"):
+            PromptDispatcher(model, tokenizer, EXPERTS)(PROMPTS)
+    finally:
+        model.unmerge_adapter()
+
+
+def test_labels_have_the_tokens_that_follow_the_prompt(model: Any, tokenizer: Any) -> None:
+    class Spaced:
+        """A tokenizer that begins a text with a space, as sentencepiece does."""
+
+        def __call__(self, text: Any, **kwargs: Any) -> Any:
+            return tokenizer(" " + text if isinstance(text, str) else [" " + t for t in text], **kwargs)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(tokenizer, name)
+
+    space = tokenizer(" ")["input_ids"][0]
+    dispatcher = PromptDispatcher(model, Spaced(), EXPERTS)
+    assert all(ids[0] != space for ids in dispatcher._tree.answers)
+    assert continuation_ids("ab", "cd", Spaced()) == tokenizer("cd")["input_ids"]
+
+
+def test_a_template_without_system_messages(model: Any, tokenizer: Any) -> None:
+    strict = copy.deepcopy(tokenizer)
+    strict.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}={% endif %}"
+    )
+    found = PromptDispatcher(model, strict, EXPERTS)(PROMPTS)
+    assert found.probabilities.shape == (4, 4)
+    adaptive = SelfAdaptiveModel(model, strict, Fixed(["math"] * 2))
+    system = [{"role": "system", "content": "x"}, {"role": "user", "content": "ab"}]
+    with pytest.warns(UserWarning, match="no system"):
+        assert adaptive.chat([system, "ab"], max_new_tokens=4) == [None, adaptive.chat("ab", max_new_tokens=4)]
+
+
 # ------------------------------------------------------------------------------------------ likeness to examples
 
 
@@ -231,6 +280,10 @@ def test_an_empty_batch_an_empty_prompt_and_a_long_one(name: str, model: Any, to
         found = dispatcher(["b" * 31, "b" * 30])  # once is enough
     with pytest.raises(TypeError, match="list of prompts"):
         dispatcher("x")
+    odd = "☃" * 7  # 21 bytes, which may be as many tokens
+    assert dispatcher.shortener(odd) == odd
+    parts = [{"role": "user", "content": [{"type": "text", "text": "x"}]}]
+    assert dispatcher([parts]).probabilities == pytest.approx(dispatcher(["x"]).probabilities, abs=1e-5)
     messages = [[{"role": "user", "content": "x"}], [{"role": "user", "content": "b" * 30}]]
     assert dispatcher(messages).probabilities == pytest.approx(dispatcher(["x", "b" * 30]).probabilities, abs=1e-5)
 
@@ -283,6 +336,17 @@ def test_soft_choices_are_mixtures(model: Any, mixture: AdaptiveMixture, tokeniz
         assert text == answer(model, tokenizer, prompt, "mixture")
 
 
+def test_what_was_refused_gets_nothing_of_a_soft_choice(model: Any, tokenizer: Any) -> None:
+    dispatcher = PromptDispatcher(model, tokenizer, EXPERTS, threshold=1.0)
+    found = dispatcher([*PROMPTS, " "])
+    assert found.choices == ["other"] * 5
+    most = found.probabilities.argmax(axis=1)
+    for i, weights in enumerate(found.soft_weights):
+        assert weights.any() == (i < 4 and found.labels[most[i]] == "other")
+    adaptive = SelfAdaptiveModel(model, tokenizer, Fixed(["other"], [[0.6, 0.2, 0.2]]), soft=True)
+    assert adaptive.chat(PROMPTS[0], max_new_tokens=6) == answer(model, tokenizer, PROMPTS[0], None)
+
+
 def test_a_mixture_in_the_place_of_a_dispatcher(model: Any, mixture: AdaptiveMixture, tokenizer: Any) -> None:
     mixture.set_weights({"math": 0.5, "words": 0.7})
     model.set_adapter("classifier")
@@ -303,6 +367,12 @@ def test_a_prompt_that_fails_does_not_take_the_others_along(model: Any, tokenize
     alone = adaptive.chat([PROMPTS[0], PROMPTS[1]], max_new_tokens=6)
     assert [found.texts[0], found.texts[3]] == alone
     assert adaptive.chat([]) == []
+    with pytest.warns(UserWarning, match="must be text or a list of messages"):
+        assert adaptive.chat([None, PROMPTS[0]], max_new_tokens=6) == [None, alone[0]]
+    with pytest.raises(ValueError, match="num_return_sequences"):
+        adaptive.chat(PROMPTS, num_return_sequences=2)
+    with pytest.raises(ValueError, match="needs `input_ids`"):
+        adaptive.generate(max_new_tokens=2)
 
 
 def test_generate_is_that_of_a_model(model: Any, tokenizer: Any) -> None:
@@ -313,6 +383,8 @@ def test_generate_is_that_of_a_model(model: Any, tokenizer: Any) -> None:
     found = adaptive.generate(**inputs, max_new_tokens=4, do_sample=False)
     expected = model.generate(**inputs, max_new_tokens=4, do_sample=False, adapter_names=["math", "math"])
     assert torch.equal(found, expected)
+    ids = inputs["input_ids"][:1]
+    assert torch.equal(adaptive.generate(inputs=ids, max_new_tokens=2), adaptive.generate(ids, max_new_tokens=2))
     assert adaptive.config is model.config
     pipe = transformers.pipeline("text-generation", model=adaptive, tokenizer=tokenizer)
     text = pipe("ab", max_new_tokens=4, do_sample=False)[0]["generated_text"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from test_adaptation import EXAMPLES, EXPERTS, IDS, Distance, base_model, count_
 from test_adaptation import experts as experts
 from test_adaptation import mixture as mixture
 from test_adaptation import tokenizer as tokenizer
+from transformers import GenerationConfig, GPTNeoConfig, GPTNeoForCausalLM, MptConfig, MptForCausalLM
 
 from peft_svf import AdaptiveMixture, SVFConfig, SVFLayer
 from peft_svf.adaptation import (
@@ -163,6 +165,51 @@ def test_sampled_answers_do_not_depend_on_whether_the_beginning_is_shared(
         return Evaluator(mixture.model, space, objective).scores(candidates, range(len(LED))).tolist()
 
     assert scores(True) == scores(False)
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_models_that_count_places_share_no_beginning(local: bool, tokenizer: Any) -> None:
+    if local:
+        config: Any = GPTNeoConfig(
+            vocab_size=47,
+            hidden_size=16,
+            num_layers=2,
+            num_heads=2,
+            attention_types=[[["global", "local"], 1]],
+            window_size=4,
+            max_position_embeddings=64,
+        )
+        model = GPTNeoForCausalLM(config).eval()
+        model.config.num_hidden_layers = 2
+    else:
+        config = MptConfig(vocab_size=47, d_model=16, n_heads=2, n_layers=2, max_seq_len=64)
+        model = MptForCausalLM(config).eval()
+    assert read_prefix(model, list(range(5, 15)), 2) is None
+
+
+def test_beams_of_the_model_s_own_settings(mixture: AdaptiveMixture, tokenizer: Any) -> None:
+    space, x = WeightSpace(mixture.experts, modules(mixture)), np.array([0.5, 0.2, 0.9])
+    for kwargs in ({}, {"generation_config": GenerationConfig(num_beams=2, pad_token_id=3, eos_token_id=2)}):
+        objective = of_led("reward", tokenizer, **kwargs)
+        if not kwargs:
+            mixture.model.generation_config.num_beams = 2
+        found = Evaluator(mixture.model, space, objective).scores([x], range(len(LED)))[0]
+        mixture.set_weights(x)
+        assert found.tolist() == objective(mixture.model)
+        mixture.model.generation_config.num_beams = None
+    several = of_led("reward", tokenizer, generation_config=GenerationConfig(num_return_sequences=2, num_beams=2))
+    with pytest.raises(ValueError, match="num_return_sequences"):
+        several.score(mixture.model, [0])
+
+
+def test_an_objective_of_the_old_kind_still_works(mixture: AdaptiveMixture, tokenizer: Any) -> None:
+    class Own(RewardObjective):
+        def score(self, model: Any, indices: Sequence[int]) -> list[float]:  # type: ignore[override]
+            return super().score(model, indices)
+
+    objective = Own(LED, count_letters, tokenizer, generation_kwargs={"max_new_tokens": 2})
+    assert objective.prefix_ids
+    Evaluator(mixture.model, WeightSpace(mixture.experts, []), objective).scores([np.zeros(3)], range(3))
 
 
 @pytest.mark.parametrize("kwargs", [{"num_beams": 2}, {"cache_implementation": "static"}, {"use_cache": False}])
@@ -783,6 +830,51 @@ def test_a_gradient_that_does_not_fit_is_made_of_parts(mixture: AdaptiveMixture,
     assert found == pytest.approx(value, abs=1e-5)
     assert slope == pytest.approx(gradient, abs=1e-5)
     assert evaluator.batch_size == 1
+
+
+def test_ctrl_c_while_a_fold_is_scored_keeps_the_search(mixture: AdaptiveMixture) -> None:
+    class Interrupted(Distance):
+        """When a single candidate is scored on a fold, the second time: the first are the simple choices."""
+
+        calls = 0
+
+        def score(self, model: Any, indices: Sequence[int]) -> list[float]:
+            self.calls += len(indices) == 2
+            if self.calls == 1 and len(indices) == 2:
+                raise KeyboardInterrupt
+            return super().score(model, indices)
+
+    result = mixture.search(
+        objective=Interrupted(TARGET, 6), validation=3, racing=False, num_generations=2, population_size=8
+    )
+    assert (result.stopped, result.judged_on, len(result.history)) == ("interrupted", "search", 2)
+
+
+@pytest.mark.parametrize("what", ["memory", "template"])
+def test_a_search_does_without_in_context_prompting(what: str, mixture: AdaptiveMixture, tokenizer: Any) -> None:
+    class Large(LogLikelihoodObjective):
+        def score(self, model: Any, indices: Sequence[int], prefix: Any = None) -> list[float]:
+            if what == "memory" and max(len(self._rows[i][0]) for i in indices) > 30:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return super().score(model, indices, prefix)
+
+    tokenizer = copy.deepcopy(tokenizer)
+    rows = ROWS
+    if what == "template":
+        tokenizer.chat_template = (
+            "{% if messages | length > 2 %}{{ raise_exception('too many turns') }}{% endif %}"
+            "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+        )
+        rows = [
+            {
+                "prompt": [{"role": "user", "content": row["prompt"]}],
+                "completion": [{"role": "assistant", "content": row["completion"]}],
+            }
+            for row in ROWS
+        ]
+    with pytest.warns(UserWarning, match="In-context prompting was left out"):
+        result = mixture.search(objective=Large(rows, tokenizer), num_generations=1, population_size=2)
+    assert "in-context" not in result.scores
 
 
 def test_ctrl_c_while_the_result_is_judged_keeps_it(mixture: AdaptiveMixture) -> None:

@@ -6,7 +6,6 @@ import re
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -14,8 +13,8 @@ import numpy as np
 import torch
 
 from ..scoring import Prefix, classification_prompt, read_prefix
-from ..scoring.objectives import padded, prompt_ids, with_pad_token
-from ..scoring.prefix import common_prefix
+from ..scoring.objectives import continuation_ids, padded, prompt_ids, with_pad_token
+from ..scoring.prefix import common_prefix, takes
 from ..tuner.rows import BASE
 
 OTHER = "other"
@@ -53,9 +52,17 @@ class Dispatch:
 
     @property
     def weights(self) -> np.ndarray:
-        """The probabilities of the experts, `[prompts, experts]`, as weights of mixtures; that of `"other"` is left
-        to the base model."""
+        """The probabilities of the experts, `[prompts, experts]`; that of `"other"` is left to the base model."""
         return self.probabilities[:, [self.labels.index(expert) for expert in self.experts]]
+
+    @property
+    def soft_weights(self) -> np.ndarray:
+        """`weights` as those of mixtures: 0 for prompts that were sent to `"other"` though an expert was most probable,
+        as they failed or nothing was sure."""
+        most = [self.labels[int(row.argmax())] for row in self.probabilities]
+        refused = [choice == OTHER != best for choice, best in zip(self.choices, most, strict=True)]
+        refused = [no or i in self.errors for i, no in enumerate(refused)]
+        return np.where(np.array(refused, dtype=bool)[:, None], 0.0, self.weights)
 
 
 class Dispatcher(Protocol):
@@ -127,7 +134,7 @@ class PromptDispatcher:
         called = {name: (labels or {}).get(name, name) for name in self.experts} | ({OTHER: OTHER} if other else {})
         self.labels, self.answers = list(called), [label.strip() for label in called.values()]
         check_labels(self.answers)
-        self.descriptions = {called[name]: text for name, text in experts.items()}
+        self.descriptions = {called[name].strip(): text for name, text in experts.items()}
         if adapter_name is not None and adapter_name not in model.peft_config:
             raise ValueError(f"There is no adapter {adapter_name!r}; there are {', '.join(model.peft_config)}.")
         if method not in ("likelihood", "generate"):
@@ -137,8 +144,7 @@ class PromptDispatcher:
         self.adapter_name, self.method, self.threshold, self.batch_size = adapter_name, method, threshold, batch_size
         self.shortener = Shortener(tokenizer, max_prompt_tokens, model)
         self.generation_kwargs = {"max_new_tokens": 64, "do_sample": False, **(generation_kwargs or {})}
-        tokens = [self.tokenizer(label, add_special_tokens=False)["input_ids"] for label in self.answers]
-        self._tree = LabelTree(tokens) if method == "likelihood" else None
+        self._tree = LabelTree(self._label_tokens()) if method == "likelihood" else None
         self._bias: np.ndarray | None = None
         if calibrate:
             if method == "generate":
@@ -173,10 +179,18 @@ class PromptDispatcher:
             return boxed_prompt(prompt, self.answers, self.descriptions)
         return classification_prompt(prompt, self.answers, self.descriptions)
 
+    def _label_tokens(self) -> list[list[int]]:
+        asked = _rendered(self.question(NOTHING), self.tokenizer)
+        space = " " if isinstance(asked, str) else ""
+        return [continuation_ids(asked, space + label, self.tokenizer) for label in self.answers]
+
     def _probabilities(self, prompts: Sequence[Any]) -> np.ndarray:
         asked = [prompt_ids(_rendered(self.question(prompt), self.tokenizer), self.tokenizer) for prompt in prompts]
-        with classifying(self.model, self.adapter_name):
-            return self._generated(asked) if self._tree is None else self._compared(asked)
+        return self._generated(asked) if self._tree is None else self._compared(asked)
+
+    def _rows(self, count: int) -> dict[str, list[str]]:
+        """The adapter of each row, so that nothing has to be switched and nobody else's adapter is touched."""
+        return {"adapter_names": [self.adapter_name or BASE] * count}
 
     @torch.no_grad()
     def _compared(self, asked: list[list[int]]) -> np.ndarray:
@@ -184,10 +198,10 @@ class PromptDispatcher:
         assert self._tree is not None
         end = self.tokenizer.eos_token_id
         begin = common_prefix(asked) if len(asked) > 1 else []
-        prefix = read_prefix(self.model, begin, 1) if begin else None
+        prefix = read_prefix(self.model, begin, 1, **self._rows(1)) if begin else None
         logps = torch.zeros(len(asked), len(self.labels))
         for path, branches in self._tree.branches(end):
-            logits = _next_logits(self.model, self.tokenizer, [ids + path for ids in asked], prefix)
+            logits = self._next_logits([ids + path for ids in asked], prefix)
             allowed = torch.tensor([token for token, _ in branches], device=logits.device)
             here = logits[:, allowed].float().log_softmax(-1).cpu()
             for place, (_, labels) in enumerate(branches):
@@ -195,10 +209,26 @@ class PromptDispatcher:
         found: np.ndarray = logps.double().exp().numpy()
         return found
 
+    def _next_logits(self, sequences: list[list[int]], prefix: Prefix | None) -> torch.Tensor:
+        """Of the token after each sequence, `[rows, vocabulary]`."""
+        count = len(sequences)
+        shared = None if prefix is None else prefix.rows([0] * count)
+        batch = padded(sequences, "left", shared, self.tokenizer, self.model.device)
+        start = 0 if prefix is None else len(prefix)
+        if takes(self.model, "position_ids"):
+            batch["position_ids"] = batch["attention_mask"].cumsum(-1).sub(1).clamp(min=0)[:, start:]
+        if takes(self.model, "logits_to_keep"):
+            batch["logits_to_keep"] = 1
+        batch["input_ids"] = batch["input_ids"][:, start:]
+        logits: torch.Tensor = self.model(**batch, **self._rows(count)).logits[:, -1]
+        return logits
+
     @torch.no_grad()
     def _generated(self, asked: list[list[int]]) -> np.ndarray:
         inputs = padded(asked, "left", None, self.tokenizer, self.model.device)
-        output = self.model.generate(**inputs, pad_token_id=self.tokenizer.pad_token_id, **self.generation_kwargs)
+        output = self.model.generate(
+            **inputs, **self._rows(len(asked)), pad_token_id=self.tokenizer.pad_token_id, **self.generation_kwargs
+        )
         texts = self.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         found = np.zeros((len(texts), len(self.labels)))
         for row, text in enumerate(texts):
@@ -281,7 +311,7 @@ class Shortener:
     def __call__(self, prompt: Any) -> str:
         """The text of a prompt, shortened if need be; of messages, those of the user."""
         text = text_of_prompt(prompt)
-        if len(text) <= self.limit:  # no token is shorter than a character
+        if len(text.encode()) <= self.limit:  # no token is shorter than a byte
             return text
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if len(ids) <= self.limit:
@@ -348,12 +378,23 @@ def text_of_prompt(prompt: Any) -> str:
     Raises:
         ValueError: An empty prompt.
     """
-    if not isinstance(prompt, str):
-        prompt = "\n".join(message["content"] for message in prompt if message["role"] == "user")
-    if not prompt.strip():
+    if not isinstance(prompt, (str, list, tuple)):
+        raise TypeError(f"A prompt must be text or a list of messages, got {prompt!r}.")
+    text = (
+        prompt
+        if isinstance(prompt, str)
+        else "\n".join(content_text(message["content"]) for message in prompt if message["role"] == "user")
+    )
+    if not text.strip():
         raise ValueError("A prompt is empty.")
-    text: str = prompt
     return text
+
+
+def content_text(content: Any) -> str:
+    """The text of a message, which may come in parts."""
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part.get("type") == "text")
 
 
 def boxed_prompt(prompt: str, labels: Sequence[str], descriptions: Mapping[str, str]) -> list[dict[str, str]]:
@@ -376,35 +417,15 @@ def boxed_label(text: str, labels: Sequence[str]) -> str | None:
     return next((label for label in labels if label.casefold() == named), None)
 
 
-@contextmanager
-def classifying(model: Any, adapter_name: str | None) -> Iterator[None]:
-    """With this adapter alone active, or none."""
-    if adapter_name is None:
-        with model.disable_adapter():
-            yield
-        return
-    active = model.active_adapters
-    model.set_adapter(adapter_name, inference_mode=True)
-    try:
-        yield
-    finally:
-        model.base_model.set_adapter(active, inference_mode=True)
-
-
 def _rendered(messages: list[dict[str, str]], tokenizer: Any) -> Any:
-    """Messages where there is a chat template, else their text with room for the answer."""
+    """Messages where there is a chat template, in one turn if that has no system message; else their text with room for
+    the answer."""
     if getattr(tokenizer, "chat_template", None):
+        try:
+            tokenizer.apply_chat_template(messages, tokenize=False)
+        except Exception as error:
+            if "TemplateError" not in {kind.__name__ for kind in type(error).__mro__}:
+                raise
+            return [{"role": "user", "content": "\n\n".join(message["content"] for message in messages)}]
         return messages
     return "\n\n".join(message["content"] for message in messages) + "\nAnswer:"
-
-
-def _next_logits(model: Any, tokenizer: Any, sequences: list[list[int]], prefix: Prefix | None) -> torch.Tensor:
-    """Of the token after each sequence, `[rows, vocabulary]`."""
-    batch = padded(
-        sequences, "left", None if prefix is None else prefix.rows([0] * len(sequences)), tokenizer, model.device
-    )
-    positions = batch["attention_mask"].cumsum(-1).sub(1).clamp(min=0)
-    start = 0 if prefix is None else len(prefix)
-    batch |= {"input_ids": batch["input_ids"][:, start:], "position_ids": positions[:, start:]}
-    logits: torch.Tensor = model(**batch, logits_to_keep=1).logits[:, -1]
-    return logits

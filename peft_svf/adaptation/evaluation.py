@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -14,14 +13,16 @@ from typing import Any
 import numpy as np
 
 from .._files import write_whole
+from .._processes import by_main_process
 from .._progress import progress_bar
 from ..scoring import RewardFunc, RewardObjective
 from .dispatch import OTHER, Dispatcher
 from .evaluator import Evaluator
+from .identity import description_of, digest_of_experts, digest_of_rows
 from .mixture import AdaptiveMixture
 from .result import interval
 from .self_adaptive import SelfAdaptiveModel
-from .space import BASE, WeightSpace
+from .space import BASE, UNIFORM, WeightSpace
 
 ORACLE = "oracle"
 
@@ -108,7 +109,7 @@ def evaluate(
         batch_size (`int`, *optional*): Rows per batch, see [`Evaluator`].
         timed_prompts (`int`): Questions of all tasks in one batch on which the two passes are timed; 0 for none.
         output (path, *optional*): A JSON file for all scores, written after each task and strategy.
-        resume (`bool`): Go on from that file, if it is there, with the same strategies: it knows where they sent what.
+        resume (`bool`): Go on from that file, if it is there.
         seed (`int`): Of the questions that are timed.
 
     Raises:
@@ -128,7 +129,16 @@ def evaluate(
         )
         for task in tasks
     }
-    store = _Store(output, resume, _identity(tasks, generation_kwargs), evaluators)
+    identity = {
+        "base model": str(getattr(model.config, "_name_or_path", "")),
+        "experts": experts,
+        "values of the experts": digest_of_experts(model, experts),
+        "tasks": {
+            name: [digest_of_rows(its.objective.examples), description_of(its.objective)]
+            for name, its in evaluators.items()
+        },
+    }
+    store = _Store(output, resume, json.loads(json.dumps(identity, default=str)), evaluators)
     found = Evaluation([*names])
     columns: dict[str, dict[str, np.ndarray]] = {BASE: {}, ORACLE: {}, **{name: {} for name in strategies}}
     simple = space.simple()
@@ -173,6 +183,8 @@ def _experts(model: Any, tasks: Sequence[EvaluationTask], strategies: Mapping[st
     if not experts:
         raise ValueError("Neither the tasks nor the strategies have an expert.")
     for name in experts:
+        if name in (BASE, UNIFORM, ORACLE, OTHER):
+            raise ValueError(f"An expert cannot be called {name!r} here, which stands for something else.")
         if name not in model.peft_config:
             raise ValueError(f"The expert {name!r} is not loaded; the model has {', '.join(model.peft_config)}.")
     for name in strategies:
@@ -222,12 +234,6 @@ def _timed(
     return {**details.seconds, "prompts": len(chosen)}
 
 
-def _identity(tasks: Sequence[EvaluationTask], generation_kwargs: Mapping[str, Any] | None) -> dict[str, str]:
-    rows = {task.name: list(task.examples) for task in tasks}
-    digest = hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
-    return {"questions": digest, "generation_kwargs": json.dumps(generation_kwargs and dict(generation_kwargs))}
-
-
 class _Store:
     """Scores and choices in a JSON file."""
 
@@ -235,37 +241,54 @@ class _Store:
         self,
         path: str | os.PathLike[str] | None,
         resume: bool,
-        identity: dict[str, str],
+        identity: dict[str, Any],
         evaluators: dict[str, Evaluator],
     ) -> None:
         self.path, self.identity, self.evaluators = None if path is None else Path(path), identity, evaluators
         self._choices: dict[str, dict[str, list[str]]] = {}
+        content = by_main_process(lambda: self._read(resume))  # the file may be there in one process only
+        if content is not None:
+            self._choices = content["choices"]
+            for name, evaluator in evaluators.items():
+                evaluator.load_state_dict(content["scores"].get(name, []))
+
+    def _read(self, resume: bool) -> dict[str, Any] | None:
         if self.path is None or not self.path.exists():
-            return
+            return None
         if not resume:
             raise ValueError(f"{self.path} exists. Pass `resume=True` to go on with that evaluation, or another path.")
         try:
             content = json.loads(self.path.read_text())
-            known, scores, self._choices = content["identity"], content["scores"], content["choices"]
+            known, _, _ = content["identity"], content["scores"], content["choices"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.path} is no file of an evaluation: {error!r}.") from error
-        for name, value in identity.items():
+        for name, value in self.identity.items():
             if known.get(name) != value:
                 raise ValueError(f"{self.path} is of another evaluation: its {name} are others.")
-        for name, evaluator in evaluators.items():
-            evaluator.load_state_dict(scores.get(name, []))
+        return {"scores": content["scores"], "choices": content["choices"]}
 
     def choices(self, strategy: str, task: EvaluationTask, dispatcher: Dispatcher) -> list[str]:
         """Where the questions of a task go."""
-        known = self._choices.setdefault(strategy, {})
+        known = self._choices.setdefault(f"{strategy}: {_description(dispatcher)}", {})
         if task.name not in known:
             known[task.name] = list(dispatcher([row["prompt"] for row in task.examples]).choices)
         return known[task.name]
 
     def save(self) -> None:
+        by_main_process(self._write)
+
+    def _write(self) -> None:
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         scores = {name: evaluator.state_dict() for name, evaluator in self.evaluators.items()}
         content = {"identity": self.identity, "choices": self._choices, "scores": scores}
         write_whole(self.path, json.dumps(content) + "\n")
+
+
+def _description(dispatcher: Any) -> str:
+    """Its settings, as far as they are plain values."""
+    plain = (str, int, float, bool, type(None), list, dict, tuple)
+    settings = {name: value for name, value in sorted(vars(dispatcher).items()) if isinstance(value, plain)}
+    arrays = {name: value.tolist() for name, value in sorted(vars(dispatcher).items()) if isinstance(value, np.ndarray)}
+    return f"{type(dispatcher).__name__} {digest_of_rows([settings, arrays])}"

@@ -8,7 +8,7 @@ from typing import Any
 from peft import PeftModel
 
 from .dispatch import Dispatcher, PromptDispatcher
-from .mixture import AdaptiveMixture
+from .mixture import AdaptiveMixture, expert_config
 from .nearest import NearestDispatcher
 
 DISPATCHERS = ("prompt", "classifier", "nearest", "mixture")
@@ -39,6 +39,8 @@ def load_experts(
         if CLASSIFIER in experts:
             raise ValueError(f"An expert cannot be called {CLASSIFIER!r}.")
         model: PeftModel = mixture.model
+        config = expert_config(CLASSIFIER, classifier, base_check)
+        model.add_adapter(CLASSIFIER, config)
         model.load_adapter(classifier, adapter_name=CLASSIFIER, is_trainable=False)
         mixture.activate()
     return mixture

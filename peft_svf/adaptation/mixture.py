@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 import tempfile
@@ -19,11 +18,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..scoring import LogLikelihoodObjective, Objective, RewardFunc, RewardObjective
-from ..scoring.rewards import reward_name
 from ..tuner import SVFConfig, SVFLayer, SVFModel, SVFRuntimeConfig
 from .card import is_mixture_card, mixture_card
 from .checkpoint import Checkpoint
 from .evaluator import Evaluator
+from .identity import description_of, digest_of_experts, digest_of_rows
 from .optimizers import make_optimizer
 from .procedure import Procedure, split_examples
 from .result import IN_CONTEXT, SEARCHED, MixtureResult
@@ -128,7 +127,7 @@ class AdaptiveMixture:
                     "base model anew, or mix the adapters that it has: `AdaptiveMixture(peft_model, names)`."
                 )
         # read all before the model is touched
-        configs = {name: _expert_config(name, path, base_check) for name, path in experts.items()}
+        configs = {name: expert_config(name, path, base_check) for name, path in experts.items()}
         if isinstance(base_model, (str, os.PathLike)):
             tokenizer = AutoTokenizer.from_pretrained(base_model) if tokenizer is None else tokenizer
             base_model = AutoModelForCausalLM.from_pretrained(base_model, **kwargs)
@@ -371,19 +370,14 @@ class AdaptiveMixture:
 
     def _identity(self, objective: Objective, space: WeightSpace, settings: dict[str, Any]) -> dict[str, Any]:
         """What two searches must have in common for one to go on with the scores of the other."""
-        deltas = hashlib.sha256()
-        for layer in self._mixed_layers(self.adapter_name):
-            for delta in layer.delta_weights(name for name in self.experts if name in layer.svf_delta):
-                deltas.update(delta.detach().float().cpu().numpy().tobytes())
-        rows = json.dumps(objective.examples, sort_keys=True, default=str)
         return {
             **settings,
             "experts": self.experts,
-            "values of the experts": deltas.hexdigest(),
+            "values of the experts": digest_of_experts(self.model, self.experts),
             "groups": space.groups,
             "group of each module": space.group_of,
-            "objective": _description(objective),
-            "content of the examples": hashlib.sha256(rows.encode()).hexdigest(),
+            "objective": description_of(objective),
+            "content of the examples": digest_of_rows(objective.examples),
         }
 
     # ------------------------------------------------------------------------------------------------ use
@@ -450,14 +444,6 @@ def _generation_kwargs(objective: Any) -> dict[str, Any] | None:
     return json.loads(json.dumps(found[0], default=str)) if found else None
 
 
-def _description(objective: Any) -> list[Any]:
-    """What an objective computes, as far as names and numbers tell."""
-    names = [reward_name(function) for function in getattr(objective, "reward_funcs", [])]
-    parts = [_description(part) for part in getattr(objective, "objectives", [])]
-    weights = getattr(objective, "reward_weights", getattr(objective, "weights", None))
-    return [objective.name, names, weights, repr(getattr(objective, "generation_kwargs", None)), parts]
-
-
 def _check_names(experts: Sequence[str], adapter_name: str) -> None:
     if not experts:
         raise ValueError("No experts: a mixture needs at least one.")
@@ -473,7 +459,7 @@ def _check_names(experts: Sequence[str], adapter_name: str) -> None:
             )
 
 
-def _expert_config(name: str, path: str | os.PathLike[str], base_check: Any) -> SVFConfig:
+def expert_config(name: str, path: str | os.PathLike[str], base_check: Any) -> SVFConfig:
     config = SVFConfig.from_pretrained(path)
     if not isinstance(config, SVFConfig):
         raise ValueError(f"Expert {name!r} ({path}) is a {config.peft_type} adapter; only SVF adapters can be mixed.")

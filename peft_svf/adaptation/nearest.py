@@ -10,14 +10,17 @@ import numpy as np
 import torch
 
 from ..scoring.objectives import padded, with_pad_token
-from .dispatch import OTHER, Dispatch, Shortener, check_experts, choose, classifying
+from ..scoring.prefix import takes
+from ..tuner.rows import BASE
+from .dispatch import OTHER, Dispatch, Shortener, check_experts, choose
 
 
 class NearestDispatcher:
     """
-    Routes a prompt to the expert whose examples it is most like, by the base model's own hidden states, averaged over
-    the prompt's tokens (as LoRAuter routes by embeddings of tasks, https://huggingface.co/papers/2601.21795). Nothing
-    is asked or generated, so hundreds of experts cost no more than a few.
+    Routes a prompt to the expert whose examples it is most like, by the base model's own hidden states, each of length
+    1, averaged over the prompt's tokens but the first, which is huge in many models and says nothing (LoRAuter routes
+    by embeddings of tasks, https://huggingface.co/papers/2601.21795). Nothing is asked or generated, so hundreds of
+    experts cost no more than a few.
 
     A prompt that is less like the nearest expert's examples than they are like each other goes to `"other"`.
 
@@ -70,8 +73,9 @@ class NearestDispatcher:
                 raise ValueError(f"Example {i} of the expert {name!r} is of no use: {reason}")
 
         found = {name: self._embedded([self.shortener(p) for p in examples]) for name, examples in experts.items()}
-        # what all prompts have in common says nothing
-        self._common = np.mean([vectors.mean(axis=0) for vectors in found.values()], axis=0)
+        # what all prompts have in common says nothing; with one expert there is nothing to tell it by
+        means = [vectors.mean(axis=0) for vectors in found.values()]
+        self._common = np.mean(means, axis=0) if len(means) > 1 else np.zeros_like(means[0])
         centred = {name: self._directions(vectors) for name, vectors in found.items()}
         self._centres = np.array([_unit(vectors.mean(axis=0)) for vectors in centred.values()])
         self.thresholds = np.array(
@@ -101,13 +105,16 @@ class NearestDispatcher:
     def _embedded(self, texts: list[str]) -> np.ndarray:
         """Mean hidden state of each text, `[texts, hidden]`."""
         parts = []
-        with classifying(self.model, None):
-            for start in range(0, len(texts), self.batch_size):
-                ids = self.tokenizer(texts[start : start + self.batch_size])["input_ids"]
-                batch = padded(ids, "right", None, self.tokenizer, self.model.device)
-                hidden = self.model(**batch, output_hidden_states=True, logits_to_keep=1).hidden_states[self.layer]
-                mask = batch["attention_mask"].unsqueeze(-1)
-                parts.append(((hidden * mask).sum(1) / mask.sum(1)).float().cpu().numpy())
+        kept = {"logits_to_keep": 1} if takes(self.model, "logits_to_keep") else {}
+        for start in range(0, len(texts), self.batch_size):
+            ids = self.tokenizer(texts[start : start + self.batch_size])["input_ids"]
+            batch = padded(ids, "right", None, self.tokenizer, self.model.device)
+            output = self.model(**batch, **kept, output_hidden_states=True, adapter_names=[BASE] * len(ids))
+            hidden = torch.nn.functional.normalize(output.hidden_states[self.layer].float(), dim=-1)
+            mask = batch["attention_mask"].clone()
+            mask[:, 0] = mask.sum(1) == 1  # a prompt of one token has no other
+            weights = mask.unsqueeze(-1)
+            parts.append(((hidden * weights).sum(1) / weights.sum(1)).cpu().numpy())
         return np.concatenate(parts).astype(np.float64)
 
     def _directions(self, vectors: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..scoring.objectives import padded, prompt_ids, with_pad_token
-from .dispatch import Dispatch, Dispatcher
+from .dispatch import Dispatch, Dispatcher, content_text, text_of_prompt
 from .mixture import AdaptiveMixture
 
 
@@ -47,7 +47,8 @@ class SelfAdaptiveModel:
         model (`PeftModel`): The model with the experts.
         tokenizer: Its tokenizer.
         dispatcher ([`Dispatcher`] or [`AdaptiveMixture`]): Chooses the experts, or is the mixture for all prompts.
-        soft (`bool`): Mix the experts of each prompt by their probabilities, instead of the most probable one.
+        soft (`bool`): Mix the experts of each prompt by their probabilities, instead of the most probable one. Prompts
+            below the dispatcher's threshold get the base model all the same.
 
     Example:
 
@@ -91,6 +92,8 @@ class SelfAdaptiveModel:
         Returns:
             The answer, or a list of answers, where `None` stands for one that failed; a warning says why.
         """
+        if (generation_kwargs.get("num_return_sequences") or 1) > 1:
+            raise ValueError("`num_return_sequences` must be 1: a prompt has one answer here; see `generate`.")
         single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Mapping))
         conversations = [prompts] if single else list(prompts)
         dispatch, names = self._first_pass(conversations)
@@ -104,8 +107,11 @@ class SelfAdaptiveModel:
         return texts[0] if single else texts
 
     @torch.no_grad()
-    def generate(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+    def generate(self, input_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
         """As the model's `generate`; the first pass reads the decoded `input_ids`."""
+        input_ids = kwargs.pop("inputs", None) if input_ids is None else input_ids
+        if input_ids is None:
+            raise ValueError("`generate` needs `input_ids`, which the first pass reads.")
         prompts = self.tokenizer.batch_decode(input_ids, skip_special_tokens=True)
         dispatch, _ = self._first_pass(prompts)
         with self._adapted(dispatch, range(len(prompts))) as options:
@@ -132,7 +138,12 @@ class SelfAdaptiveModel:
         for i, prompt in enumerate(conversations):
             if i in errors:
                 continue
-            tokens = prompt_ids(self._rendered(prompt, system_prompt), self.tokenizer)
+            try:
+                text_of_prompt(prompt)
+                tokens = prompt_ids(self._rendered(prompt, system_prompt), self.tokenizer)
+            except Exception as error:  # whatever a chat template finds wrong
+                errors[i] = f"{type(error).__name__}: {error}"
+                continue
             if len(tokens) > room:
                 errors[i] = f"it has {len(tokens)} tokens, and the model's context has room for {room}."
             else:
@@ -157,14 +168,15 @@ class SelfAdaptiveModel:
             self.dispatcher.activate()
             yield {}
         elif self.soft:
-            with self.model.base_model.row_mixture(dispatch.weights[list(rows)], dispatch.experts):
+            with self.model.base_model.row_mixture(dispatch.soft_weights[list(rows)], dispatch.experts):
                 yield {}
         else:
             yield {"adapter_names": [dispatch.adapter_names[i] for i in rows]}
 
     def _rendered(self, prompt: Any, system_prompt: str | None) -> Any:
         if not getattr(self.tokenizer, "chat_template", None):
-            return prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
+            text = prompt if isinstance(prompt, str) else "\n".join(content_text(m["content"]) for m in prompt)
+            return text if system_prompt is None else f"{system_prompt}\n\n{text}"
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         if system_prompt is not None and not any(message["role"] == "system" for message in messages):
             messages = [{"role": "system", "content": system_prompt}, *messages]
