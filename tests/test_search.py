@@ -32,9 +32,9 @@ from peft_svf.adaptation import (
     make_optimizer,
 )
 from peft_svf.adaptation.in_context import answer_of, with_demonstrations
-from peft_svf.adaptation.procedure import split_examples
+from peft_svf.adaptation.procedure import Procedure, Split, split_examples
 from peft_svf.adaptation.result import compared, interval
-from peft_svf.adaptation.search import Plan, run_search
+from peft_svf.adaptation.search import Plan, by_score, run_search
 from peft_svf.scoring import read_prefix
 from peft_svf.scoring.prefix import common_prefix
 
@@ -614,9 +614,6 @@ class Memorised(Distance):
 
 
 def test_what_only_fits_the_examples_of_the_search_is_not_kept(mixture: AdaptiveMixture) -> None:
-    from peft_svf.adaptation import Evaluator
-    from peft_svf.adaptation.procedure import Procedure, Split
-
     space = WeightSpace(mixture.experts, modules(mixture))
     evaluator = Evaluator(mixture.model, space, Memorised(4, 6))
     procedure = Procedure(
@@ -653,6 +650,54 @@ def test_cross_validation_scores_each_example_by_a_search_without_it(mixture: Ad
     # candidates of the searches without a fold, and the one of each that was then scored on the fold
     assert {len(examples) for examples in sums.values()} == {4, 6}
     assert result.scores["searched"] <= max(entry["best"] for entry in result.history) + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("scores", "start"),
+    [
+        ({"base": 1, "all": 2, "narrow": 3, "last": 0, "uniform": 2}, [0, 1, 0]),
+        ({"base": 2, "all": 1, "narrow": 2, "last": 2, "uniform": 2}, [0, 1, 0]),
+        ({"base": 2, "all": 1, "narrow": 1, "last": 1, "uniform": 2}, [1 / 3, 1 / 3, 1 / 3]),
+        ({"base": 2, "all": 1, "narrow": 1, "last": 1, "uniform": 1}, [0, 0, 0]),
+        ({"base": 1, "all": 1, "narrow": 1, "last": 1, "uniform": 1}, [1 / 3, 1 / 3, 1 / 3]),
+    ],
+)
+def test_a_search_starts_at_the_best_simple_choice(
+    scores: dict[str, float], start: list[float], mixture: AdaptiveMixture
+) -> None:
+    space = WeightSpace(mixture.experts, modules(mixture))
+    values = {tuple(np.float32(x)): scores[name] for name, x in space.simple().items()}
+    starts: list[np.ndarray] = []
+
+    class Known(Distance):
+        def score(self, model: Any, indices: Sequence[int]) -> list[float]:
+            layer = next(module for module in model.modules() if isinstance(module, SVFLayer))
+            assert layer.rows is not None
+            return [float(values.get(tuple(row.numpy()), -1)) for row in layer.rows._weights]
+
+    def make(seed: int, start: np.ndarray) -> Any:
+        starts.append(start)
+        return make_optimizer("cem", space, population_size=4, seed=seed, start=start)
+
+    evaluator = Evaluator(mixture.model, space, Known(TARGET, 4))
+    Procedure(evaluator, Split([0, 1, 2, 3]), Plan(1), make, in_context=False)({})
+    assert starts[0].tolist() == pytest.approx(start)
+
+
+def test_the_mean_stays_unless_another_is_better_beyond_the_noise(mixture: AdaptiveMixture) -> None:
+    space = WeightSpace(mixture.experts, modules(mixture))
+    mean, other = np.zeros(3), np.ones(3)
+    for gains, first in (([1, 1, -1, 0], mean), ([1, 1, 0, 1], other), ([0, 0, 0, 0], mean), ([-1, -1, -1, 0], mean)):
+
+        class Known(Distance):
+            def score(self, model: Any, indices: Sequence[int]) -> list[float]:
+                layer = next(module for module in model.modules() if isinstance(module, SVFLayer))
+                assert layer.rows is not None
+                rows = layer.rows._weights.sum(-1).tolist()
+                return [float(gains[i]) if row else 0.0 for row, i in zip(rows, indices, strict=True)]  # noqa: B023
+
+        evaluator = Evaluator(mixture.model, space, Known(TARGET, 4))
+        assert by_score(evaluator, [mean, other], range(4), Plan(1))[0] is first
 
 
 def test_validation_rows_of_their_own(mixture: AdaptiveMixture) -> None:

@@ -222,11 +222,12 @@ class Procedure:
         return found, score(split.search), "search"
 
     def _start(self, examples: list[int]) -> np.ndarray:
-        """The best simple choice for these examples; of equals the uniform mixture, then an expert."""
+        """The best simple choice for these examples, of equals the first expert; if none is better than another, the
+        uniform mixture, from which all are as near."""
         simple = self.evaluator.space.simple()
-        names = [UNIFORM, *(name for name in simple if name not in (UNIFORM, BASE)), BASE]
+        names = sorted(simple, key=lambda name: (name == BASE, name == UNIFORM))
         scores = self.evaluator.scores([simple[name] for name in names], examples).mean(axis=1)
-        return simple[names[int(scores.argmax())]]
+        return simple[UNIFORM if scores.min() == scores.max() else names[int(scores.argmax())]]
 
     def _rows(self, optimizer: Any) -> int:
         """At most so many pairs of a candidate and an example."""
