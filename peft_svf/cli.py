@@ -97,6 +97,12 @@ def search(
     num_generations: Annotated[int, typer.Option("--num_generations")] = 6,
     population_size: Annotated[int, typer.Option("--population_size")] = 32,
     racing: Annotated[bool, typer.Option("--racing/--no_racing", help="Drop bad candidates early.")] = True,
+    one_standard_error: Annotated[
+        bool,
+        typer.Option(
+            "--one_standard_error/--best_score", help="Keep a simple choice unless another is better beyond the noise."
+        ),
+    ] = True,
     patience: Annotated[Optional[int], typer.Option("--patience", help="Stop after so many without progress.")] = None,
     max_rows: Annotated[Optional[int], typer.Option("--max_rows", help="Pairs of a mixture and an example.")] = None,
     max_tokens: Annotated[Optional[int], typer.Option("--max_tokens")] = None,
@@ -166,6 +172,7 @@ def search(
             num_generations=num_generations,
             population_size=population_size,
             racing=racing,
+            one_standard_error=one_standard_error,
             patience=patience,
             max_rows=max_rows,
             max_tokens=max_tokens,

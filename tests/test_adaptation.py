@@ -393,6 +393,7 @@ def test_result_of_a_search(mixture: AdaptiveMixture, tokenizer: Any, reward_fun
         generation_kwargs=generation_kwargs,
         validation=None,
         racing=False,
+        one_standard_error=False,
     )
     assert mixture.result is result
     assert mixture.weights == result.weights
@@ -405,8 +406,7 @@ def test_result_of_a_search(mixture: AdaptiveMixture, tokenizer: Any, reward_fun
     assert result.evaluations == 5 + 3 * 4 - 2 + 1  # the incumbent twice asked for, and the mean at the end
     assert result.seconds > 0
     assert [entry["generation"] for entry in result.history] == [0, 1, 2]
-    # the mean stays in front within the noise of the examples
-    assert result.scores["searched"] >= max(entry["best"] for entry in result.history) - 0.02
+    assert result.scores["searched"] >= max(entry["best"] for entry in result.history)
     assert all(entry["best"] == entry["elites"][0] >= entry["mean"] for entry in result.history)
     assert all(0 <= weight <= 1 for weight in result.searched_weights.values())
     assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["weights"] == mixture.weights
@@ -422,7 +422,7 @@ def test_result_of_a_search(mixture: AdaptiveMixture, tokenizer: Any, reward_fun
     weights |= {name: {name: 1.0} for name in EXPERTS}
     for name, score in result.scores.items():
         mixture.set_weights(weights[name])
-        assert np.mean(objective(mixture.model)) == pytest.approx(score, abs=1e-6), name
+        assert np.mean(objective(mixture.model)) == pytest.approx(score, abs=1e-5), name
 
 
 def test_a_planted_mixture_is_recovered(tmp_path: Path, tokenizer: Any) -> None:
@@ -472,9 +472,9 @@ def test_a_simple_choice_that_nothing_beats_is_kept(
     result = mixture.search(objective=Distance(weights, 2), num_generations=2, population_size=3)
     assert not result.improved
     assert (result.choice, result.score) == (choice, pytest.approx(0))
-    assert result.scores["searched"] < 0
+    assert result.scores["searched"] == result.score  # where it began
     assert mixture.weights == result.weights == pytest.approx(weights)
-    assert result.searched_weights != result.weights
+    assert result.searched_weights == result.weights
     assert repr(choice) in str(result)
 
 

@@ -214,6 +214,7 @@ class AdaptiveMixture:
         num_generations: int = 6,
         population_size: int = 32,
         racing: bool = True,
+        one_standard_error: bool = True,
         patience: int | None = None,
         max_rows: int | None = None,
         max_tokens: int | None = None,
@@ -259,6 +260,8 @@ class AdaptiveMixture:
             num_generations (`int`): Generations of a search, at most.
             population_size (`int`): Candidates per generation, unless `optimizer` is an object.
             racing (`bool`): Drop candidates that do badly on a part of the examples. About half the work.
+            one_standard_error (`bool`): Keep the simple choice that the search began with unless what it found is
+                better by more than the standard error of the difference, on its own examples.
             patience (`int`, *optional*): Generations without a better candidate after which a search stops.
             max_rows, max_tokens, max_seconds (*optional*): After the first generation, none is begun that would
                 probably go beyond so many pairs of a mixture and an example, tokens, or seconds, in all.
@@ -305,6 +308,7 @@ class AdaptiveMixture:
             "l1": l1,
             "l2": l2,
             "racing": racing,
+            "one_standard_error": one_standard_error,
             "examples": len(objective.examples),
             "seed": int(seed),
         }
@@ -319,7 +323,14 @@ class AdaptiveMixture:
             "generation_kwargs": _generation_kwargs(objective),
         }
         plan = Plan(
-            num_generations, racing, patience, l1, l2, limits=Limits(max_rows, max_tokens, max_seconds), seed=seed
+            num_generations,
+            racing,
+            patience,
+            l1,
+            l2,
+            one_standard_error,
+            limits=Limits(max_rows, max_tokens, max_seconds),
+            seed=int(seed),
         )
         procedure = Procedure(
             evaluator,

@@ -138,7 +138,8 @@ class Procedure:
             self.checkpoint.load(evaluator)
         with progress_bar(desc=f"Searching ({evaluator.objective.name})", unit="row") as bar:
             evaluator.on_rows = bar.update
-            optimizer = self.make_optimizer(self.plan.seed, self._start(self.split.search))
+            start = self._start(self.split.search)
+            optimizer = self.make_optimizer(self.plan.seed, start)
             bar.total = self._rows(optimizer)
             scores = dict(zip(simple, evaluator.scores(list(simple.values()), judged), strict=True))
             if self.checkpoint is not None:
@@ -152,7 +153,7 @@ class Procedure:
                 if self.checkpoint is not None:
                     self.checkpoint.save(evaluator)
 
-            main = run_search(evaluator, optimizer, self.split.search, plan, on_generation)
+            main = run_search(evaluator, optimizer, self.split.search, plan, on_generation, start)
             found, scores[SEARCHED], judged_on = self._judge(main, plan, on_generation)
         choice, difference = compared(scores, list(simple))
         chosen = found if choice == SEARCHED else simple[choice]
@@ -204,8 +205,9 @@ class Procedure:
             out_of_fold = np.empty(len(split.search))
             for number, fold in enumerate(split.folds, start=1):
                 rest = [i for i in split.search if i not in fold]
-                optimizer = self.make_optimizer(plan.seed + number, self._start(rest))
-                outcome = run_search(evaluator, optimizer, rest, plan, on_generation)
+                start = self._start(rest)
+                optimizer = self.make_optimizer(plan.seed + number, start)
+                outcome = run_search(evaluator, optimizer, rest, plan, on_generation, start)
                 if not outcome.finalists or outcome.stopped == "interrupted":
                     main.stopped = "interrupted"
                     break

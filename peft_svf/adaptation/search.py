@@ -54,6 +54,8 @@ class Plan:
             the elites.
         patience: Generations without a better candidate after which to stop.
         l1, l2: Penalties on the mean over groups of `Σ_k |α_k|` and `Σ_k α_k²`, in units of the score.
+        one_standard_error: Whether what is simple stays unless another candidate is better beyond the noise, see
+            [`chosen_first`].
         limits: What it may cost.
         seed: Of the order of the examples in a race.
     """
@@ -63,6 +65,7 @@ class Plan:
     patience: int | None = None
     l1: float = 0.0
     l2: float = 0.0
+    one_standard_error: bool = True
     limits: Limits = field(default_factory=Limits)
     seed: int = 0
 
@@ -73,9 +76,7 @@ class Outcome:
     What a search ended with.
 
     Attributes:
-        finalists: The few best candidates, the best first: those with the best scores, and where the optimiser has one,
-            its mean. That goes first unless another is better beyond the noise of the examples, for it has the luck of
-            a single draw least.
+        finalists: The few best candidates, the one that was chosen first, see [`chosen_first`].
         history: See [`MixtureResult`].
         stopped: Why it ended.
     """
@@ -91,6 +92,7 @@ def run_search(
     examples: Sequence[int],
     plan: Plan,
     on_generation: Callable[[dict[str, Any]], None] = lambda entry: None,
+    start: np.ndarray | None = None,
 ) -> Outcome:
     """
     Search on these examples.
@@ -103,10 +105,11 @@ def run_search(
         examples (`Sequence[int]`): Indices of the examples.
         plan ([`Plan`]): How to go about it.
         on_generation: Called with each entry of the history.
+        start (`np.ndarray`, *optional*): A candidate that stays unless the search finds one that is surely better.
     """
-    outcome, usage, start = Outcome(), evaluator.usage, Usage(**asdict(evaluator.usage))
+    outcome, usage, begun = Outcome(), evaluator.usage, Usage(**asdict(evaluator.usage))
     full: dict[bytes, tuple[float, np.ndarray]] = {}  # value and candidate of those scored on all examples
-    best, waiting = np.inf, 0
+    lowest, waiting = np.inf, 0
     rng = np.random.default_rng(plan.seed)
     try:
         for generation in range(plan.num_generations):
@@ -124,16 +127,15 @@ def run_search(
             }
             outcome.history.append(entry)
             on_generation(entry)
-            best, waiting = (values[leader], 0) if values[leader] < best else (best, waiting + 1)
-            if stopped := _reason_to_stop(optimizer, plan, waiting, usage, start, generation + 1):
+            lowest, waiting = (values[leader], 0) if values[leader] < lowest else (lowest, waiting + 1)
+            if stopped := _reason_to_stop(optimizer, plan, waiting, usage, begun, generation + 1):
                 outcome.stopped = stopped
                 break
-        ranked = sorted(full.values(), key=lambda pair: pair[0])
-        outcome.finalists = [x for _, x in ranked[:FINALISTS]]
         center = getattr(optimizer, "mean", None)
-        if center is not None and not callable(center):
-            outcome.finalists.insert(0, np.array(center, dtype=np.float64))
-        outcome.finalists = by_score(evaluator, outcome.finalists, examples, plan)
+        simple = [start] if start is not None else []
+        simple += [np.array(center, dtype=np.float64)] if center is not None and not callable(center) else []
+        best = [x for _, x in sorted(full.values(), key=lambda pair: pair[0])[:FINALISTS]]
+        outcome.finalists = chosen_first(evaluator, simple, best, examples, plan)
     except KeyboardInterrupt:
         if processes().num_processes > 1:  # the others may be anywhere
             raise
@@ -143,24 +145,34 @@ def run_search(
     return outcome
 
 
-def by_score(
-    evaluator: Evaluator, candidates: Sequence[np.ndarray], examples: Sequence[int], plan: Plan
+def chosen_first(
+    evaluator: Evaluator,
+    simple: Sequence[np.ndarray],
+    best: Sequence[np.ndarray],
+    examples: Sequence[int],
+    plan: Plan,
 ) -> list[np.ndarray]:
     """
-    Candidates in the order of their scores on these examples, but the first one stays in front unless another is better
-    than it by more than the standard error of the difference. Scored anew if the objective samples, as the best of many
-    scores is a lucky one.
+    The candidates, the chosen one first: each of the simple ones in turn and then the best of the rest takes the place
+    of the one before only if it is better by more than the standard error of the difference (the one-standard-error
+    rule, Hastie et al., The Elements of Statistical Learning, 7.10), or at all if the plan does not want that. For the
+    best of many candidates on a few examples is mostly a lucky one, where the start of a search is none, and its mean
+    less so. All are scored anew if the objective samples.
     """
+    candidates = [*simple, *best]
     evaluator.new_round()
     scores = evaluator.scores(candidates, examples)
-    values = np.array([_penalty(evaluator, x, plan) for x in candidates]) - scores.mean(axis=1)
-    order = np.argsort(values, kind="stable").tolist()
-    gains = scores[order[0]] - scores[0]
-    error = gains.std(ddof=1) / np.sqrt(len(gains)) if len(gains) > 1 else 0.0
-    if values[0] - values[order[0]] <= error:
-        order.remove(0)
-        order.insert(0, 0)
-    return [candidates[i] for i in order]
+    gains = scores - np.array([[_penalty(evaluator, x, plan)] for x in candidates])
+    means = gains.mean(axis=1)
+    chosen = 0
+    for challenger in [*range(1, len(simple)), *([len(simple) + int(means[len(simple) :].argmax())] if best else [])]:
+        difference = gains[challenger] - gains[chosen]
+        noisy = plan.one_standard_error and len(difference) > 1
+        error = difference.std(ddof=1) / np.sqrt(len(difference)) if noisy else 0.0
+        if difference.mean() > error:
+            chosen = challenger
+    rest = [i for i in np.argsort(-means, kind="stable").tolist() if i != chosen]
+    return [candidates[i] for i in (chosen, *rest)]
 
 
 def _generation(
