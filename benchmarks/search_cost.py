@@ -92,7 +92,7 @@ def main() -> None:
 
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in arguments.optimizers}
     for plant in range(arguments.first_plant, arguments.first_plant + arguments.plants):
-        weights = np.random.default_rng(plant).uniform(0, 1, space.dim)
+        weights = np.random.default_rng([plant, 1]).uniform(0, 1, space.dim)  # no stream that an optimiser draws from
         questions = [row for task in TASKS for row in rows(task, 20)]
         chosen = random.Random(plant).sample(questions, arguments.prompts)
         mixture.set_weights(weights)
