@@ -40,6 +40,10 @@ class Problem:
         away = x - self.right
         return float(away @ self.form @ away)
 
+    def cost(self, x: np.ndarray) -> float:
+        """What a search by reward minimises."""
+        return -self.accuracy(x, slice(SHOTS))
+
     def accuracy(self, x: np.ndarray, which: slice) -> float:
         away = x - self.places[which]
         return float(((away @ self.form * away).sum(-1) < self.reach[which]).mean())
@@ -80,7 +84,7 @@ def main() -> None:
             settings = {"elite_ratio": ratio, "smoothing": smoothing, "min_std": floor}
             rewards, losses = [], []
             for seed, problem in enumerate(problems):
-                x = search(lambda x: -problem.accuracy(x, slice(SHOTS)), candidates, seed, population, **settings)  # noqa: B023
+                x = search(problem.cost, candidates, seed, population, **settings)
                 rewards.append(problem.accuracy(x, slice(SHOTS, None)))
                 losses.append(problem.loss(search(problem.loss, candidates, seed, population, **settings)))
             found.append((population, ratio, smoothing, floor, float(np.mean(rewards)), float(np.mean(losses))))

@@ -19,9 +19,7 @@ WORDS = (
     *("salt", "school", "ship", "shoe", "spoon", "stone", "street", "table", "tent", "tower", "tree", "umbrella"),
     *("valley", "village", "wall", "watch", "wheel", "window", "yard"),
 )
-ANIMALS = ("bird", "cow", "dog", "duck", "horse", "lion", "mouse", "pig", "sheep", "tiger", "wolf")
 NAMES = ("Anna", "Ben", "Carla", "David", "Emma", "Frank", "Grace", "Henry", "Iris", "Jack", "Kate", "Leo")
-COLOURS = ("red", "blue", "green", "yellow", "black", "white", "brown", "pink")
 THINGS = ("apples", "books", "cards", "coins", "eggs", "pencils", "stamps", "stones")
 
 

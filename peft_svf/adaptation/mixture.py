@@ -245,9 +245,9 @@ class AdaptiveMixture:
                 does not say otherwise.
             validation (`str`, `float`, `int` or rows, *optional*):
                 How to know whether the search was of use. A share below 1 of the examples is held out, or rows of
-                their own are given: finalists are compared on them. A number of folds from 2: the search is repeated
-                without each fold, and scored on it. `None`: on the examples of the search. `"auto"`: a third held out
-                from 24 examples on, 3 folds from 6 on, which takes four searches, else `None`.
+                their own are given: the mixture that was found is scored on them. A number of folds from 2: the search
+                is repeated without each fold, and scored on it. `None`: on the examples of the search. `"auto"`: a
+                third held out from 24 examples on, 3 folds from 6 on, which takes four searches, else `None`.
             granularity (`str` or `dict[str, str]`): One α per expert (`"expert"`), per expert and block (`"layer"`),
                 per expert and weight matrix (`"module"`), or per expert and group of modules, by
                 `SVFLayer.module_name`.
