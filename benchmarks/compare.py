@@ -3,9 +3,10 @@
     make compare          # or: python benchmarks/compare.py [--tasks NAME ...] [--minutes M] [--jobs N]
 
 Every run is one `python -m peft_svf.training.run` with the recipe of a task; only the method, its learning rate and
-the seed differ. The learning rate of each method is the best of at least four on `SWEEP_TASK` with a seed of its own,
-neither of which is in the table. After training, each adapter is tested on the other tasks, too, and its perplexity
-measured on a text that nothing was trained on: what it forgot.
+the seed differ. The learning rate of each method is the best of at least four on `SWEEP_TASK`; rates within `TIE` of
+the best are told apart on `TIE_TASK`. Both have seeds of their own, and neither tasks nor seeds are in the table. After
+training, each adapter is tested on the other tasks, too, and its perplexity measured on a text that nothing was trained
+on: what it forgot.
 
 Hours on two cores. Each run leaves one JSON in `benchmarks/compare_runs/`, and is not repeated if that is there: stop
 it at any time, or give it `--minutes`, and call it again, on another machine if you like. The table and the plots in
@@ -44,6 +45,7 @@ RECIPES = ROOT / "examples" / "recipes"
 STORED = Path(__file__).parent / "compare_runs"
 TASKS = ("lists", "products", "sums")
 SWEEP_TASK, SWEEP_SEED = "arithmetic", 100
+TIE_TASK, TIE_SEED, TIE = "letters", 101, 0.02
 SEEDS = (1, 2, 3)
 # the budget of every run: 64 completions a step
 BUDGET = {
@@ -121,7 +123,7 @@ def perform(run: Run, model: str | None) -> None:
         "learning_rate": run.rate,
         "seed": run.seed,
         **BUDGET,
-        **({"eval_strategy": "no"} if run.task == SWEEP_TASK else {}),
+        **({} if run.task in TASKS else {"eval_strategy": "no"}),
         **run.method.options,
     }
     words = [
@@ -138,7 +140,7 @@ def perform(run: Run, model: str | None) -> None:
     record["base_model"] = model or "SmolLM2-135M-Instruct"
 
     adapted, tokenizer, base = trainer.model.eval(), trainer.processing_class, base_line(model)
-    others = [task for task in (*TASKS, SWEEP_TASK) if task != run.task] if run.task != SWEEP_TASK else []
+    others = [task for task in (*TASKS, SWEEP_TASK) if task != run.task] if run.task in TASKS else []
     record |= {
         "task": run.task,
         "method": run.method.name,
@@ -179,7 +181,7 @@ def base_line(model: str | None) -> dict[str, Any]:
     path = STORED / "base.json"
     if not path.exists():
         base, tokenizer = load_model(model)
-        tasks = (*TASKS, SWEEP_TASK)
+        tasks = (*TASKS, SWEEP_TASK, TIE_TASK)
         content = {
             "model": model,
             "settings": SETTINGS,
@@ -198,12 +200,24 @@ def base_line(model: str | None) -> dict[str, Any]:
     return content
 
 
-def chosen_rate(method: Method) -> float | None:
-    """The rate with the best accuracy in the sweep; `None` until all are done."""
+def tied_rates(method: Method) -> list[float]:
+    """The rates that the sweep cannot tell from the best; none until all are done."""
     found = {rate: Run(SWEEP_TASK, method, rate, SWEEP_SEED).stored() for rate in method.rates}
+    accuracies = {rate: final_accuracy(record) for rate, record in found.items() if record is not None}
+    if len(accuracies) < len(method.rates):
+        return []
+    return [rate for rate, accuracy in accuracies.items() if accuracy >= max(accuracies.values()) - TIE]
+
+
+def chosen_rate(method: Method) -> float | None:
+    """The best of the sweep, or of those that tie there, on the task that tells them apart; `None` until all are done."""
+    tied = tied_rates(method)
+    if len(tied) < 2:
+        return tied[0] if tied else None
+    found = {rate: Run(TIE_TASK, method, rate, TIE_SEED).stored() for rate in tied}
     if any(record is None for record in found.values()):
         return None
-    return max(method.rates, key=lambda rate: final_accuracy(found[rate]))  # type: ignore[arg-type]
+    return max(tied, key=lambda rate: final_accuracy(found[rate]))  # type: ignore[arg-type]
 
 
 def final_accuracy(record: dict[str, Any]) -> float:
@@ -231,16 +245,17 @@ def report() -> None:
         "",
         "## Learning rates",
         "",
-        f"Greedy test accuracy on `{SWEEP_TASK}`, seed {SWEEP_SEED}, neither of which is in the next table.",
+        f"Greedy test accuracy on `{SWEEP_TASK}`, seed {SWEEP_SEED}; rates within {TIE} of the best are told apart on "
+        f"`{TIE_TASK}`, seed {TIE_SEED}. Neither tasks nor seeds are in the next table.",
         "",
-        "| | " + " | ".join(["rates and accuracies", "chosen"]) + " |",
-        "|---|---|---|",
+        f"| | {SWEEP_TASK} | {TIE_TASK} | chosen |",
+        "|---|---|---|---|",
     ]
     for method in METHODS:
-        records = {rate: Run(SWEEP_TASK, method, rate, SWEEP_SEED).stored() for rate in method.rates}
-        cells = ", ".join(f"{r:g}: {final_accuracy(x):.2f}" if x else f"{r:g}: not run" for r, x in records.items())
-        rate = chosen_rate(method)
-        lines.append(f"| {method.name} | {cells} | {f'{rate:g}' if rate else 'open'} |")
+        tied, rate = tied_rates(method), chosen_rate(method)
+        swept = _accuracies(SWEEP_TASK, method, method.rates, SWEEP_SEED)
+        told_apart = _accuracies(TIE_TASK, method, tied, TIE_SEED) if len(tied) > 1 else ""
+        lines.append(f"| {method.name} | {swept} | {told_apart} | {f'{rate:g}' if rate else 'open'} |")
     done = sum(len(records) for records in found.values())
     lines += [
         "",
@@ -290,6 +305,11 @@ def _table_runs(method: Method) -> list[dict[str, Any]]:
         return []
     stored = [Run(task, method, rate, seed).stored() for task in TASKS for seed in SEEDS]
     return [record for record in stored if record is not None]
+
+
+def _accuracies(task: str, method: Method, rates: Sequence[float], seed: int) -> str:
+    records = {rate: Run(task, method, rate, seed).stored() for rate in rates}
+    return ", ".join(f"{rate:g}: {final_accuracy(x):.3f}" if x else f"{rate:g}: not run" for rate, x in records.items())
 
 
 def _spread(values: list[float]) -> str:
@@ -367,8 +387,11 @@ def perform_all(methods: Sequence[Method], arguments: argparse.Namespace) -> Non
 
 
 def runs(methods: Sequence[Method], tasks: Sequence[str]) -> list[Run]:
-    """All runs that can be named now: the sweep, and where it is done, the table, a seed of everything at a time."""
+    """All runs that can be named now: the sweep, what tells ties apart, and where both are done, the table, a seed of
+    everything at a time."""
     sweep = [Run(SWEEP_TASK, method, rate, SWEEP_SEED) for method in methods for rate in method.rates]
+    tied = {method: tied_rates(method) for method in methods}
+    ties = [Run(TIE_TASK, m, rate, TIE_SEED) for m, rates in tied.items() if len(rates) > 1 for rate in rates]
     table = [
         Run(task, method, rate, seed)
         for seed in SEEDS
@@ -376,7 +399,7 @@ def runs(methods: Sequence[Method], tasks: Sequence[str]) -> list[Run]:
         for method in methods
         if (rate := chosen_rate(method)) is not None
     ]
-    return [*sweep, *table]
+    return [*sweep, *ties, *table]
 
 
 if __name__ == "__main__":

@@ -40,12 +40,12 @@ def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def sweep(best: int) -> None:
-    """Store the sweep of the first method, in which the rate of this index wins."""
+def sweep(*best: int) -> None:
+    """Store the sweep of the first method, in which the rates of these indices win."""
     method = compare.METHODS[0]
     for i, rate in enumerate(method.rates):
         run = compare.Run(compare.SWEEP_TASK, method, rate, compare.SWEEP_SEED)
-        run.path.write_text(json.dumps(record(0.9 if i == best else 0.5, compare.SWEEP_TASK)))
+        run.path.write_text(json.dumps(record(0.9 - 0.01 * i if i in best else 0.5, compare.SWEEP_TASK)))
 
 
 @pytest.mark.usefixtures("stored")
@@ -54,7 +54,7 @@ def test_the_table_waits_for_the_sweep() -> None:
     todo = compare.runs([method], compare.TASKS)
     assert [run.task for run in todo] == [compare.SWEEP_TASK] * len(method.rates)
     assert compare.chosen_rate(method) is None
-    sweep(best=2)
+    sweep(2)
     table = [run for run in compare.runs([method], compare.TASKS) if run.stored() is None]
     assert [(run.task, run.seed) for run in table] == [(task, seed) for seed in compare.SEEDS for task in compare.TASKS]
     assert {run.rate for run in table} == {method.rates[2]}
@@ -63,9 +63,25 @@ def test_the_table_waits_for_the_sweep() -> None:
     assert all(len(method.rates) >= 4 for method in compare.METHODS)
 
 
+@pytest.mark.usefixtures("stored")
+def test_rates_that_tie_are_told_apart_on_another_task() -> None:
+    method = compare.METHODS[0]
+    sweep(1, 2)
+    assert compare.chosen_rate(method) is None
+    ties = [run for run in compare.runs([method], compare.TASKS) if run.stored() is None]
+    assert [(run.task, run.rate, run.seed) for run in ties] == [
+        (compare.TIE_TASK, rate, compare.TIE_SEED) for rate in method.rates[1:3]
+    ]
+    for run, accuracy in zip(ties, (0.3, 0.4), strict=True):
+        run.path.write_text(json.dumps(record(accuracy, compare.TIE_TASK)))
+    assert compare.chosen_rate(method) == method.rates[2]
+    assert {compare.TIE_TASK, compare.SWEEP_TASK}.isdisjoint(compare.TASKS)
+    assert {compare.TIE_SEED, compare.SWEEP_SEED}.isdisjoint(compare.SEEDS)
+
+
 def test_the_page_holds_what_there_is(stored: Path) -> None:
     pytest.importorskip("matplotlib")
-    sweep(best=0)
+    sweep(0)
     method = compare.METHODS[0]
     for seed, accuracy in zip(compare.SEEDS[:2], (0.4, 0.6), strict=True):
         run = compare.Run(compare.TASKS[0], method, method.rates[0], seed)
@@ -110,7 +126,7 @@ def test_all_runs_are_done_once_and_go_on_where_they_were_stopped(
     stand_in(stored, monkeypatch)
     compare.perform_all([method], options(minutes=0))
     assert not (stored / "compare" / "order.txt").exists()
-    sweep(best=1)
+    sweep(1)
     compare.perform_all([method], options())
     done = (stored / "compare" / "order.txt").read_text().split()
     assert len(done) == len(set(done)) == len(compare.TASKS) * len(compare.SEEDS)
