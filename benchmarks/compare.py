@@ -210,7 +210,7 @@ def tied_rates(method: Method) -> list[float]:
 
 
 def chosen_rate(method: Method) -> float | None:
-    """The best of the sweep, or of those that tie there, on the task that tells them apart; `None` until all are done."""
+    """The best of the sweep, or of those that tie, on the task that tells them apart; `None` until all are done."""
     tied = tied_rates(method)
     if len(tied) < 2:
         return tied[0] if tied else None
