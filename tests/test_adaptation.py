@@ -252,6 +252,13 @@ def test_names_that_an_expert_cannot_have(name: str, experts: dict[str, str], to
     assert not any(isinstance(module, SVFLayer) for module in model.modules())
 
 
+def test_an_expert_that_is_not_there_is_named(tmp_path: Path, experts: dict[str, str], tokenizer: Any) -> None:
+    base = base_model()
+    with pytest.raises(ValueError, match="Expert 'typo' cannot be read from '.*nowhere'"):
+        AdaptiveMixture.from_pretrained(base, {**experts, "typo": str(tmp_path / "nowhere")}, tokenizer=tokenizer)
+    assert not any(isinstance(module, SVFLayer) for module in base.modules())
+
+
 def test_a_lora_adapter_is_no_expert(tmp_path: Path, experts: dict[str, str], tokenizer: Any) -> None:
     get_peft_model(base_model(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
     model = base_model()

@@ -14,7 +14,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
-from peft_svf import AdaptiveMixture, SVFConfig, SVFLayer
+from peft_svf import AdaptiveMixture, PromptDispatcher, SelfAdaptiveModel, SVFConfig, SVFLayer
 from peft_svf.adaptation import Evaluator, LogLikelihoodObjective, RewardObjective, WeightSpace
 from peft_svf.spectral import effective_weight
 
@@ -233,6 +233,32 @@ def test_scores_in_batches_are_those_of_mixtures_applied_one_by_one() -> None:
         assert found[i] == pytest.approx(likelihood(mixture.model), abs=1e-4)
     assert together == sorted(answers)
     assert len(set(answers)) > len(questions)  # the mixtures differ
+
+
+def test_prompts_find_their_expert() -> None:
+    """The shipped classification expert, on questions that it was not trained on; the answers are those of the experts."""
+    pytest.importorskip("reasoning_gym")
+    from peft_svf.training.run import recipe_task
+
+    base, tokenizer = load()
+    labels = {"sums": "math", "retrieval": "people", "lists": "list", "letters": "letter"}
+    paths = {name: str(EXAMPLES / "experts" / name) for name in (*labels, "classification")}
+    model = AdaptiveMixture.from_pretrained(base, paths, tokenizer=tokenizer).model
+    rows = {name: recipe_task(EXAMPLES / "recipes" / f"{name}.yaml").examples("test", 4) for name in labels}
+    prompts = [row["prompt"] for its in rows.values() for row in its]
+    right = [name for name, its in rows.items() for _ in its]
+    dispatcher = PromptDispatcher(
+        model, tokenizer, dict.fromkeys(labels, ""), labels=labels, adapter_name="classification", other=False
+    )
+    adaptive = SelfAdaptiveModel(model, tokenizer, dispatcher)
+    found = adaptive.chat(prompts, return_details=True, max_new_tokens=6, do_sample=False)
+    assert sum(a == b for a, b in zip(found.experts, right, strict=True)) >= 15
+    for i in range(0, len(prompts), 4):
+        text = tokenizer.apply_chat_template(prompts[i], tokenize=False, add_generation_prompt=True)
+        inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+        name = found.experts[i]
+        output = model.generate(**inputs, adapter_names=[name], max_new_tokens=6, do_sample=False)
+        assert found.texts[i] == tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def test_quickstart(tmp_path: Path) -> None:

@@ -471,7 +471,15 @@ def _check_names(experts: Sequence[str], adapter_name: str) -> None:
 
 
 def expert_config(name: str, path: str | os.PathLike[str], base_check: Any) -> SVFConfig:
-    config = SVFConfig.from_pretrained(path)
+    """Of an expert on disk or on the Hub.
+
+    Raises:
+        ValueError: There is none, or it is of another method; the message names the expert.
+    """
+    try:
+        config = SVFConfig.from_pretrained(path)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"Expert {name!r} cannot be read from {str(path)!r}: {error}") from error
     if not isinstance(config, SVFConfig):
         raise ValueError(f"Expert {name!r} ({path}) is a {config.peft_type} adapter; only SVF adapters can be mixed.")
     config.runtime_config = SVFRuntimeConfig(base_check=base_check)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,8 +40,8 @@ class SelfAdaptiveModel:
     """
     A model that looks at each prompt, takes the expert for it, and answers all of them in one batch.
 
-    It has what the model has; `generate` takes and returns what the model's does, so that it can stand where a model is
-    expected, such as in `pipeline("text-generation", model=..., tokenizer=...)`.
+    It has what the model has; `generate` and a call take and return what the model's do, so that it can stand where a
+    model is expected, such as in `pipeline("text-generation", model=..., tokenizer=...)` or lm-eval's `HFLM`.
 
     Args:
         model (`PeftModel`): The model with the experts.
@@ -110,14 +110,24 @@ class SelfAdaptiveModel:
     def generate(self, input_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
         """As the model's `generate`; the first pass reads the decoded `input_ids`."""
         input_ids = kwargs.pop("inputs", None) if input_ids is None else input_ids
-        if input_ids is None:
-            raise ValueError("`generate` needs `input_ids`, which the first pass reads.")
-        prompts = self.tokenizer.batch_decode(input_ids, skip_special_tokens=True)
-        dispatch, _ = self._first_pass(prompts)
-        with self._adapted(dispatch, range(len(prompts))) as options:
+        with self._adapted_to(input_ids) as options:
             return self.model.generate(input_ids=input_ids, **options, **kwargs)
 
+    def __call__(self, input_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """As the model's forward; the first pass reads the decoded `input_ids`."""
+        with self._adapted_to(input_ids) as options:
+            return self.model(input_ids=input_ids, **options, **kwargs)
+
     # ------------------------------------------------------------------------------------------------ passes
+
+    @contextmanager
+    def _adapted_to(self, input_ids: torch.Tensor | None) -> Iterator[dict[str, Any]]:
+        """As `_adapted`, for tokens that nobody has looked at."""
+        if input_ids is None:
+            raise ValueError("A self-adaptive model needs `input_ids`, which the first pass reads.")
+        dispatch, _ = self._first_pass(self.tokenizer.batch_decode(input_ids, skip_special_tokens=True))
+        with self._adapted(dispatch, range(len(input_ids))) as options:
+            yield options
 
     def _first_pass(self, prompts: Sequence[Any]) -> tuple[Dispatch | None, list[str]]:
         if isinstance(self.dispatcher, AdaptiveMixture):
@@ -161,7 +171,7 @@ class SelfAdaptiveModel:
         return texts, errors
 
     @contextmanager
-    def _adapted(self, dispatch: Dispatch | None, rows: Sequence[int]) -> Any:
+    def _adapted(self, dispatch: Dispatch | None, rows: Sequence[int]) -> Iterator[dict[str, Any]]:
         """The experts of these rows in place; yields what `generate` has to be told."""
         if dispatch is None:
             assert isinstance(self.dispatcher, AdaptiveMixture)
