@@ -254,7 +254,7 @@ def test_names_that_an_expert_cannot_have(name: str, experts: dict[str, str], to
 
 def test_an_expert_that_is_not_there_is_named(tmp_path: Path, experts: dict[str, str], tokenizer: Any) -> None:
     base = base_model()
-    with pytest.raises(ValueError, match="Expert 'typo' cannot be read from '.*nowhere'"):
+    with pytest.raises(ValueError, match=r"Expert 'typo' cannot be read from '.*nowhere'"):
         AdaptiveMixture.from_pretrained(base, {**experts, "typo": str(tmp_path / "nowhere")}, tokenizer=tokenizer)
     assert not any(isinstance(module, SVFLayer) for module in base.modules())
 

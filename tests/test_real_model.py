@@ -236,8 +236,7 @@ def test_scores_in_batches_are_those_of_mixtures_applied_one_by_one() -> None:
 
 
 def test_prompts_find_their_expert() -> None:
-    """The shipped classification expert, on questions that it was not trained on; the answers are those of the experts."""
-    pytest.importorskip("reasoning_gym")
+    """The shipped classification expert, on other questions than in training; the answers are the experts' own."""
     from peft_svf.training.run import recipe_task
 
     base, tokenizer = load()
