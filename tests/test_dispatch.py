@@ -46,7 +46,7 @@ def model(mixture: AdaptiveMixture) -> Any:
 
 def by_hand(model: Any, tokenizer: Any, dispatcher: PromptDispatcher, prompt: str) -> np.ndarray:
     """Probability of each label, by decoding that is constrained to the labels, one sequence at a time."""
-    ends = {label: [*tokenizer(label)["input_ids"], tokenizer.eos_token_id] for label in dispatcher.answers}
+    ends = {label: [*tokenizer(f" {label}")["input_ids"], tokenizer.eos_token_id] for label in dispatcher.answers}
     start = prompt_ids(dispatcher.question(prompt), tokenizer)
     found = []
     for ids in ends.values():
@@ -114,6 +114,15 @@ def test_calibration_takes_out_what_a_prompt_without_content_gets(model: Any, to
     assert calibrated(PROMPTS).probabilities == pytest.approx(ratio / ratio.sum(axis=1, keepdims=True), abs=1e-4)
 
 
+def test_calibration_by_prompts_takes_out_what_labels_get_anyway(model: Any, tokenizer: Any) -> None:
+    logps = np.log(PromptDispatcher(model, tokenizer, EXPERTS)(PROMPTS).probabilities)
+    for batch_size in (1, 64):
+        calibrated = PromptDispatcher(model, tokenizer, EXPERTS, calibrate=PROMPTS, batch_size=batch_size)
+        expected = np.exp(logps - logps.mean(axis=0))
+        expected /= expected.sum(axis=1, keepdims=True)
+        assert calibrated(PROMPTS).probabilities == pytest.approx(expected, abs=1e-4)
+
+
 def test_below_the_threshold_is_other(model: Any, tokenizer: Any) -> None:
     found = PromptDispatcher(model, tokenizer, EXPERTS, threshold=1.0)(PROMPTS)
     assert found.choices == ["other"] * 4
@@ -177,7 +186,7 @@ def test_labels_have_the_tokens_that_follow_the_prompt(model: Any, tokenizer: An
 
     space = tokenizer(" ")["input_ids"][0]
     dispatcher = PromptDispatcher(model, Spaced(), EXPERTS)
-    assert all(ids[0] != space for ids in dispatcher._tree.answers)
+    assert all(ids[0] == space and ids[1] != space for ids in dispatcher._tree.answers)
     assert continuation_ids("ab", "cd", Spaced()) == tokenizer("cd")["input_ids"]
 
 
@@ -247,6 +256,8 @@ def test_examples_that_are_of_no_use(options: dict[str, Any], message: str, mode
         ({"math": ""}, {"threshold": 2}, "`threshold`"),
         ({"math": ""}, {"method": "guess"}, "`method`"),
         ({"math": ""}, {"method": "generate", "calibrate": True}, "`calibrate`"),
+        ({"math": ""}, {"calibrate": []}, "`calibrate` needs prompts; it is empty"),
+        ({"math": ""}, {"calibrate": ["x", " "]}, "`calibrate` needs prompts; A prompt is empty"),
         ({"math": ""}, {"max_prompt_tokens": 1}, "`max_prompt_tokens`"),
     ],
 )

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from peft_svf.scoring import (
     ANSWERS,
     REWARDS,
+    LogLikelihoodObjective,
+    begun_text,
     check_rewards,
     checked,
     classification_prompt,
@@ -23,6 +25,7 @@ from peft_svf.scoring import (
     text_of,
 )
 from peft_svf.scoring import rewards as rewards_module
+from peft_svf.scoring.objectives import joined, prompt_text
 from peft_svf.scoring.rewards import boxed, first_line, first_word, last_number, last_word
 
 CASES = [
@@ -240,15 +243,67 @@ def test_check_rewards_takes_arrays() -> None:
     assert check_rewards(np.array([1, 0]), returns, ["p", "q"], ["a", "b"]) == [1.0, 0.0]
 
 
+TURNS = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}|{% endfor %}"
+
+
+class Templated:
+    """As much of a tokenizer as `begun_text` needs."""
+
+    def __init__(self, chat_template: str | None, bos_token: str | None = None) -> None:
+        from test_adaptation import make_tokenizer
+
+        self.inner, self.chat_template, self.bos_token = make_tokenizer(), chat_template, bos_token
+
+    def apply_chat_template(self, messages: Any, **kwargs: Any) -> Any:
+        return self.inner.apply_chat_template(messages, chat_template=self.chat_template, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("template", "bos", "expected"),
+    [
+        (TURNS, None, "[system]Be brief.|[user]x?|[assistant]Category:"),
+        ("<s>" + TURNS, "<s>", "[system]Be brief.|[user]x?|[assistant]Category:"),
+        (
+            "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TURNS,
+            None,
+            "[user]Be brief.\n\nx?|[assistant]Category:",
+        ),
+        (None, None, "Be brief.\n\nx?\n\nCategory:"),
+    ],
+)
+def test_an_answer_that_is_begun(template: str | None, bos: str | None, expected: str) -> None:
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "x?"},
+        {"role": "assistant", "content": "Category:"},
+    ]
+    assert begun_text(messages, Templated(template, bos)) == expected
+
+
+def test_a_completion_goes_on_from_what_the_prompt_began() -> None:
+    from test_adaptation import make_tokenizer
+
+    tokenizer = make_tokenizer()
+    user = {"role": "user", "content": "ab"}
+    begun = [user, {"role": "assistant", "content": "c"}]
+    assert prompt_text(begun, tokenizer) == "[user]ab\n[assistant]c"
+    completion = [{"role": "assistant", "content": " d"}]
+    assert joined(begun, completion) == [user, {"role": "assistant", "content": "c d"}]
+    assert joined([user], completion) == [user, *completion]
+    objective = LogLikelihoodObjective([{"prompt": begun, "completion": completion}], tokenizer)
+    ids, length = objective._rows[0]
+    assert tokenizer.decode(ids[length:]).strip() == "d"
+
+
 def test_classification_prompt() -> None:
     text = classification_prompt("What is 1 + 1?", ["sums", "logic"])
     chat = classification_prompt(
         [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 1 + 1?"}], ["sums", "logic"]
     )
     assert text == chat
-    assert "sums or logic" in text[-1]["content"]
+    assert "sums or logic" in text[-2]["content"]
     assert "Be brief" not in str(text)
-    assert text_of(chat) == text[-1]["content"]
+    assert text_of(chat) == text[-1]["content"] == "Category:"
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ from peft_svf.training import (
 from peft_svf.training.arguments import AdapterArguments, TrainArguments, adapter_config
 from peft_svf.training.checkpoints import discard_incomplete, is_complete, last_complete
 from peft_svf.training.plots import delta_sizes
-from peft_svf.training.run import main, parse
+from peft_svf.training.run import build, main, parse
 from peft_svf.training.tasks import SPLITS
 
 RECIPES = Path(__file__).parents[1] / "examples" / "recipes"
@@ -216,7 +216,7 @@ PRODUCTS = "reasoning_gym:products?min_digits=1&max_digits=1&min_terms=2&max_ter
 
 
 def questions(rows: Any) -> list[str]:
-    return [prompt[-1]["content"] for prompt in rows["prompt"]]
+    return [next(m["content"] for m in reversed(prompt) if m["role"] == "user") for prompt in rows["prompt"]]
 
 
 def test_the_splits_of_tasks_share_no_question() -> None:
@@ -607,7 +607,7 @@ def test_the_script_trains_and_leaves_a_whole_adapter(
 
 def test_a_classification_expert_is_reported_by_category(base: Path, tmp_path: Path) -> None:
     chat = tokenizer()
-    chat.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    chat.chat_template = "{% for message in messages %}{{ message['content'] + ';' }}{% endfor %}"
     chat.save_pretrained(base)
     chosen = ("dataset_name", "prompt_column", "answer_column", "reward_funcs")
     options = {**dict.fromkeys(chosen), "categories": json.dumps({"sums": SUMS, "products": PRODUCTS})}
@@ -615,6 +615,8 @@ def test_a_classification_expert_is_reported_by_category(base: Path, tmp_path: P
     assert parse(arguments)[1].shuffle_dataset is False
     assert parse([*arguments, "--shuffle_dataset", "true"])[1].shuffle_dataset is True
     assert parse(["--task", SUMS])[1].shuffle_dataset is True
+    prompt = build(*parse(arguments)[:4])[1]["train"][0]["prompt"]
+    assert prompt.endswith("?;Category:")  # text, for TRL would open another turn
     record = main(arguments)
     by_category = json.loads((tmp_path / "expert" / "training.json").read_text())["accuracy_by_category"]
     assert set(by_category) == {"sums", "products"}

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 
-from ..scoring import Prefix, classification_prompt, read_prefix
+from ..scoring import Prefix, begun_text, classification_prompt, read_prefix
 from ..scoring.objectives import continuation_ids, padded, prompt_ids, with_pad_token
 from ..scoring.prefix import common_prefix, takes
 from ..tuner.rows import BASE
@@ -100,8 +100,10 @@ class PromptDispatcher:
         other (`bool`): Whether `"other"` is offered as an answer. It is also what `threshold` leads to.
         method (`str`): `"likelihood"`, or `"generate"`: the model answers freely, with `\\boxed{label}` as in the
             paper's code; what is no label is `"other"`.
-        calibrate (`bool`): Divide by the probabilities that a prompt without content gets, against a liking for some
-            labels (Zhao et al., https://huggingface.co/papers/2102.09690).
+        calibrate (`bool` or `list`): Against a liking for some labels, divide by the probabilities that they have
+            anyway: for a prompt without content if `True` (Zhao et al., https://huggingface.co/papers/2102.09690), or
+            in the geometric mean over these prompts, best as many of each label (Zhou et al.,
+            https://huggingface.co/papers/2309.17249).
         threshold (`float`): Below this probability the choice is `"other"`.
         max_prompt_tokens (`int`, *optional*): Longer prompts lose their middle. By default what the context holds.
         batch_size (`int`): Prompts at once.
@@ -121,7 +123,7 @@ class PromptDispatcher:
         labels: Mapping[str, str] | None = None,
         other: bool = True,
         method: Literal["likelihood", "generate"] = "likelihood",
-        calibrate: bool = False,
+        calibrate: bool | Sequence[Any] = False,
         threshold: float = 0.0,
         max_prompt_tokens: int | None = None,
         batch_size: int = 64,
@@ -146,12 +148,12 @@ class PromptDispatcher:
         self.generation_kwargs = {"max_new_tokens": 64, "do_sample": False, **(generation_kwargs or {})}
         self._tree = LabelTree(self._label_tokens()) if method == "likelihood" else None
         self._bias: np.ndarray | None = None
-        if calibrate:
+        if calibrate is not False:
             if method == "generate":
                 raise ValueError(
                     "`calibrate` is for the method 'likelihood', as generated answers have no probability."
                 )
-            self._bias = np.log(self._probabilities([NOTHING])[0])
+            self._bias = self._liking([NOTHING] if calibrate is True else calibrate)
 
     def __call__(self, prompts: Sequence[Any]) -> Dispatch:
         """
@@ -162,11 +164,7 @@ class PromptDispatcher:
         """
         begun = time.perf_counter()
         texts, errors = self.shortener.each(prompts)
-        parts = [
-            self._probabilities(texts[start : start + self.batch_size])
-            for start in range(0, len(texts), self.batch_size)
-        ]
-        found = np.concatenate(parts) if parts else np.empty((0, len(self.labels)))
+        found = self._probabilities(texts)
         if self._bias is not None:
             logits = np.log(found) - self._bias
             found = np.exp(logits - logits.max(axis=1, keepdims=True))
@@ -180,13 +178,29 @@ class PromptDispatcher:
         return classification_prompt(prompt, self.answers, self.descriptions)
 
     def _label_tokens(self) -> list[list[int]]:
-        asked = _rendered(self.question(NOTHING), self.tokenizer)
-        space = " " if isinstance(asked, str) else ""
-        return [continuation_ids(asked, space + label, self.tokenizer) for label in self.answers]
+        asked = begun_text(self.question(NOTHING), self.tokenizer)
+        return [continuation_ids(asked, f" {label}", self.tokenizer) for label in self.answers]
 
-    def _probabilities(self, prompts: Sequence[Any]) -> np.ndarray:
-        asked = [prompt_ids(_rendered(self.question(prompt), self.tokenizer), self.tokenizer) for prompt in prompts]
-        return self._generated(asked) if self._tree is None else self._compared(asked)
+    def _liking(self, prompts: Sequence[Any]) -> np.ndarray:
+        """Mean log-probability of each label."""
+        texts, errors = self.shortener.each(prompts)
+        if errors or not texts:
+            raise ValueError(f"`calibrate` needs prompts; {next(iter(errors.values()), 'it is empty.')}")
+        found: np.ndarray = np.log(self._probabilities(texts)).mean(axis=0)
+        return found
+
+    def _probabilities(self, texts: Sequence[str]) -> np.ndarray:
+        """Of each label for each text, `[texts, labels]`."""
+        parts = [np.empty((0, len(self.labels)))]
+        for start in range(0, len(texts), self.batch_size):
+            questions = [self.question(text) for text in texts[start : start + self.batch_size]]
+            if self._tree is None:
+                parts.append(self._generated([prompt_ids(_open(q, self.tokenizer), self.tokenizer) for q in questions]))
+            else:
+                parts.append(
+                    self._compared([prompt_ids(begun_text(q, self.tokenizer), self.tokenizer) for q in questions])
+                )
+        return np.concatenate(parts)
 
     def _rows(self, count: int) -> dict[str, list[str]]:
         """The adapter of each row, so that nothing has to be switched and nobody else's adapter is touched."""
@@ -417,9 +431,9 @@ def boxed_label(text: str, labels: Sequence[str]) -> str | None:
     return next((label for label in labels if label.casefold() == named), None)
 
 
-def _rendered(messages: list[dict[str, str]], tokenizer: Any) -> Any:
-    """Messages where there is a chat template, in one turn if that has no system message; else their text with room for
-    the answer."""
+def _open(messages: list[dict[str, str]], tokenizer: Any) -> Any:
+    """Messages where there is a chat template, in one turn if that has no place for a system message; else their text
+    with room for the answer."""
     if getattr(tokenizer, "chat_template", None):
         try:
             tokenizer.apply_chat_template(messages, tokenize=False)

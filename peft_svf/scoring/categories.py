@@ -13,9 +13,10 @@ def classification_prompt(
     prompt: Any, categories: Sequence[str], descriptions: Mapping[str, str] | None = None
 ) -> list[dict[str, str]]:
     """
-    Messages that ask for the category of a prompt, in one word.
+    Messages that ask for the category of a prompt, the last of which begins the answer.
 
-    The prompt comes first and in quotes, or small models answer it.
+    The prompt comes first and in quotes, or small models answer it; and the answer is begun, or they say so many other
+    things first that the probabilities of the labels as the first word mean nothing (docs/design-notes.md).
 
     Args:
         prompt: Text, or messages, of which those of the user count.
@@ -31,7 +32,32 @@ def classification_prompt(
     return [
         {"role": "system", "content": "Reply with the category only."},
         {"role": "user", "content": f'"{prompt}"\n\nWhat is the category of this text: {labels}?'},
+        {"role": "assistant", "content": "Category:"},
     ]
+
+
+def begun_text(messages: Sequence[dict[str, str]], tokenizer: Any) -> str:
+    """
+    Messages that end with the beginning of an answer, as the text that a model goes on from.
+
+    Without the token that a tokenizer puts before a text by itself, for TRL and [`prompt_ids`] let it do that.
+
+    Args:
+        messages: The last is the assistant's.
+        tokenizer: With a chat template, or their contents are put together. Where the template has no place for a
+            system message, that is put before the user's.
+    """
+    *asked, begun = messages
+    if getattr(tokenizer, "chat_template", None) is None:
+        return "\n\n".join(message["content"] for message in messages)
+    try:
+        text: str = tokenizer.apply_chat_template([*asked, begun], tokenize=False, continue_final_message=True)
+    except Exception as error:
+        if "TemplateError" not in {kind.__name__ for kind in type(error).__mro__}:
+            raise
+        whole = {"role": "user", "content": "\n\n".join(message["content"] for message in asked)}
+        text = tokenizer.apply_chat_template([whole, begun], tokenize=False, continue_final_message=True)
+    return text.removeprefix(tokenizer.bos_token or "")
 
 
 def named_category(text: str, categories: Sequence[str]) -> str | None:

@@ -195,7 +195,7 @@ class LogLikelihoodObjective(_Batched):
         if isinstance(row["prompt"], str):
             answer = row["completion"] + (self.tokenizer.eos_token or "")
         else:
-            whole = self.tokenizer.apply_chat_template([*row["prompt"], *row["completion"]], tokenize=False)
+            whole = self.tokenizer.apply_chat_template(joined(row["prompt"], row["completion"]), tokenize=False)
             if not whole.startswith(prompt):
                 raise ValueError(f"The chat template does not continue this prompt with its completion: {row}")
             answer = whole[len(prompt) :]
@@ -306,11 +306,23 @@ def check_examples(examples: Sequence[dict[str, Any]], columns: Sequence[str]) -
     return rows
 
 
+def joined(prompt: Sequence[Mapping[str, Any]], completion: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The messages of both; a completion goes on from an answer that the prompt has begun."""
+    if prompt[-1]["role"] == "assistant" == completion[0]["role"]:
+        whole = {**completion[0], "content": prompt[-1]["content"] + completion[0]["content"]}
+        return [*prompt[:-1], whole, *completion[1:]]
+    return [*prompt, *completion]
+
+
 def prompt_text(prompt: Any, tokenizer: Any) -> str:
-    """What the model reads: text as it is, messages through the chat template."""
+    """What the model reads: text as it is, messages through the chat template. It goes on from a last message of the
+    assistant."""
     if isinstance(prompt, str):
         return prompt
-    text: str = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    begun = prompt[-1]["role"] == "assistant"
+    text: str = tokenizer.apply_chat_template(
+        prompt, tokenize=False, add_generation_prompt=not begun, continue_final_message=begun
+    )
     return text
 
 

@@ -23,11 +23,11 @@ from typing import Any
 import yaml
 from datasets import Dataset, load_dataset
 from huggingface_hub import upload_folder
-from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainerState
+from transformers import AutoTokenizer, EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import DatasetMixtureConfig, TrlParser, get_dataset, get_quantization_config
 
-from ..scoring import checked, find_reward, text_of
+from ..scoring import begun_text, checked, find_reward, text_of
 from .arguments import OBJECTIVES, AdapterArguments, TrainArguments, adapter_config, check_given, defaults
 from .callbacks import EqualRewards, ExactState, RewardBar
 from .checkpoints import discard_incomplete, is_complete, last_complete, save_whole, steps_done
@@ -97,6 +97,9 @@ def build(
     _check_output(training)
     task = find_script_task(script)
     data = load_data(script, mixture, task, seed=training.seed)
+    if _is_begun(next(iter(data["train"]))["prompt"]):
+        tokenizer = AutoTokenizer.from_pretrained(adapter.model_name_or_path, revision=adapter.model_revision)
+        data = {split: rows.map(lambda row: _begun(row, tokenizer)) for split, rows in data.items()}
     rewards = load_rewards(script, task)
     functions = [reward for reward in rewards if callable(reward)]
     training.model_init_kwargs = {
@@ -262,6 +265,16 @@ def _with_prompts(rows: Any, script: TrainArguments) -> Any:
 
         rows = rows.map(add)
     return rows
+
+
+def _is_begun(prompt: Any) -> bool:
+    """Whether the last message is the beginning of an answer."""
+    return not isinstance(prompt, str) and prompt[-1]["role"] == "assistant"
+
+
+def _begun(row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """Text in the place of such messages, for TRL would open another turn after them."""
+    return {"prompt": begun_text(row["prompt"], tokenizer)} if _is_begun(row["prompt"]) else {}
 
 
 def load_rewards(script: TrainArguments, task: Task | None) -> list[Any]:

@@ -232,7 +232,7 @@ class ClassificationTask:
             [
                 {
                     "prompt": classification_prompt(prompt, labels),
-                    "completion": [{"role": "assistant", "content": label}],
+                    "completion": [{"role": "assistant", "content": f" {label}"}],
                     "answer": label,
                     "categories": labels,
                 }
