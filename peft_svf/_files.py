@@ -7,9 +7,10 @@ import tempfile
 from pathlib import Path
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file that is either the old or the new one at any moment."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        file.write(text)
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file that is either the old or the new one at any moment."""
+    data = content.encode() if isinstance(content, str) else content
+    with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        file.write(data)
     os.chmod(file.name, 0o644)
     os.replace(file.name, path)

@@ -1,0 +1,185 @@
+"""Experts as LoRA adapters, for everything that serves LoRA and nothing else.
+
+The change of an expert is its own singular value decomposition, `ΔW = Σ_i (σ_i δ_i) u_i v_iᵀ`. So the best LoRA of rank
+r is made of the r terms with the largest |σ_i δ_i| (Eckart and Young, 1936), and nothing has to be decomposed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import save
+
+from .._files import write_whole
+from .._progress import progress_bar
+from ..tuner.layer import SVFLayer
+
+
+@dataclass
+class LoraExport:
+    """
+    An expert, or the best part of it, as LoRA.
+
+    Attributes:
+        config (`LoraConfig`): With the rank of each module in its `rank_pattern`; every scaling is 1.
+        state_dict (`dict[str, torch.Tensor]`): As PEFT saves it, `lora_A [r, in]` and `lora_B [out, r]`.
+        retained (`dict[str, float]`): Share of `‖ΔW‖²` of each module that is left, 1 where ΔW is 0.
+        retained_overall (`float`): The same of all modules together.
+    """
+
+    config: LoraConfig
+    state_dict: dict[str, torch.Tensor]
+    retained: dict[str, float] = field(default_factory=dict)
+    retained_overall: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        """Of the module with the largest, which a server has to allow."""
+        return int(self.config.r)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write a PEFT LoRA adapter, which loads without peft_svf."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / "adapter_model.safetensors", save(self.state_dict, metadata={"format": "pt"}))
+        self.config.save_pretrained(str(folder))
+        about = {"retained_overall": self.retained_overall, "retained": self.retained}
+        write_whole(folder / "export.json", json.dumps(about, indent=1) + "\n")
+
+
+@torch.no_grad()
+def to_lora(
+    model: PeftModel,
+    adapter_name: str | Sequence[str] | None = None,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    dtype: torch.dtype | None = None,
+) -> LoraExport:
+    """
+    The LoRA adapter that comes closest to an expert.
+
+    Exact, but for rounding, if `rank` is at least that of the expert, or neither `rank` nor `energy` is given.
+
+    Args:
+        model ([`~peft.PeftModel`]): With the expert, which need not be active.
+        adapter_name (`str` or `list[str]`, *optional*): The expert, or several to add up, as active ones do; the active
+            ones if `None`. A mixture is an adapter like any other.
+        rank (`int`, *optional*): Keep at most so many terms in each module.
+        energy (`float`, *optional*): Keep as many terms in each module as hold this share of `‖ΔW‖²`.
+        dtype (`torch.dtype`, *optional*): Of the result; fp32 (fp64 for an fp64 model) by default.
+
+    Raises:
+        ValueError: Both `rank` and `energy`, one out of range, an adapter that is not there or is no SVF adapter, or
+            one that trains more than δ (`bias` or `modules_to_save`).
+    """
+    if rank is not None and energy is not None:
+        raise ValueError("Pass `rank` or `energy`, not both.")
+    if rank is not None and rank < 1:
+        raise ValueError(f"`rank` must be at least 1, got {rank}.")
+    if energy is not None and not 0 < energy <= 1:
+        raise ValueError(f"`energy` is a share of the change, above 0 and at most 1, got {energy}.")
+    names = _names(model, adapter_name)
+    layers = {
+        name: module
+        for name, module in model.base_model.model.named_modules()
+        if isinstance(module, SVFLayer) and any(each in module.svf_delta for each in names)
+    }
+    tensors, ranks, kept, whole = {}, {}, {}, {}
+    for name, layer in progress_bar(layers.items(), desc="Exporting", unit="layer"):
+        up, down, sizes = _terms(layer, names)
+        order = sizes.argsort(descending=True, stable=True)
+        squares = sizes[order].double().square()
+        ranks[name] = _rank(squares, rank, energy)
+        chosen = order[: ranks[name]]
+        kept[name], whole[name] = float(squares[: ranks[name]].sum()), float(squares.sum())
+        target = dtype or up.dtype
+        prefix = f"base_model.model.{name}"
+        tensors[f"{prefix}.lora_A.weight"] = down[chosen].to(target).cpu().contiguous()
+        tensors[f"{prefix}.lora_B.weight"] = up[:, chosen].to(target).cpu().contiguous()
+    total = sum(whole.values())
+    return LoraExport(
+        config=_config(model, names, layers, ranks),
+        state_dict=tensors,
+        retained={name: kept[name] / whole[name] if whole[name] else 1.0 for name in layers},
+        retained_overall=sum(kept.values()) / total if total else 1.0,
+    )
+
+
+def _names(model: Any, adapter_name: str | Sequence[str] | None) -> list[str]:
+    if adapter_name is None:
+        names = list(model.active_adapters)
+    else:
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+    if not names:
+        raise ValueError("Which expert? No adapter is active and none was named.")
+    for name in names:
+        config = getattr(model, "peft_config", {}).get(name)
+        if config is None:
+            raise ValueError(f"There is no adapter {name!r}; there are {', '.join(getattr(model, 'peft_config', {}))}.")
+        if config.peft_type != "SVF":
+            raise ValueError(f"Adapter {name!r} is a {config.peft_type} adapter, not an SVF one.")
+        if config.bias != "none" or config.modules_to_save:
+            what = "`modules_to_save`" if config.modules_to_save else "`bias`"
+            raise ValueError(f"Adapter {name!r} has {what}, which is no part of a LoRA. Export a merged model instead.")
+    return names
+
+
+def _terms(layer: SVFLayer, names: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`ΔW = up @ down`, `[out, r]` and `[r, in]`, whose terms are orthogonal, with the size of each: |σ_i δ_i|."""
+    delta = layer.summed_delta(names)
+    assert delta is not None
+    W, Q = layer._as_out_in(layer._unmerged_weight()), layer._columns(delta)
+    work = torch.promote_types(W.dtype, torch.float32)
+    W, Q, delta = W.to(work), Q.to(work), delta.to(work)
+    if layer.side == "output":
+        rows = Q.mT @ W  # σ_i v_iᵀ
+        sigma = rows.norm(dim=1)
+        up, down = Q, rows * delta.unsqueeze(1)
+    else:
+        columns = W @ Q  # σ_i u_i
+        sigma = columns.norm(dim=0)
+        up, down = columns * delta, Q.mT
+    sizes = sigma * delta.abs()
+    # equal parts to both sides, or one overflows in 16 bit where the other has room
+    up_norms, down_norms = up.norm(dim=0).clamp(min=1e-30), down.norm(dim=1).clamp(min=1e-30)
+    even = (down_norms / up_norms).sqrt()
+    return up * even, down / even.unsqueeze(1), sizes
+
+
+def _rank(squares: torch.Tensor, rank: int | None, energy: float | None) -> int:
+    """How many of these terms to keep, `[r]` in descending order; at least one, as LoRA has no rank 0."""
+    if rank is not None:
+        return min(rank, len(squares))
+    if energy is not None:
+        shares = squares.cumsum(0) / squares.sum()
+        return min(int((shares < energy * (1 - 1e-12)).sum()) + 1, len(squares))
+    return max(1, int((squares > 0).sum()))
+
+
+def _config(model: Any, names: Sequence[str], layers: dict[str, SVFLayer], ranks: dict[str, int]) -> LoraConfig:
+    source = model.peft_config[names[0]]
+    largest = max(ranks.values())
+    fewer = {name: rank for name, rank in ranks.items() if rank < largest}
+    transposed = {layer.fan_in_fan_out for layer in layers.values()}
+    return LoraConfig(
+        r=largest,
+        lora_alpha=largest,
+        target_modules=list(layers),
+        rank_pattern=dict(fewer),
+        alpha_pattern=dict(fewer),
+        lora_dropout=0.0,
+        bias="none",
+        fan_in_fan_out=transposed == {True},
+        task_type=source.task_type,
+        base_model_name_or_path=source.base_model_name_or_path,
+        revision=source.revision,
+        inference_mode=True,
+    )
