@@ -8,14 +8,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from peft_svf import AdaptiveMixture, SVFConfig, SVFLayer
-from peft_svf.interop import to_lora
+from peft_svf.interop import from_weights, import_expert, to_lora
 
 IDS = torch.tensor([[4, 17, 5, 42, 8, 30, 11, 23], [7, 9, 33, 29, 40, 12, 4, 19]])
 
@@ -184,3 +186,262 @@ def test_a_merged_expert_is_exported_all_the_same() -> None:
     model.merge_adapter()
     after = to_lora(model, rank=3)
     assert all(torch.equal(before.state_dict[name], after.state_dict[name]) for name in before.state_dict)
+
+
+# ------------------------------------------------------------------------------------------ the released code
+
+
+def released_weight(weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """As the released code composes it, in fp32. The decomposition is rounded from an fp64 one: two fp32 ones differ by
+    more than what is compared here, as near-equal singular values turn into each other."""
+    U, S, V = (part.float() for part in torch.svd(weight.double()))
+    return (U @ torch.diag(S * mask) @ V.T) * (S.sum() / (S * mask).sum())
+
+
+def mlp_names(base: Any) -> list[str]:
+    return [name for name in base.state_dict() if "mlp" in name]
+
+
+def logit_vectors(base: Any, seed: int = 0, spread: float = 0.3) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {name: min(value.shape) for name, value in base.state_dict().items() if "mlp" in name}
+    return {name: 0.1 + spread * torch.randn(k, generator=generator) for name, k in shapes.items()}
+
+
+def expect(model: Any, expected: dict[str, torch.Tensor]) -> None:
+    """That the effective weights are these, and no others are adapted."""
+    found = layers(model)
+    assert {f"{name}.weight" for name in found} == set(expected)
+    for name, layer in found.items():
+        want = expected[f"{name}.weight"].double()
+        delta = layer.svf_delta["default"].weight.detach()
+        error = (layer.effective_weight(delta).double() - want).norm() / want.norm()
+        assert error < 1e-6, name
+
+
+def save_parameters(path: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    """As the released code does, parameters and all."""
+    torch.save({name: torch.nn.Parameter(tensor) for name, tensor in tensors.items()}, path)
+    return path
+
+
+@pytest.mark.parametrize("max_mult", [1.0, 2.0])
+def test_vectors_by_name(max_mult: float, tmp_path: Path) -> None:
+    base, vectors = base_model(), logit_vectors(base_model())
+    weights = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    path = save_parameters(tmp_path / "learnable_params_1.pt", vectors)
+    model = import_expert(path, base, max_mult=max_mult)
+    expect(model, {name: released_weight(weights[name], max_mult * v.sigmoid()) for name, v in vectors.items()})
+
+
+def test_vectors_by_place_in_any_order(tmp_path: Path) -> None:
+    base, vectors = base_model(), logit_vectors(base_model())
+    weights = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    places = {f"learnable_params_module_list.{i}": vectors[name] for i, name in enumerate(mlp_names(base))}
+    path = save_parameters(tmp_path / "policy_params.pt", dict(reversed(places.items())))
+    expect(import_expert(path, base), {n: released_weight(weights[n], v.sigmoid()) for n, v in vectors.items()})
+
+
+@pytest.mark.parametrize("per_matrix", [True, False])
+def test_a_mixture(per_matrix: bool, tmp_path: Path) -> None:
+    base = base_model()
+    weights = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    names, parts = mlp_names(base), [logit_vectors(base, seed, 0.03) for seed in range(3)]
+    alpha = torch.rand(3, len(names) if per_matrix else 1, generator=torch.Generator().manual_seed(0))
+    tensors = {f"weights_{k}_k_{n.replace('.', '_')}": part[n] for k, part in enumerate(parts) for n in names}
+    path = save_parameters(tmp_path / "policy_params.pt", {"adaptive_weights": alpha, **tensors})
+    expected = {}
+    for i, name in enumerate(names):
+        mask = sum(alpha[k, i if per_matrix else 0] * parts[k][name] for k in range(3))
+        expected[name] = released_weight(weights[name], mask)
+    expect(import_expert(path, base), expected)
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".safetensors"])
+def test_the_vector_of_trinity(suffix: str, tmp_path: Path) -> None:
+    base = base_model(tie_word_embeddings=False)
+    weights = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    names = [name for name, w in weights.items() if w.ndim == 2 and ("layers" not in name or ".layers.1." in name)]
+    assert names[0] == "model.embed_tokens.weight"
+    assert names[-1] == "lm_head.weight"
+    offsets = {name: 0.05 * torch.randn(min(weights[name].shape)) for name in names}
+    vector = torch.cat([*offsets.values(), torch.randn(40)])
+    path = tmp_path / f"model_iter{suffix}"
+    if suffix == ".npy":
+        np.save(path, vector.double().numpy())
+    else:
+        save_file({"trinity_router_es_vector": vector}, path)
+    with pytest.raises(ValueError, match=r"changes model.embed_tokens, an embedding"), pytest.warns(match="40 numbers"):
+        import_expert(path, base, layers=[1])
+    with pytest.warns(match="40 numbers after those for singular values"):
+        model = import_expert(path, base, layers=[1], skip=["model.embed_tokens"])
+    expect(model, {name: released_weight(weights[name], 1 + offsets[name]) for name in names[1:]})
+
+
+def test_a_decomposition_in_fp32_gives_nearly_the_same(tmp_path: Path) -> None:
+    base, vectors = base_model(), logit_vectors(base_model())
+    weights = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    model = import_expert(save_parameters(tmp_path / "learnable_params.pt", vectors), base)
+    for name, layer in layers(model).items():
+        U, S, V = torch.svd(weights[f"{name}.weight"])
+        mask = vectors[f"{name}.weight"].sigmoid()
+        want = (U @ torch.diag(S * mask) @ V.T) * (S.sum() / (S * mask).sum())
+        error = layer.effective_weight(layer.svf_delta["default"].weight.detach()) - want
+        assert error.norm() / want.norm() < 1e-4
+
+
+def test_an_imported_expert_is_an_ordinary_adapter(tmp_path: Path) -> None:
+    path = save_parameters(tmp_path / "learnable_params.pt", logit_vectors(base_model()))
+    model = import_expert(path, base_model())
+    model.save_pretrained(tmp_path / "expert")
+    again = PeftModel.from_pretrained(base_model(), tmp_path / "expert").eval()
+    assert torch.equal(logits(again), logits(model))
+    plain = import_expert(path, base_model(), parametrization="raw", normalize=False)
+    layer = layers(plain)["model.layers.0.mlp.up_proj"]
+    vector = logit_vectors(base_model())["model.layers.0.mlp.up_proj.weight"]
+    assert torch.allclose(layer.svf_delta["default"].weight, vector - 1)
+
+
+class Payload:
+    def __reduce__(self) -> Any:
+        return (exec, ("raise SystemExit('the payload ran')",))
+
+
+def broken(kind: str, folder: Path) -> Path:
+    """A file that must not be imported."""
+    base, path = base_model(), folder / "learnable_params.pt"
+    vectors: dict[str, Any] = logit_vectors(base)
+    first = next(iter(vectors))
+    if kind == "payload":
+        torch.save({**vectors, "more": Payload()}, path)
+        return path
+    if kind == "object":
+        torch.save({**vectors, "step": 3}, path)
+        return path
+    changed = {
+        "wrong length": {**vectors, first: torch.zeros(7)},
+        "unknown name": {**vectors, "model.layers.9.mlp.up_proj.weight": torch.zeros(7)},
+        "nan": {**vectors, first: vectors[first] * float("nan")},
+        "too few places": {f"learnable_params_module_list.{i}": v for i, v in enumerate([*vectors.values()][:-1])},
+        "mixture of nothing": {"adaptive_weights": torch.ones(2, 5), "weights_0_k_x": torch.zeros(3)},
+        "mixture columns": {
+            "adaptive_weights": torch.ones(1, 5),
+            **{f"weights_0_k_{n.replace('.', '_')}": v for n, v in vectors.items()},
+        },
+        "mixture parts": {
+            "adaptive_weights": torch.ones(2, 1),
+            **{f"weights_0_k_{n.replace('.', '_')}": v for n, v in vectors.items()},
+        },
+    }
+    save_parameters(path, changed.get(kind, vectors))
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:-500])
+    if kind == "text":
+        path.write_text("a text")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("payload", "holds Python objects"),
+        ("object", "'step': int; expected tensors by name"),
+        ("wrong length", "has .7,. numbers for model.layers.0.mlp.gate_proj.weight, which has 32"),
+        ("unknown name", "'model.layers.9.mlp.up_proj.weight', and the model has no such weight"),
+        ("nan", "NaN or Inf for model.layers.0"),
+        ("too few places", "has 5 vectors, up to place 4, and the model has 6"),
+        ("mixture of nothing", "'weights_0_k_x', which is for no weight"),
+        ("mixture columns", r"shape \(1, 5\) for 6 matrices"),
+        ("mixture parts", r"parts \[0\] for model.layers.0.*; expected 2"),
+        ("truncated", "is damaged or no file of tensors"),
+        ("text", "holds Python objects|is damaged"),
+    ],
+)
+def test_files_that_are_refused(kind: str, message: str, tmp_path: Path) -> None:
+    base = base_model()
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        import_expert(broken(kind, tmp_path), base)
+    assert base.state_dict().keys() == before.keys()
+
+
+def test_more_that_is_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="is damaged or no file of tensors"):
+        import_expert(tmp_path / "objects.npy", base_model())
+    np.save(tmp_path / "short.npy", np.zeros(5))
+    with pytest.raises(ValueError, match="has 5 numbers, and the"):
+        import_expert(tmp_path / "short.npy", base_model(), layers=[0])
+    with pytest.raises(FileNotFoundError, match=r"nothing\.pt"):
+        import_expert(tmp_path / "nothing.pt", base_model())
+    path = save_parameters(tmp_path / "zero.pt", {n: 0 * v for n, v in logit_vectors(base_model()).items()})
+    with pytest.raises(ValueError, match="sums to 0"):
+        import_expert(path, base_model(), parametrization="raw")
+    with pytest.raises(ValueError, match="got 'cosine'"):
+        import_expert(path, base_model(), parametrization="cosine")  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------------------ fine-tuned models
+
+
+def test_a_model_that_an_expert_made_is_explained_entirely(tmp_path: Path) -> None:
+    model = expert(base_model(), scale=0.1)
+    want = {name: layer.svf_delta["default"].weight.detach().clone() for name, layer in layers(model).items()}
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path / "one")
+    merged.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert (tmp_path / "shards" / "model.safetensors.index.json").exists()
+    for finetuned in (merged, tmp_path / "one", str(tmp_path / "shards")):
+        found, explained = from_weights(finetuned, base_model())
+        assert explained.overall == pytest.approx(1, abs=1e-5)
+        assert min(explained.modules.values()) == pytest.approx(1, abs=1e-4)
+        for name, layer in layers(found).items():
+            assert torch.allclose(layer.svf_delta["default"].weight, want[name], atol=1e-4)
+
+
+@pytest.mark.parametrize("r", [None, 6])
+def test_the_projection_is_the_least_squares_solution(r: int | None) -> None:
+    base, finetuned = base_model(), base_model()
+    for parameter in finetuned.parameters():
+        generator = torch.Generator().manual_seed(parameter.numel())
+        parameter.data += 0.01 * torch.randn(parameter.shape, generator=generator)
+    config = SVFConfig(target_modules="all-linear", task_type="CAUSAL_LM", r=r)
+    model, explained = from_weights(finetuned, base, config)
+    for name, layer in layers(model).items():
+        W = layer.get_base_layer().weight.double()
+        D = finetuned.get_submodule(name).weight.double() - W
+        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+        terms = torch.stack([S[i] * torch.outer(U[:, i], Vh[i]).flatten() for i in range(layer.rank("default"))], dim=1)
+        solution = torch.linalg.lstsq(terms, D.flatten().unsqueeze(1)).solution.squeeze(1)
+        found = layer.svf_delta["default"].weight.double()
+        assert torch.allclose(found, solution, atol=1e-4 * float(solution.abs().max()))
+        share = 1 - (terms @ solution - D.flatten()).square().sum() / D.square().sum()
+        assert explained.modules[name] == pytest.approx(float(share), abs=1e-4)
+    assert 0 < explained.overall < 0.2
+
+
+def test_a_lora_as_an_expert(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    lora = get_peft_model(base_model(), config)
+    lora.save_pretrained(tmp_path)
+    model, explained = from_weights(lora, base_model())
+    again, same = from_weights(tmp_path, base_model())
+    assert same.overall == pytest.approx(explained.overall)
+    assert 0 < explained.overall < 1
+    for name, layer in layers(again).items():
+        other = layers(model)[name].svf_delta["default"].weight
+        assert torch.allclose(layer.svf_delta["default"].weight, other, atol=1e-6)
+        assert bool(other.any()) == ("q_proj" in name or "down_proj" in name)
+
+
+def test_models_that_do_not_fit(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"gate_proj.weight has shape \(40, 32\) in the fine-tuned model and"):
+        from_weights(base_model(intermediate_size=40), base_model(), SVFConfig(target_modules=["gate_proj"]))
+    with pytest.raises(ValueError, match=r"no model.layers.1.* in the fine-tuned model"):
+        from_weights(base_model(num_hidden_layers=1), base_model())
+    with pytest.raises(ValueError, match=r"neither model\.safetensors"):
+        from_weights(tmp_path, base_model())
+    expert(base_model()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is an SVF adapter already"):
+        from_weights(tmp_path, base_model())

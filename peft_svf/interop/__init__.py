@@ -1,5 +1,7 @@
 """Between SVF adapters and the formats of others."""
 
+from .fit import Explained, from_weights
 from .lora import LoraExport, to_lora
+from .released import import_expert
 
-__all__ = ["LoraExport", "to_lora"]
+__all__ = ["Explained", "LoraExport", "from_weights", "import_expert", "to_lora"]

@@ -1,0 +1,174 @@
+"""The expert that comes closest to a fine-tuned model, or to another adapter.
+
+Among all `W(z)`, ΔW is approached best, in the least squares sense, by `δ_i = u_iᵀ ΔW v_i / σ_i`: the terms
+`σ_i u_i v_iᵀ` are orthogonal, so that each δ_i is a projection of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
+from torch import nn
+
+from .._progress import progress_bar
+from ..tuner import SVFConfig
+from ..tuner.layer import SVFLayer
+
+Change = Callable[[str, torch.Tensor], "torch.Tensor | None"]
+
+
+@dataclass(frozen=True)
+class Explained:
+    """
+    How much of a change an expert can express.
+
+    Attributes:
+        modules: Share of `‖ΔW‖²` of each adapted module, 1 where ΔW is 0.
+        overall: The same of all adapted modules together.
+    """
+
+    modules: dict[str, float]
+    overall: float
+
+
+@torch.no_grad()
+def from_weights(
+    finetuned: nn.Module | str | os.PathLike[str],
+    base: nn.Module,
+    config: SVFConfig | None = None,
+    *,
+    adapter_name: str = "default",
+) -> tuple[PeftModel, Explained]:
+    """
+    The expert that explains a fine-tuning best, and how much of it that is.
+
+    Args:
+        finetuned (`torch.nn.Module` or path): The fine-tuned model, or its folder of safetensors files, read one matrix
+            at a time; or a `PeftModel` with adapters of a method that can be merged, such as LoRA, or the folder of
+            such an adapter.
+        base (`torch.nn.Module`): The model that was fine-tuned, which gets adapted.
+        config ([`SVFConfig`], *optional*): What to adapt; all linear layers in full by default.
+        adapter_name (`str`): What to call the expert.
+
+    Raises:
+        ValueError: The fine-tuned model lacks a weight, or has one of another shape; the message names it.
+    """
+    config = config or SVFConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+    change = _changes(finetuned, base)
+    model: PeftModel = get_peft_model(base, config, adapter_name=adapter_name)
+    layers = [module for module in model.modules() if isinstance(module, SVFLayer)]
+    explained, whole = {}, {}
+    for layer in progress_bar(layers, desc="Projecting", unit="layer"):
+        weight = layer._unmerged_weight()
+        changed = change(layer.module_name, weight)
+        if changed is None:
+            explained[layer.module_name] = whole[layer.module_name] = 0.0
+            continue
+        delta, found = _projection(layer, layer._as_out_in(changed.to(weight.device)), adapter_name)
+        layer.svf_delta[adapter_name].weight.copy_(delta)
+        explained[layer.module_name], whole[layer.module_name] = found
+    total = sum(whole.values())
+    shares = {name: explained[name] / whole[name] if whole[name] else 1.0 for name in whole}
+    return model.eval(), Explained(shares, sum(explained.values()) / total if total else 1.0)
+
+
+def _projection(layer: SVFLayer, change: torch.Tensor, name: str) -> tuple[torch.Tensor, tuple[float, float]]:
+    """δ `[r]` of the change `[out, in]`, and the squares of what it explains and of the whole."""
+    W = layer._as_out_in(layer._unmerged_weight()).double()
+    Q, D = layer._ready_basis()[:, : layer.rank(name)].double(), change.double()
+    if layer.side == "output":
+        terms, projected = Q.mT @ W, Q.mT @ D  # σ_i v_iᵀ
+    else:
+        terms, projected = (W @ Q).mT, (D @ Q).mT  # σ_i u_iᵀ
+    squares = terms.square().sum(dim=1)
+    products = (terms * projected).sum(dim=1)
+    known = squares > squares.max() * 1e-14  # below, σ is rounding, and δ would be anything
+    delta = torch.where(known, products / squares.where(known, torch.ones_like(squares)), torch.zeros_like(products))
+    return delta, (float((delta * products).sum()), float(D.square().sum()))
+
+
+# ---------------------------------------------------------------------------------------------------- changes
+
+
+def _changes(finetuned: Any, base: nn.Module) -> Change:
+    """ΔW of a module, by its name and base weight; `None` if it was not touched."""
+    if isinstance(finetuned, (str, os.PathLike)):
+        folder = Path(finetuned)
+        if (folder / "adapter_config.json").exists():
+            return _of_adapter_folder(folder, base)
+        return _of_tensors(_reader(folder), str(folder))
+    if isinstance(finetuned, PeftModel):
+        return _of_layers(finetuned.base_model.model)
+    tensors = finetuned.state_dict()
+    return _of_tensors(tensors.get, "the fine-tuned model")
+
+
+def _of_tensors(read: Callable[[str], torch.Tensor | None], where: str) -> Change:
+    def change(name: str, weight: torch.Tensor) -> torch.Tensor:
+        found = read(f"{name}.weight")
+        if found is None:
+            raise ValueError(f"There is no {name}.weight in {where}.")
+        if found.shape != weight.shape:
+            raise ValueError(
+                f"{name}.weight has shape {tuple(found.shape)} in {where} and {tuple(weight.shape)} in the base model."
+            )
+        return found.to(device=weight.device, dtype=torch.float64) - weight.double()
+
+    return change
+
+
+def _reader(folder: Path) -> Callable[[str], torch.Tensor | None]:
+    """Reads a tensor of a model folder."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        files: dict[str, str] = json.loads(index.read_text())["weight_map"]
+    elif (folder / "model.safetensors").exists():
+        with safe_open(folder / "model.safetensors", framework="pt") as file:
+            files = dict.fromkeys(file.keys(), "model.safetensors")
+    else:
+        raise ValueError(f"{folder} has neither model.safetensors, nor an index of several, nor an adapter.")
+
+    def read(name: str) -> torch.Tensor | None:
+        if name not in files:
+            return None
+        with safe_open(folder / Path(files[name]).name, framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+        return tensor
+
+    return read
+
+
+def _of_adapter_folder(folder: Path, base: nn.Module) -> Change:
+    config = PeftConfig.from_pretrained(str(folder))
+    if config.peft_type == "SVF":
+        raise ValueError(f"{folder} is an SVF adapter already.")
+    loaded = PeftModel.from_pretrained(base, str(folder))
+    change = _of_layers(loaded.base_model.model)
+    loaded.unload()  # the layers live on in `change`
+    return change
+
+
+def _of_layers(model: nn.Module) -> Change:
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    lacking = [name for name, layer in layers.items() if not hasattr(layer, "get_delta_weight")]
+    if lacking:
+        raise ValueError(f"The adapter of {lacking[0]} ({type(layers[lacking[0]]).__name__}) cannot say its ΔW.")
+
+    def change(name: str, weight: torch.Tensor) -> torch.Tensor | None:
+        layer: Any = layers.get(name)
+        if layer is None:
+            return None
+        kept = [adapter for adapter in layer.active_adapters if adapter in getattr(layer, layer.adapter_layer_names[0])]
+        parts = [layer.get_delta_weight(adapter).double() for adapter in kept]
+        return sum(parts[1:], parts[0]) if parts else None
+
+    return change
