@@ -14,10 +14,11 @@ import torch
 from conftest import tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from test_adaptation import make_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from peft_svf import AdaptiveMixture, SVFConfig, SVFLayer
-from peft_svf.interop import from_weights, import_expert, to_lora
+from peft_svf.interop import from_weights, import_expert, merge_to_folder, to_lora
 
 IDS = torch.tensor([[4, 17, 5, 42, 8, 30, 11, 23], [7, 9, 33, 29, 40, 12, 4, 19]])
 
@@ -113,10 +114,6 @@ def test_an_expert_without_an_effect() -> None:
 
 
 def test_conv1d_and_16_bit(tmp_path: Path) -> None:
-    def gpt2() -> Any:
-        torch.manual_seed(0)
-        return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=50, n_positions=32)).eval()
-
     model = expert(gpt2(), target_modules=["c_attn", "c_proj", "c_fc"])
     to_lora(model).save_pretrained(tmp_path)
     lora = PeftModel.from_pretrained(gpt2(), tmp_path).eval()
@@ -445,3 +442,76 @@ def test_models_that_do_not_fit(tmp_path: Path) -> None:
     expert(base_model()).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is an SVF adapter already"):
         from_weights(tmp_path, base_model())
+
+
+# ------------------------------------------------------------------------------------------ merged models
+
+
+def gpt2() -> Any:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=50, n_positions=32)).eval()
+
+
+@pytest.mark.parametrize("shard", ["5GB", "20KB"])
+@pytest.mark.parametrize("kind", ["llama", "bf16", "gpt2", "r"])
+def test_merged_file_by_file_is_merged_in_memory(kind: str, shard: str, tmp_path: Path) -> None:
+    def base() -> Any:
+        return gpt2() if kind == "gpt2" else base_model(dtype=torch.bfloat16 if kind == "bf16" else torch.float32)
+
+    base().save_pretrained(tmp_path / "base", max_shard_size=shard)
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    options: dict[str, Any] = {"r": 6} if kind == "r" else {}
+    if kind == "gpt2":
+        options["target_modules"] = ["c_attn", "c_fc"]
+    model = expert(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), **options)
+    model.save_pretrained(tmp_path / "expert")
+    found = merge_to_folder(tmp_path / "expert", tmp_path / "merged")
+    assert found.folder == tmp_path / "merged"
+    assert set(found.shares) == set(layers(model))
+    assert all(0.9 < share <= 1.001 for share in found.shares.values())
+    again = merge_to_folder(tmp_path / "expert", tmp_path / "again", base=tmp_path / "base")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    expected = model.merge_and_unload().state_dict()
+    assert merged.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in merged.state_dict().items())
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").vocab_size == make_tokenizer().vocab_size
+    for path in found.folder.iterdir():
+        assert path.read_bytes() == (again.folder / path.name).read_bytes(), path.name
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_small_change_of_16_bit_weights_is_said_to_be_lost(tmp_path: Path) -> None:
+    base_model(dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
+    expert(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), scale=1e-4).save_pretrained(tmp_path / "expert")
+    with pytest.warns(UserWarning, match="too coarse for their change, and keep down to"):
+        merge_to_folder(tmp_path / "expert", tmp_path / "merged")
+
+
+def test_what_cannot_be_merged(tmp_path: Path) -> None:
+    base_model().save_pretrained(tmp_path / "base")
+    base_model(seed=1).save_pretrained(tmp_path / "other")
+    expert(AutoModelForCausalLM.from_pretrained(tmp_path / "base")).save_pretrained(tmp_path / "expert")
+    target = tmp_path / "merged"
+    with pytest.raises(ValueError, match="made for another base model: 14 of 14 weights differ"):
+        merge_to_folder(tmp_path / "expert", target, base=tmp_path / "other")
+    with pytest.warns(UserWarning, match="made for another base model"):
+        merge_to_folder(tmp_path / "expert", target, base=tmp_path / "other", base_check="warn")
+    with pytest.raises(ValueError, match="is in use"):
+        merge_to_folder(tmp_path / "expert", target)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.json").write_text((tmp_path / "base" / "config.json").read_text())
+    with pytest.raises(ValueError, match=r"neither model\.safetensors"):
+        merge_to_folder(tmp_path / "expert", tmp_path / "x", base=tmp_path / "empty")
+    get_peft_model(base_model(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
+    with pytest.raises(ValueError, match=r"is a .*LORA adapter"):
+        merge_to_folder(tmp_path / "lora", tmp_path / "x")
+    expert(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), bias="svf_only").save_pretrained(tmp_path / "bias")
+    tied = base_model(tie_word_embeddings=True)
+    tied.save_pretrained(tmp_path / "tied")
+    expert(AutoModelForCausalLM.from_pretrained(tmp_path / "tied"), target_modules=["lm_head"]).save_pretrained(
+        tmp_path / "head"
+    )
+    with pytest.raises(ValueError, match=r"lm_head shares its weight with model\.embed_tokens"):
+        merge_to_folder(tmp_path / "head", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    assert not list(tmp_path.glob(".*"))

@@ -2,6 +2,7 @@
 
 from .fit import Explained, from_weights
 from .lora import LoraExport, to_lora
+from .merged import Merged, merge_to_folder
 from .released import import_expert
 
-__all__ = ["Explained", "LoraExport", "from_weights", "import_expert", "to_lora"]
+__all__ = ["Explained", "LoraExport", "Merged", "from_weights", "import_expert", "merge_to_folder", "to_lora"]

@@ -1,0 +1,236 @@
+"""An expert put into the weights of its base model, file by file.
+
+What `merge_and_unload` and `save_pretrained` give, but with no more than one file of weights in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import snapshot_download
+from peft.utils.save_and_load import load_peft_weights
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from .._files import write_whole
+from .._progress import progress_bar
+from ..spectral import BasisCache, effective_weight, fingerprint, fingerprint_difference, surviving_share
+from ..tuner import SVFConfig
+from ..tuner.base_check import recorded_name
+from ..tuner.fold import SMALLEST_SHARE
+
+_PREFIX, _SUFFIX = "base_model.model.", ".svf_delta.weight"
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Merged:
+    """
+    What was written.
+
+    Attributes:
+        folder (`Path`): Where.
+        shares (`dict[str, float]`): How much of ΔW each merged module kept; below 1 where a weight has 16 bits.
+    """
+
+    folder: Path
+    shares: dict[str, float]
+
+
+@torch.no_grad()
+def merge_to_folder(
+    adapter: str | os.PathLike[str],
+    save_directory: str | os.PathLike[str],
+    base: str | os.PathLike[str] | None = None,
+    *,
+    revision: str | None = None,
+    base_check: Literal["error", "warn", "ignore"] = "error",
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> Merged:
+    """
+    Write the base model with an expert merged into its weights.
+
+    Bit for bit what `merge_and_unload` computes, in the dtype of the files. The folder appears when it is complete.
+
+    Args:
+        adapter: Folder or Hub id of an SVF adapter.
+        save_directory: A folder that does not exist, or is empty.
+        base (*optional*): Folder or Hub id of the base model; that of the adapter's config if `None`.
+        revision (`str`, *optional*): Of the base model on the Hub.
+        base_check (`str`): If the adapter is for another base model, see [`SVFRuntimeConfig`].
+        cache_dir (*optional*): Of singular bases.
+
+    Raises:
+        ValueError: The adapter is not SVF, trains more than δ, or is for another base model; the base has no
+            safetensors files, or lacks a weight; or the folder is in use.
+    """
+    config = SVFConfig.from_pretrained(str(adapter))
+    if not isinstance(config, SVFConfig):
+        raise ValueError(f"{adapter} is a {config.peft_type} adapter; only SVF adapters can be merged here.")
+    deltas = _deltas(adapter)
+    target = Path(save_directory)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} is in use. Merge into a folder that does not exist yet.")
+    source = _folder(base or config.base_model_name_or_path, revision)
+    transposed = _transposed(source, deltas)
+    files = _files(source)
+    lacking = [name for name in deltas if f"{name}.weight" not in {key for keys in files.values() for key in keys}]
+    if lacking:
+        raise ValueError(
+            f"{source} has no tensor {lacking[0]}.weight, which the adapter changes: another model, or one whose files "
+            "have other names than its modules; load and merge that with `merge_and_unload`."
+        )
+    cache, shares, differences = BasisCache(cache_dir), {}, []
+    unfinished = target.with_name(f".{target.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        with progress_bar(desc="Merging", total=len(deltas), unit="layer") as bar:
+            for file, keys in files.items():
+                tensors = {}
+                with safe_open(source / file, framework="pt") as opened:
+                    for key in keys:
+                        tensor, name = opened.get_tensor(key), key.removesuffix(".weight")
+                        if key.endswith(".weight") and name in deltas:
+                            weight = tensor.mT if transposed[name] else tensor
+                            merged, difference = _merged(weight, deltas[name], name, config, cache)
+                            differences += [f"{name}: {difference}"] if difference else []
+                            shares[name] = merged[1]
+                            tensor = (merged[0].mT if transposed[name] else merged[0]).contiguous()
+                            bar.update()
+                        tensors[key] = tensor
+                save_file(tensors, unfinished / file, metadata={"format": "pt"})
+        _complain(differences, base_check, adapter, len(deltas))
+        _copy_rest(source, unfinished, set(files))
+        write_whole(unfinished / "README.md", _card(adapter, config, source, shares))
+        if target.exists():
+            target.rmdir()
+        os.replace(unfinished, target)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    if coarse := [name for name, share in shares.items() if share < SMALLEST_SHARE]:
+        least = min(shares.values())
+        warnings.warn(
+            f"{len(coarse)} of {len(shares)} merged weights are too coarse for their change, and keep down to "
+            f"{least:.0%} of it. Merge into an fp32 copy of the base model, or serve the adapter.",
+            stacklevel=2,
+        )
+    return Merged(target, shares)
+
+
+def _deltas(adapter: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+    deltas = {}
+    for key, value in load_peft_weights(str(adapter), device="cpu").items():
+        if key.endswith(".base_layer.weight"):
+            continue  # PEFT saves the weight of an output layer with its adapter
+        if not (key.startswith(_PREFIX) and key.endswith(_SUFFIX)):
+            raise ValueError(
+                f"{adapter} trains more than δ ({key}). Load it onto its base model and use `merge_and_unload`."
+            )
+        deltas[key[len(_PREFIX) : -len(_SUFFIX)]] = value
+    if not deltas:
+        raise ValueError(f"{adapter} holds no vectors.")
+    return deltas
+
+
+def _folder(base: str | os.PathLike[str] | None, revision: str | None) -> Path:
+    if base is None:
+        raise ValueError("Which base model? The adapter does not say; pass it.")
+    if Path(base).is_dir():
+        return Path(base)
+    wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+    return Path(snapshot_download(str(base), revision=revision, allow_patterns=wanted))
+
+
+def _transposed(source: Path, deltas: Mapping[str, Any]) -> dict[str, bool]:
+    """Whether each module stores its weight as `[in, out]`."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+    modules = dict(model.named_modules())
+    if unknown := [name for name in deltas if name not in modules]:
+        raise ValueError(f"The model in {source} has no module {unknown[0]}, which the adapter changes.")
+    weights = {name: modules[name].weight for name in deltas}
+    for name, module in modules.items():
+        for adapted, weight in weights.items():
+            if name != adapted and getattr(module, "weight", None) is weight:
+                raise ValueError(
+                    f"{adapted} shares its weight with {name}, which merging would change, too. Untie them, or serve "
+                    "the adapter as it is."
+                )
+    return {name: isinstance(modules[name], Conv1D) for name in deltas}
+
+
+def _files(source: Path) -> dict[str, list[str]]:
+    """The names of the tensors in each file of weights."""
+    if (source / _INDEX).exists():
+        files: dict[str, list[str]] = {}
+        for key, file in json.loads((source / _INDEX).read_text())["weight_map"].items():
+            if Path(file).name != file:
+                raise ValueError(f"{source / _INDEX} names {file!r}, which is no file beside it.")
+            files.setdefault(file, []).append(key)
+        return files
+    if not (source / _SINGLE).exists():
+        raise ValueError(f"{source} has neither {_SINGLE} nor an index of several such files.")
+    with safe_open(source / _SINGLE, framework="pt") as opened:
+        return {_SINGLE: list(opened.keys())}
+
+
+def _merged(
+    weight: torch.Tensor, delta: torch.Tensor, name: str, config: SVFConfig, cache: BasisCache
+) -> tuple[tuple[torch.Tensor, float], str | None]:
+    """`W(z)` and the share of ΔW in it, and how the weight differs from the one that the adapter was made for."""
+    basis = cache.load_or_compute(weight, name=name)
+    if len(delta) > basis.vectors.shape[1]:
+        raise ValueError(f"The adapter has {len(delta)} numbers for {name}, a weight of shape {tuple(weight.shape)}.")
+    expected = config.expected_fingerprint
+    recorded = recorded_name(name, expected)
+    difference = None
+    if expected and recorded is None:
+        difference = "the adapter was not made for a module of this name"
+    elif recorded is not None:
+        shape = (weight.shape[0], weight.shape[1])
+        difference = fingerprint_difference(expected[recorded], fingerprint(basis.spectrum), shape)
+    vectors = basis.leading(len(delta)).vectors
+    share = surviving_share(weight, vectors, delta, weight.dtype) if weight.dtype.itemsize <= 2 else 1.0
+    return (effective_weight(weight, vectors, delta), share), difference
+
+
+def _complain(differences: list[str], base_check: str, adapter: Any, count: int) -> None:
+    if not differences or base_check == "ignore":
+        return
+    message = (
+        f"{adapter} was made for another base model: {len(differences)} of {count} weights differ, the first is "
+        f"{differences[0]}."
+    )
+    if base_check == "error":
+        raise ValueError(message + ' If you know better, pass `base_check="warn"`.')
+    warnings.warn(message, stacklevel=3)
+
+
+def _copy_rest(source: Path, target: Path, written: set[str]) -> None:
+    """Config, tokenizer, index; not the card, which is that of the base model, and no other weights."""
+    for path in source.iterdir():
+        if path.is_file() and path.name not in written and path.suffix in (".json", ".txt", ".model", ".jinja"):
+            shutil.copyfile(path, target / path.name)
+
+
+def _card(adapter: Any, config: SVFConfig, source: Path, shares: Mapping[str, float]) -> str:
+    base = config.base_model_name_or_path or source.name
+    name = Path(str(adapter)).name
+    return (
+        f"---\nbase_model: {base}\ntags:\n- svf\n- transformer-squared\n---\n\n"
+        f"# {Path(str(base)).name} with the expert {name}\n\n"
+        f"The weights of {base} with the SVF expert {name} merged into {len(shares)} of them by "
+        "[peft-svf](https://pypi.org/project/peft-svf/). It loads as any model and needs no other library.\n"
+    )
