@@ -32,7 +32,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(world: Path, command: str, *more: str, text: str | None = None) -> Any:
-    from peft_svf.cli import app
+    from peft_svf_cli.app import app
 
     words = ["--model_name_or_path", str(world / "base")]
     words += ["--expert", f"sums={world / 'sums'}", "--expert", f"lists={world / 'lists'}"]

@@ -36,7 +36,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def search(world: Path, output: Path, *more: str, examples: str = "shots.jsonl", **options: Any) -> Any:
-    from peft_svf.cli import app
+    from peft_svf_cli.app import app
 
     chosen = {
         "model_name_or_path": world / "base",

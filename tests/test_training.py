@@ -53,9 +53,9 @@ from peft_svf.training import (
 )
 from peft_svf.training.arguments import AdapterArguments, TrainArguments, adapter_config
 from peft_svf.training.checkpoints import discard_incomplete, is_complete, last_complete
-from peft_svf.training.plots import delta_sizes
 from peft_svf.training.run import build, main, parse
 from peft_svf.training.tasks import SPLITS
+from peft_svf.tuner.plots import delta_sizes
 
 RECIPES = Path(__file__).parents[1] / "examples" / "recipes"
 
@@ -876,7 +876,7 @@ def test_two_processes(objective: str, base: Path, data: Path, tmp_path: Path) -
 
 def test_the_command_line(base: Path, data: Path, tmp_path: Path) -> None:
     testing = pytest.importorskip("typer.testing")
-    from peft_svf.cli import app
+    from peft_svf_cli.app import app
 
     runner = testing.CliRunner()
     shown = runner.invoke(app, ["--help"])

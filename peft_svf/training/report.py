@@ -15,7 +15,8 @@ import yaml
 
 from .._files import write_whole
 from ..scoring import text_of
-from .plots import adapter_deltas, plot_curves, plot_deltas
+from ..tuner.plots import adapter_deltas, plot_deltas
+from .plots import plot_curves
 
 
 @dataclass

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 try:
     import typer
@@ -14,10 +13,11 @@ try:
 except ImportError as error:
     raise SystemExit("The command line needs typer and rich: `pip install peft-svf[cli]`.") from error
 
-from ._files import write_whole
+from .errors import fail, show_tracebacks
+from .files import files
 
 if TYPE_CHECKING:
-    from .adaptation import Evaluation, MixtureResult, SelfAdaptiveModel
+    from peft_svf.adaptation import Evaluation, MixtureResult, SelfAdaptiveModel
 
 app = typer.Typer(
     name="peft-svf",
@@ -29,25 +29,31 @@ app = typer.Typer(
 
 
 @app.callback()
-def _commands() -> None:
-    """Without this, a single command would be the whole program."""
+def _options(debug: Annotated[bool, typer.Option("--debug", help="Show where an error comes from.")] = False) -> None:
+    show_tracebacks(debug)
+
+
+app.add_typer(files)
 
 
 @app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     options_metavar="[--config RECIPE.yaml] [--OPTION VALUE]...",
 )
 def train(context: typer.Context) -> None:
-    """Train an expert: GRPO, RLOO or the paper's REINFORCE. `peft-svf train --help` lists all options (of TRL, too).
+    """Train an expert: GRPO, RLOO or the paper's REINFORCE. `--help_all` lists all options, of TRL too.
+
+    peft-svf train --config recipe.yaml --model_name_or_path MODEL --output_dir experts/math
 
     For several processes: `accelerate launch -m peft_svf.training.run` with the same options.
     """
+    context.args = ["--help" if word == "--help_all" else word for word in context.args]
     try:
-        from .training.run import prepare
+        from peft_svf.training.run import prepare
 
         run = prepare(context.args)
     except (ValueError, ImportError, OSError) as error:
-        _fail(error)
+        fail(error)
     run()
 
 
@@ -124,9 +130,9 @@ def search(
     """
     checkpoint = output_dir / "search-checkpoint.json"
     try:
-        from .adaptation import AdaptiveMixture, LogLikelihoodObjective, RewardObjective, WeightedObjective
-        from .adaptation.examples import FILES, load_examples
-        from .scoring import find_reward
+        from peft_svf.adaptation import AdaptiveMixture, LogLikelihoodObjective, RewardObjective, WeightedObjective
+        from peft_svf.adaptation.examples import FILES, load_examples
+        from peft_svf.scoring import find_reward
 
         if base_check not in ("error", "warn", "ignore"):
             raise ValueError(f"--base_check must be error, warn or ignore, got {base_check!r}.")
@@ -184,7 +190,7 @@ def search(
         )
         mixture.save_pretrained(output_dir)
     except (ValueError, ImportError, OSError) as error:
-        _fail(error)
+        fail(error)
     checkpoint.unlink(missing_ok=True)
     plotted = _plotted(result, output_dir / "search.png")
     if as_json:
@@ -280,7 +286,7 @@ def generate(
             soft, dtype, base_check,
         )  # fmt: skip
     except (ValueError, ImportError, OSError) as error:
-        _fail(error)
+        fail(error)
     options = _sampling(max_new_tokens, do_sample, temperature)
     console = Console()
     for start in range(0, len(prompts), batch_size):
@@ -317,14 +323,17 @@ def chat(
     dtype: DtypeOption = "auto",
     base_check: CheckOption = "error",
 ) -> None:
-    """Talk to a model that picks an expert for each of your messages. An empty line ends it, /clear begins anew."""
+    """Talk to a model that picks an expert for each of your messages. An empty line ends it, /clear begins anew.
+
+    peft-svf chat --model_name_or_path MODEL --expert math=experts/math --expert logic=experts/logic
+    """
     try:
         adaptive = _adaptive(
             model_name_or_path, expert, dispatch, description, classifier, label, nearest_examples, weight, threshold,
             soft, dtype, base_check,
         )  # fmt: skip
     except (ValueError, ImportError, OSError) as error:
-        _fail(error)
+        fail(error)
     from transformers import TextStreamer
 
     console, options = Console(), _sampling(max_new_tokens, do_sample, temperature)
@@ -388,10 +397,10 @@ def evaluate(
     --task other=recipes/arithmetic.yaml --strategy prompt --strategy nearest --output_dir out
     """
     try:
-        from .adaptation import EvaluationTask
-        from .adaptation import evaluate as evaluated
-        from .adaptation.loading import load_experts, make_dispatcher
-        from .training.run import recipe_task
+        from peft_svf.adaptation import EvaluationTask
+        from peft_svf.adaptation import evaluate as evaluated
+        from peft_svf.adaptation.loading import load_experts, make_dispatcher
+        from peft_svf.training.run import recipe_task
 
         experts, chosen = _named(expert), strategy or ["prompt"]
         named = [(name, path) for name, _, path in (text.partition("=") for text in task)]
@@ -428,9 +437,11 @@ def evaluate(
             resume=resume,
         )
         output_dir.mkdir(parents=True, exist_ok=True)
+        from peft_svf._files import write_whole
+
         write_whole(output_dir / "evaluation.json", json.dumps(result.to_dict(), indent=1) + "\n")
     except (ValueError, ImportError, OSError) as error:
-        _fail(error)
+        fail(error)
     _plotted(result, output_dir / "evaluation.png")
     if as_json:
         print(json.dumps(result.to_dict()))
@@ -469,8 +480,8 @@ def _adaptive(
     dtype: str,
     base_check: str,
 ) -> SelfAdaptiveModel:
-    from .adaptation import SelfAdaptiveModel
-    from .adaptation.loading import load_experts, make_dispatcher
+    from peft_svf.adaptation import SelfAdaptiveModel
+    from peft_svf.adaptation.loading import load_experts, make_dispatcher
 
     mixture = load_experts(
         model_name_or_path, _named(expert), classifier=classifier, base_check=base_check, dtype=dtype
@@ -489,7 +500,7 @@ def _adaptive(
 
 
 def _prompts(path: str) -> list[Any]:
-    from .adaptation.examples import load_examples
+    from peft_svf.adaptation.examples import load_examples
 
     if Path(path).suffix == ".txt":
         return [line for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
@@ -556,13 +567,6 @@ def _plotted(result: MixtureResult | Evaluation, path: Path) -> bool:
     except ImportError:
         return False
     return True
-
-
-def _fail(error: Exception) -> NoReturn:
-    """What a user did wrong, without the way it took through our code."""
-    Console(stderr=True).print(f"[bold red]Error:[/] {type(error).__name__}: ", end="")
-    Console(stderr=True, highlight=False, markup=False).print(str(error))
-    sys.exit(1)
 
 
 def main() -> None:

@@ -1,0 +1,90 @@
+"""What is in an adapter, without its base model."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from peft.utils.save_and_load import load_peft_weights
+
+from ..tuner import SVFConfig
+
+_SUFFIX = ".svf_delta.weight"
+
+
+@dataclass(frozen=True)
+class AdapterSummary:
+    """
+    What an SVF adapter is, and how large its changes are.
+
+    Attributes:
+        path: Folder or Hub id.
+        base_model: The model that it is for, as its config says.
+        revision: Of that model.
+        modules: Number of adapted weights.
+        numbers: How many δ it has in all.
+        r: Most singular values of a weight that it changes; `None` if all.
+        rms: Root mean square of all δ.
+        largest: The modules with the largest rms of δ, with that.
+        fingerprinted: How many weights its base is recognised by.
+        more: Names of what it holds besides δ, such as biases.
+    """
+
+    path: str
+    base_model: str | None
+    revision: str | None
+    modules: int
+    numbers: int
+    r: int | None
+    rms: float
+    largest: dict[str, float]
+    fingerprinted: int
+    more: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serialisable."""
+        return asdict(self)
+
+
+def inspect_adapter(
+    path: str | os.PathLike[str], *, count: int = 5
+) -> tuple[AdapterSummary, dict[str, NDArray[np.float32]]]:
+    """
+    A summary of an adapter, and its δ by the name of the module.
+
+    Args:
+        path: Folder or Hub id.
+        count (`int`): How many of the largest changes to name.
+
+    Raises:
+        ValueError: There is no adapter, or it is of another method.
+    """
+    config = SVFConfig.from_pretrained(str(path))
+    if not isinstance(config, SVFConfig):
+        raise ValueError(f"{path} is a {config.peft_type} adapter, not an SVF one.")
+    weights = load_peft_weights(str(path), device="cpu")
+    deltas = {
+        key.removeprefix("base_model.model.").removesuffix(_SUFFIX): value.float().numpy()
+        for key, value in weights.items()
+        if key.endswith(_SUFFIX)
+    }
+    sizes = {name: float(np.sqrt(np.mean(np.square(delta)))) for name, delta in deltas.items()}
+    numbers = sum(len(delta) for delta in deltas.values())
+    squares = sum(float(np.square(delta.astype(np.float64)).sum()) for delta in deltas.values())
+    summary = AdapterSummary(
+        path=Path(path).as_posix(),
+        base_model=config.base_model_name_or_path,
+        revision=config.revision,
+        modules=len(deltas),
+        numbers=numbers,
+        r=config.r,
+        rms=float(np.sqrt(squares / numbers)) if numbers else 0.0,
+        largest=dict(sorted(sizes.items(), key=lambda pair: -pair[1])[:count]),
+        fingerprinted=len(config.expected_fingerprint),
+        more=sorted(key for key in weights if not key.endswith(_SUFFIX)),
+    )
+    return summary, deltas

@@ -1,0 +1,152 @@
+"""`peft-svf inspect`, `export`, `import` and `cache`, and what all commands have in common."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from test_adaptation import base_model, make_tokenizer, save_expert
+from test_interop import logit_vectors, save_parameters
+from transformers import AutoModelForCausalLM
+
+from peft_svf import SVFConfig
+from peft_svf.spectral import list_cache
+
+testing = pytest.importorskip("typer.testing")
+IDS = torch.tensor([[4, 17, 5, 42, 8, 30, 11, 23]])
+COMMANDS = (
+    *("train", "search", "generate", "chat", "evaluate", "inspect", "import"),
+    *("export lora", "export merged", "cache list", "cache clear"),
+)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model and an expert that knows where it is."""
+    folder = tmp_path_factory.mktemp("world")
+    base_model().save_pretrained(folder / "base")
+    base_model(1).save_pretrained(folder / "other")
+    make_tokenizer().save_pretrained(folder / "base")
+    save_expert(folder / "expert", SVFConfig(target_modules="all-linear", task_type="CAUSAL_LM"), 0)
+    config = json.loads((folder / "expert" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(folder / "base")
+    (folder / "expert" / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def run(*words: Any) -> Any:
+    from peft_svf_cli.app import app
+
+    return testing.CliRunner().invoke(app, [str(word) for word in words])
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model.eval()(input_ids=IDS).logits
+
+
+def adapted(world: Path) -> Any:
+    base = AutoModelForCausalLM.from_pretrained(world / "base")
+    return PeftModel.from_pretrained(base, world / "expert")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_comes_without_torch_and_with_an_example(command: str) -> None:
+    code = (
+        "import sys; from peft_svf_cli.app import app\n"
+        "try: app(sys.argv[1:])\n"
+        "except SystemExit as end: assert not end.code\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", code, *command.split(), "--help"], capture_output=True, text=True, check=True
+    )
+    assert f"peft-svf {command}" in " ".join(shown.stdout.split())
+
+
+def test_an_adapter_is_inspected(world: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    shown = run("inspect", world / "expert", "--plot", tmp_path / "delta.png", "--count", 2)
+    assert shown.exit_code == 0, shown.output
+    assert str(world / "base") in "".join(shown.stdout.split())
+    assert (tmp_path / "delta.png").read_bytes().startswith(b"\x89PNG")
+    found = json.loads(run("inspect", world / "expert", "--json", "--count", 2).stdout)
+    deltas = [p for name, p in adapted(world).named_parameters() if "svf_delta" in name]
+    assert found["numbers"] == sum(p.numel() for p in deltas)
+    assert found["modules"] == found["fingerprinted"] == len(deltas) == 14
+    assert found["rms"] == pytest.approx(float(torch.cat(list(deltas)).square().mean().sqrt()), rel=1e-5)
+    sizes = sorted((float(p.square().mean().sqrt()) for p in deltas), reverse=True)
+    assert list(found["largest"].values()) == pytest.approx(sizes[:2], rel=1e-5)
+    assert found["more"] == []
+
+
+def test_an_expert_is_exported_as_lora(world: Path, tmp_path: Path) -> None:
+    done = run("export", "lora", world / "expert", "--output_dir", tmp_path / "exact", "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["retained"] == pytest.approx(1)
+    lora = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(world / "base"), tmp_path / "exact")
+    assert torch.allclose(logits(lora), logits(adapted(world)), atol=1e-4)
+    done = run("export", "lora", world / "expert", "--rank", 4, "--output_dir", tmp_path / "four")
+    assert done.exit_code == 0, done.output
+    assert "rank 4" in done.stdout
+
+
+def test_an_expert_is_exported_as_a_model(world: Path, tmp_path: Path) -> None:
+    done = run("export", "merged", world / "expert", "--output_dir", tmp_path / "model", "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout) == {"folder": str(tmp_path / "model"), "weights": 14, "least_share": 1.0}
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert torch.allclose(logits(merged), logits(adapted(world)), atol=1e-5)
+
+
+def test_a_released_file_is_imported(world: Path, tmp_path: Path) -> None:
+    path = save_parameters(tmp_path / "learnable_params.pt", logit_vectors(base_model()))
+    done = run("import", path, "--model_name_or_path", world / "base", "--output_dir", tmp_path / "expert")
+    assert done.exit_code == 0, done.output
+    config = json.loads((tmp_path / "expert" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(world / "base")
+    shown = run("export", "merged", tmp_path / "expert", "--output_dir", tmp_path / "model")
+    assert shown.exit_code == 0, shown.output
+
+
+def test_the_cache_is_listed_and_cleared(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PEFT_SVF_CACHE", str(tmp_path / "cache"))
+    adapted(world)
+    entries = list_cache()
+    listed = json.loads(run("cache", "list", "--json").stdout)
+    assert [row["key"] for row in listed] == [entry.key for entry in entries] != []
+    table = run("cache", "list").stdout
+    assert "float32" in table
+    assert str(len(entries)) in table
+    assert run("cache", "clear", "--cache_dir", tmp_path / "elsewhere").exit_code == 0
+    assert len(list_cache()) == len(entries)
+    assert "MiB freed" in run("cache", "clear").stdout
+    assert list_cache() == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["inspect", "nowhere"], "nowhere"),
+        (["export", "lora", "EXPERT", "--output_dir", "x", "--rank", "0"], "`rank` must be at least 1"),
+        (["export", "lora", "EXPERT", "--output_dir", "x", "--base_check", "no"], "--base_check must be error"),
+        (["export", "lora", "EXPERT", "--output_dir", "x", "--model_name_or_path", "OTHER"], "another base model"),
+        (["export", "merged", "EXPERT", "--output_dir", "x", "--model_name_or_path", "OTHER"], "another base model"),
+        (["import", "nothing.pt", "--output_dir", "x", "--model_name_or_path", "OTHER"], "There is no file nothing.pt"),
+    ],
+)
+def test_mistakes_are_one_line_and_a_traceback_on_request(words: list[str], message: str, world: Path) -> None:
+    words = [{"EXPERT": str(world / "expert"), "OTHER": str(world / "other")}.get(word, word) for word in words]
+    failed = run(*words)
+    assert failed.exit_code == 1, failed.output
+    assert message in " ".join(failed.stderr.split())
+    assert "Traceback" not in failed.stderr
+    failed = run("--debug", *words)
+    assert isinstance(failed.exception, (ValueError, OSError))
+    assert not isinstance(failed.exception, SystemExit)
