@@ -126,6 +126,38 @@ def merged(
         Console().print(f"{len(found.shares)} weights changed; saved in {found.folder}")
 
 
+@files.command()
+def decompose(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of the full-precision model.")],
+    output_dir: OutputOption,
+    r: Annotated[Optional[int], typer.Option("--r", help="Singular vectors of each weight; all by default.")] = None,
+    target_modules: Annotated[
+        Optional[list[str]], typer.Option("--target_modules", help="As in SVFConfig; may be repeated.")
+    ] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="Of the vectors: auto, float32, bfloat16, ...")] = "auto",
+    device: Annotated[str, typer.Option("--device", help="Where to compute.")] = "cpu",
+    revision: Annotated[Optional[str], typer.Option("--revision", help="Of the model on the Hub.")] = None,
+) -> None:
+    """Write the singular bases of a model, to be shared, and for its quantized forms. Goes on where it was stopped.
+
+    peft-svf decompose MODEL --output_dir MODEL-basis
+    """
+    with in_a_line():
+        import torch
+
+        from peft_svf.interop import decompose as decomposed
+
+        kind = None if dtype == "auto" else getattr(torch, dtype, None)
+        if dtype != "auto" and not isinstance(kind, torch.dtype):
+            raise ValueError(f"--dtype must be auto or a torch dtype such as float32, got {dtype!r}.")
+        targets: Any = target_modules or "all-linear"
+        pack = decomposed(
+            model, output_dir, target_modules=targets[0] if targets == ["all-linear"] else targets, r=r, dtype=kind,
+            device=device, revision=revision,
+        )  # fmt: skip
+    Console().print(f"{len(pack.modules)} weights decomposed; saved in {output_dir}")
+
+
 @files.command("import")
 def import_command(
     path: Annotated[Path, typer.Argument(help="A file of the paper's released code, or TRINITY's vector.")],

@@ -16,12 +16,12 @@ from test_interop import logit_vectors, save_parameters
 from transformers import AutoModelForCausalLM
 
 from peft_svf import SVFConfig
-from peft_svf.spectral import list_cache
+from peft_svf.spectral import BasisPack, list_cache
 
 testing = pytest.importorskip("typer.testing")
 IDS = torch.tensor([[4, 17, 5, 42, 8, 30, 11, 23]])
 COMMANDS = (
-    *("train", "search", "generate", "chat", "evaluate", "inspect", "import"),
+    *("train", "search", "generate", "chat", "evaluate", "inspect", "import", "decompose"),
     *("export lora", "export merged", "cache list", "cache clear"),
 )
 
@@ -113,6 +113,16 @@ def test_a_released_file_is_imported(world: Path, tmp_path: Path) -> None:
     assert config["base_model_name_or_path"] == str(world / "base")
     shown = run("export", "merged", tmp_path / "expert", "--output_dir", tmp_path / "model")
     assert shown.exit_code == 0, shown.output
+
+
+def test_a_model_is_decomposed(world: Path, tmp_path: Path) -> None:
+    done = run("decompose", world / "base", "--output_dir", tmp_path / "pack", "--r", 4, "--dtype", "float16")
+    assert done.exit_code == 0, done.output
+    pack = BasisPack(tmp_path / "pack")
+    assert len(pack.modules) == 14
+    assert pack.load(pack.modules[0], 32).vectors.dtype == torch.float16
+    failed = run("decompose", world / "base", "--output_dir", tmp_path / "x", "--dtype", "nn")
+    assert "--dtype must be auto or a torch dtype" in " ".join(failed.stderr.split())
 
 
 def test_the_cache_is_listed_and_cleared(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,12 +13,13 @@ import pytest
 import torch
 from conftest import tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_adaptation import make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from peft_svf import AdaptiveMixture, SVFConfig, SVFLayer
-from peft_svf.interop import from_weights, import_expert, merge_to_folder, to_lora
+from peft_svf import AdaptiveMixture, SVFConfig, SVFLayer, SVFRuntimeConfig
+from peft_svf.interop import decompose, from_weights, import_expert, merge_to_folder, packs, to_lora
+from peft_svf.spectral import BasisPack
 
 IDS = torch.tensor([[4, 17, 5, 42, 8, 30, 11, 23], [7, 9, 33, 29, 40, 12, 4, 19]])
 
@@ -515,3 +516,130 @@ def test_what_cannot_be_merged(tmp_path: Path) -> None:
         merge_to_folder(tmp_path / "head", tmp_path / "x")
     assert not (tmp_path / "x").exists()
     assert not list(tmp_path.glob(".*"))
+
+
+# ------------------------------------------------------------------------------------------ basis packs
+
+
+def with_pack(pack: Path, **options: Any) -> SVFConfig:
+    return SVFConfig(
+        target_modules="all-linear", task_type="CAUSAL_LM", runtime_config=SVFRuntimeConfig(basis=str(pack)), **options
+    )
+
+
+@pytest.mark.parametrize("kind", ["llama", "bf16", "gpt2"])
+def test_a_pack_takes_the_place_of_the_decomposition(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = gpt2() if kind == "gpt2" else base_model(dtype=torch.bfloat16 if kind == "bf16" else torch.float32)
+    base.save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    pack = decompose(tmp_path / "base", tmp_path / "pack")
+    assert pack.about["base_model"] == str(tmp_path / "base")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    expected = layers(get_peft_model(base, SVFConfig(target_modules="all-linear")))
+    monkeypatch.setattr("peft_svf.tuner.layer.singular_basis", None)
+    monkeypatch.setattr("peft_svf.spectral.cache.singular_basis", None)
+    found = layers(get_peft_model(again, with_pack(tmp_path / "pack")))
+    assert found.keys() == expected.keys() == set(pack.modules)
+    for name, layer in found.items():
+        assert torch.equal(layer.basis, expected[name].basis), name
+        assert layer.base_fingerprint == expected[name].base_fingerprint
+
+
+def test_decomposing_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base_model().save_pretrained(tmp_path / "base")
+    real, done = packs.singular_basis, []
+
+    def counted(weight: Any, r: Any, *, name: str) -> Any:
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(name)
+        return real(weight, r, name=name)
+
+    monkeypatch.setattr(packs, "singular_basis", counted)
+    with pytest.raises(KeyboardInterrupt):
+        decompose(tmp_path / "base", tmp_path / "pack")
+    with pytest.raises(ValueError, match="not a whole one"):
+        BasisPack(tmp_path / "pack")
+    first = sorted((tmp_path / "pack").iterdir())[0]
+    first.write_bytes(first.read_bytes()[:-10])  # a disk that was full
+    again: list[str] = []
+    monkeypatch.setattr(packs, "singular_basis", lambda w, r, *, name: (again.append(name), real(w, r, name=name))[1])
+    pack = decompose(tmp_path / "base", tmp_path / "pack")
+    assert len(pack.modules) == 14
+    assert len(again) == 12
+    again.clear()
+    decompose(tmp_path / "base", tmp_path / "pack", r=4)  # another setting
+    assert len(again) == 14
+    assert BasisPack(tmp_path / "pack").load("model.layers.0.mlp.up_proj", 32).vectors.shape == (32, 4)
+
+
+def test_a_narrow_pack_and_its_adapters(tmp_path: Path) -> None:
+    base_model().save_pretrained(tmp_path / "base")
+    decompose(tmp_path / "base", tmp_path / "pack", r=4, dtype=torch.float16, target_modules=["up_proj", "q_proj"])
+    config = with_pack(tmp_path / "pack", r=4)
+    config.target_modules = {"up_proj"}
+    assert set(layers(get_peft_model(base_model(), config))) == {f"model.layers.{i}.mlp.up_proj" for i in (0, 1)}
+    config = with_pack(tmp_path / "pack", r=5)
+    config.target_modules = {"up_proj"}
+    with pytest.raises(ValueError, match="has 4 singular vectors for model"):
+        get_peft_model(base_model(), config)
+    with pytest.raises(ValueError, match=r"has no basis for model\.layers\.0\..*; it has 4, such as"):
+        get_peft_model(base_model(), with_pack(tmp_path / "pack", r=4))
+
+
+def damaged(kind: str, pack: Path) -> None:
+    index, first = pack / "basis.safetensors.index.json", pack / "basis-00001-of-00014.safetensors"
+    content = json.loads(index.read_text())
+    name = next(name for name, file in content["weight_map"].items() if file == first.name)
+    if kind == "format":
+        content["metadata"]["format"] = "another"
+    if kind in ("elsewhere", "no file"):
+        content["weight_map"][name] = {"elsewhere": "../base/model.safetensors", "no file": "gone.safetensors"}[kind]
+    index.write_text("[]" if kind == "index" else json.dumps(content))
+    tensors = load_file(first)
+    if kind == "shape":
+        tensors["vectors"] = tensors["vectors"][:-1].contiguous()
+    if kind == "spectrum":
+        tensors["spectrum"] = tensors["spectrum"][:-1].contiguous()
+    if kind == "nan":
+        tensors["vectors"][0, 0] = float("nan")
+    save_file(tensors, first)
+    if kind == "short":
+        first.write_bytes(first.read_bytes()[:-8])
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("index", "is no basis pack"),
+        ("format", "format 'another'; this version reads"),
+        ("elsewhere", "names '../base/model.safetensors'"),
+        ("no file", "is damaged: gone.safetensors cannot be read"),
+        ("shape", r"basis of shape \[31, 32\] for .*, whose smaller side is 32"),
+        ("spectrum", "no spectrum of 32 singular values"),
+        ("nan", "NaN or Inf for"),
+        ("short", "basis-00001-of-00014.safetensors cannot be read"),
+    ],
+)
+def test_packs_that_are_refused(kind: str, message: str, tmp_path: Path) -> None:
+    base_model().save_pretrained(tmp_path / "base")
+    decompose(tmp_path / "base", tmp_path / "pack")
+    damaged(kind, tmp_path / "pack")
+    base = base_model()
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(base, with_pack(tmp_path / "pack"))
+    assert not any(isinstance(module, SVFLayer) for module in base.modules())
+
+
+def test_the_pack_of_another_model(tmp_path: Path) -> None:
+    base_model().save_pretrained(tmp_path / "base")
+    decompose(tmp_path / "base", tmp_path / "pack")
+    with pytest.raises(ValueError, match=r"was made from other weights: ‖W‖_F of model\.layers"):
+        get_peft_model(base_model(seed=1), with_pack(tmp_path / "pack"))
+    with pytest.raises(ValueError, match="nowhere is no basis pack"):
+        get_peft_model(base_model(), with_pack(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="no linear modules that match"):
+        decompose(tmp_path / "base", tmp_path / "x", target_modules=["nothing"])
+    with pytest.raises(ValueError, match="`r` must be at least 1"):
+        decompose(tmp_path / "base", tmp_path / "x", r=0)

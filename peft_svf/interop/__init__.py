@@ -3,6 +3,16 @@
 from .fit import Explained, from_weights
 from .lora import LoraExport, to_lora
 from .merged import Merged, merge_to_folder
+from .packs import decompose
 from .released import import_expert
 
-__all__ = ["Explained", "LoraExport", "Merged", "from_weights", "import_expert", "merge_to_folder", "to_lora"]
+__all__ = [
+    "Explained",
+    "LoraExport",
+    "Merged",
+    "decompose",
+    "from_weights",
+    "import_expert",
+    "merge_to_folder",
+    "to_lora",
+]

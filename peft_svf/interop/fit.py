@@ -6,7 +6,6 @@ Among all `W(z)`, ΔW is approached best, in the least squares sense, by `δ_i =
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from torch import nn
 from .._progress import progress_bar
 from ..tuner import SVFConfig
 from ..tuner.layer import SVFLayer
+from .sources import model_files
 
 Change = Callable[[str, torch.Tensor], "torch.Tensor | None"]
 
@@ -128,19 +128,12 @@ def _of_tensors(read: Callable[[str], torch.Tensor | None], where: str) -> Chang
 
 def _reader(folder: Path) -> Callable[[str], torch.Tensor | None]:
     """Reads a tensor of a model folder."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        files: dict[str, str] = json.loads(index.read_text())["weight_map"]
-    elif (folder / "model.safetensors").exists():
-        with safe_open(folder / "model.safetensors", framework="pt") as file:
-            files = dict.fromkeys(file.keys(), "model.safetensors")
-    else:
-        raise ValueError(f"{folder} has neither model.safetensors, nor an index of several, nor an adapter.")
+    files = {key: file for file, keys in model_files(folder).items() for key in keys}
 
     def read(name: str) -> torch.Tensor | None:
         if name not in files:
             return None
-        with safe_open(folder / Path(files[name]).name, framework="pt") as file:
+        with safe_open(folder / files[name], framework="pt") as file:
             tensor: torch.Tensor = file.get_tensor(name)
         return tensor
 

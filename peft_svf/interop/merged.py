@@ -5,7 +5,6 @@ What `merge_and_unload` and `save_pretrained` give, but with no more than one fi
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import warnings
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import snapshot_download
 from peft.utils.save_and_load import load_peft_weights
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -28,9 +26,9 @@ from ..spectral import BasisCache, effective_weight, fingerprint, fingerprint_di
 from ..tuner import SVFConfig
 from ..tuner.base_check import recorded_name
 from ..tuner.fold import SMALLEST_SHARE
+from .sources import model_files, model_folder
 
 _PREFIX, _SUFFIX = "base_model.model.", ".svf_delta.weight"
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -81,9 +79,9 @@ def merge_to_folder(
     target = Path(save_directory)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} is in use. Merge into a folder that does not exist yet.")
-    source = _folder(base or config.base_model_name_or_path, revision)
+    source = model_folder(base or config.base_model_name_or_path, revision)
     transposed = _transposed(source, deltas)
-    files = _files(source)
+    files = model_files(source)
     lacking = [name for name in deltas if f"{name}.weight" not in {key for keys in files.values() for key in keys}]
     if lacking:
         raise ValueError(
@@ -144,15 +142,6 @@ def _deltas(adapter: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     return deltas
 
 
-def _folder(base: str | os.PathLike[str] | None, revision: str | None) -> Path:
-    if base is None:
-        raise ValueError("Which base model? The adapter does not say; pass it.")
-    if Path(base).is_dir():
-        return Path(base)
-    wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
-    return Path(snapshot_download(str(base), revision=revision, allow_patterns=wanted))
-
-
 def _transposed(source: Path, deltas: Mapping[str, Any]) -> dict[str, bool]:
     """Whether each module stores its weight as `[in, out]`."""
     with torch.device("meta"):
@@ -169,21 +158,6 @@ def _transposed(source: Path, deltas: Mapping[str, Any]) -> dict[str, bool]:
                     "the adapter as it is."
                 )
     return {name: isinstance(modules[name], Conv1D) for name in deltas}
-
-
-def _files(source: Path) -> dict[str, list[str]]:
-    """The names of the tensors in each file of weights."""
-    if (source / _INDEX).exists():
-        files: dict[str, list[str]] = {}
-        for key, file in json.loads((source / _INDEX).read_text())["weight_map"].items():
-            if Path(file).name != file:
-                raise ValueError(f"{source / _INDEX} names {file!r}, which is no file beside it.")
-            files.setdefault(file, []).append(key)
-        return files
-    if not (source / _SINGLE).exists():
-        raise ValueError(f"{source} has neither {_SINGLE} nor an index of several such files.")
-    with safe_open(source / _SINGLE, framework="pt") as opened:
-        return {_SINGLE: list(opened.keys())}
 
 
 def _merged(

@@ -14,10 +14,16 @@ from .basis import SingularBasis, gate_side, singular_basis
 from .cache import BasisCache, CacheEntry, clear_cache, default_cache_dir, list_cache, weight_key
 from .fingerprint import fingerprint, fingerprint_difference
 from .function import folded_linear, invertible
+from .pack import FORMAT as PACK_FORMAT
+from .pack import INDEX as PACK_INDEX
+from .pack import BasisPack
 from .rounding import surviving_share
 
 __all__ = [
+    "PACK_FORMAT",
+    "PACK_INDEX",
     "BasisCache",
+    "BasisPack",
     "CacheEntry",
     "SingularBasis",
     "clear_cache",

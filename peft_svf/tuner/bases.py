@@ -14,7 +14,7 @@ from peft.utils.integrations import check_deepspeed_zero3_enabled
 from torch import distributed
 
 from .._progress import progress_bar
-from ..spectral import BasisCache
+from ..spectral import BasisCache, BasisPack
 
 if TYPE_CHECKING:
     from .layer import SVFLayer
@@ -27,13 +27,16 @@ def build_bases(layers: Sequence[SVFLayer]) -> None:
     """Build the basis of each layer that `layers` names, with a progress bar.
 
     Raises:
-        ValueError: A weight holds NaN or Inf, or is not a floating point matrix; the message names the module.
+        ValueError: A weight holds NaN or Inf, is not a floating point matrix, or is not that of the basis pack; the
+            message names the module.
     """
     if not layers:
         return
     runtime = next(reversed(layers[0].svf_config.values())).runtime_config  # of the adapter that is being attached
+    pack = None if runtime.basis is None else BasisPack(runtime.basis)
     cache = BasisCache(runtime.cache_dir) if runtime.use_cache else None
-    build = partial(_build, cache=cache, share=_must_share(layers, cache))
+    share = pack is None and _must_share(layers, cache)  # every rank reads the same pack
+    build = partial(_build, source=pack or cache, share=share)
     if all(layer.get_base_layer().weight.device.type == "cpu" for layer in layers) and not _in_lockstep():
         _for_each(build, layers)
     else:
@@ -41,8 +44,8 @@ def build_bases(layers: Sequence[SVFLayer]) -> None:
             build(layer)
 
 
-def _build(layer: SVFLayer, cache: BasisCache | None, share: bool) -> None:
-    layer.build_basis(cache)
+def _build(layer: SVFLayer, source: BasisCache | BasisPack | None, share: bool) -> None:
+    layer.build_basis(source)
     if share:
         assert layer.basis is not None
         buffer = layer.basis.detach().to(PartialState().device)

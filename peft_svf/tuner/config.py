@@ -26,6 +26,8 @@ class SVFRuntimeConfig:
         cache_dir (`str`, *optional*): Where singular bases are kept. Default: `$PEFT_SVF_CACHE`, or `peft_svf` under
             the Hugging Face home.
         use_cache (`bool`): Whether to keep and reuse singular bases on disk.
+        basis (`str`, *optional*): Folder or Hub id of a basis pack (`peft-svf decompose`), which all singular bases are
+            read from; nothing is decomposed then.
         fold (`"auto"`, `"always"` or `"never"`): Whether a layer keeps its effective weight W(z) beside the base
             weight, as long as δ stays the same, which makes it as fast as the base layer and takes the memory of one
             more weight. `"auto"` does where that is less work than going through the singular basis with every token,
@@ -39,6 +41,9 @@ class SVFRuntimeConfig:
     )
     cache_dir: Optional[str] = field(default=None, metadata={"help": "Folder of the singular bases."})
     use_cache: bool = field(default=True, metadata={"help": "Whether to keep singular bases on disk."})
+    basis: Optional[str] = field(
+        default=None, metadata={"help": "Folder or Hub id of a basis pack, instead of decomposing the weights."}
+    )
     fold: Literal["auto", "always", "never"] = field(
         default="auto", metadata={"help": "Whether to keep effective weights for speed; takes one more set of weights."}
     )

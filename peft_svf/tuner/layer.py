@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..spectral import (
     BasisCache,
+    BasisPack,
     delta_weight,
     effective_weight,
     fingerprint,
@@ -155,16 +156,17 @@ class SVFLayer(BaseTunerLayer):
         return self.basis.is_meta and not self.get_base_layer().weight.is_meta
 
     @torch.no_grad()
-    def build_basis(self, cache: BasisCache | None = None) -> None:
-        """Make Q from the base weight, or read it from the cache.
+    def build_basis(self, source: BasisCache | BasisPack | None = None) -> None:
+        """Make Q from the base weight, or read it from a cache or a pack.
 
         On the meta device, Q gets its shape and waits for the weights.
 
         Args:
-            cache ([`BasisCache`], *optional*): Where to look and keep; nowhere if `None`.
+            source ([`BasisCache`] or [`BasisPack`], *optional*): Where to look and keep; nowhere if `None`.
 
         Raises:
-            ValueError: The weight holds NaN or Inf, or is not a floating point matrix.
+            ValueError: The weight holds NaN or Inf, is not a floating point matrix, or is not that of the pack; or the
+                pack has fewer columns than the widest adapter.
         """
         r, base_layer = self._widest(), self.get_base_layer()
         with ExitStack() as stack:
@@ -176,10 +178,17 @@ class SVFLayer(BaseTunerLayer):
                 return
             if self._weight_before_merge is not None:
                 weight = self._as_out_in(self._weight_before_merge)
-            if cache is None:
+            if source is None:
                 found = singular_basis(weight, name=self.module_name)
+            elif isinstance(source, BasisPack):
+                found = source.basis_for(weight, name=self.module_name)
             else:
-                found = cache.load_or_compute(weight, name=self.module_name)
+                found = source.load_or_compute(weight, name=self.module_name)
+            if found.vectors.shape[1] < r:
+                raise ValueError(
+                    f"{source} has {found.vectors.shape[1]} singular vectors for {self.module_name}, and the adapter "
+                    f"changes {r}."
+                )
         self.base_fingerprint = fingerprint(found.spectrum)
         self._set_basis(found.leading(r).vectors)
 

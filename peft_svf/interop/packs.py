@@ -1,0 +1,104 @@
+"""Makes a basis pack from the files of a model, one weight after the other."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from .._files import write_whole
+from .._progress import progress_bar
+from ..spectral import PACK_FORMAT, PACK_INDEX, BasisPack, singular_basis, weight_key
+from ..tuner import SVFConfig
+from .sources import model_files, model_folder
+
+
+@torch.no_grad()
+def decompose(
+    model: str | os.PathLike[str],
+    save_directory: str | os.PathLike[str],
+    *,
+    target_modules: Sequence[str] | str = "all-linear",
+    r: int | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+) -> BasisPack:
+    """
+    Write the singular bases of a model, for `SVFRuntimeConfig(basis=...)`.
+
+    Never more than one weight and its basis are in memory. What is there already is not computed again if it is of the
+    same weight and setting, so a call that was stopped can be repeated.
+
+    Args:
+        model: Folder or Hub id of the full-precision model, with safetensors files.
+        save_directory: Where to write.
+        target_modules: What to decompose, as in [`SVFConfig`].
+        r (`int`, *optional*): Keep so many columns, the largest σ; all if `None`.
+        dtype (`torch.dtype`, *optional*): Of the vectors; that of the weights if `None`.
+        device (`str`): Where to compute.
+        revision (`str`, *optional*): Of the model on the Hub.
+
+    Raises:
+        ValueError: No such modules, the model has no safetensors files or lacks a weight, or a weight has no basis.
+    """
+    if r is not None and r < 1:
+        raise ValueError(f"`r` must be at least 1, got {r}.")
+    source, target = model_folder(model, revision), Path(save_directory)
+    modules = _targets(source, target_modules)
+    places = {key: file for file, keys in model_files(source).items() for key in keys}
+    if lacking := [name for name in modules if f"{name}.weight" not in places]:
+        raise ValueError(f"{source} has no tensor {lacking[0]}.weight.")
+    target.mkdir(parents=True, exist_ok=True)
+    (target / PACK_INDEX).unlink(missing_ok=True)  # until it is whole again
+    files, size = {}, 0
+    for number, (name, transposed) in enumerate(
+        progress_bar(modules.items(), desc="Decomposing", unit="weight", total=len(modules))
+    ):
+        path = target / f"basis-{number + 1:05d}-of-{len(modules):05d}.safetensors"
+        with safe_open(source / places[f"{name}.weight"], framework="pt", device=str(device)) as opened:
+            weight = opened.get_tensor(f"{name}.weight")
+        weight = weight.mT if transposed else weight
+        about = {"module": name, "key": weight_key(weight), "r": str(r), "dtype": str(dtype or weight.dtype)}
+        if not _is_done(path, about):
+            basis = singular_basis(weight, r, name=name)
+            vectors = basis.vectors.to(device="cpu", dtype=dtype or weight.dtype)
+            write_whole(path, save({"vectors": vectors, "spectrum": basis.spectrum}, metadata=about))
+        files[name], size = path.name, size + path.stat().st_size
+    about = {"format": PACK_FORMAT, "base_model": str(model), "revision": revision, "r": r, "total_size": size}
+    write_whole(target / PACK_INDEX, json.dumps({"metadata": about, "weight_map": files}, indent=1) + "\n")
+    return BasisPack(target)
+
+
+def _targets(source: Path, target_modules: Sequence[str] | str) -> dict[str, bool]:
+    """The modules, and whether each stores its weight as `[in, out]`."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+    chosen: Any = target_modules if isinstance(target_modules, str) else list(target_modules)
+    config = _maybe_include_all_linear_layers(SVFConfig(target_modules=chosen), model)
+    found = {
+        name: isinstance(module, Conv1D)
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and check_target_module_exists(config, name)
+    }
+    if not found:
+        raise ValueError(f"The model in {source} has no linear modules that match {target_modules!r}.")
+    return found
+
+
+def _is_done(path: Path, about: dict[str, str]) -> bool:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}) == about and set(file.keys()) == {"vectors", "spectrum"}
+    except (OSError, SafetensorError):
+        return False

@@ -1,0 +1,119 @@
+"""A basis pack: the singular bases of a model by the name of the module, to be shared.
+
+Where the weights at hand are not those that experts were trained on, as in a quantized model, the bases must come from
+elsewhere. A pack is a folder (or a repository on the Hub) of safetensors files, each with the basis of one weight, and
+an index, which is written last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError, safe_open
+
+from .basis import SingularBasis
+from .fingerprint import tolerances
+
+INDEX = "basis.safetensors.index.json"
+FORMAT = "peft_svf.pack.v1"
+
+
+class BasisPack:
+    """
+    The bases in a pack, read one at a time.
+
+    Args:
+        path: Folder, or id of a repository on the Hub.
+        revision (`str`, *optional*): On the Hub.
+
+    Attributes:
+        about: What the pack says of itself, such as its `base_model`.
+
+    Raises:
+        ValueError: There is no pack, or it is none that can be read.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], revision: str | None = None) -> None:
+        self.path, self.revision = str(path), revision
+        try:
+            index = json.loads(self._file(INDEX).read_text())
+            self.files: dict[str, str] = dict(index["weight_map"])
+            self.about: dict[str, Any] = dict(index["metadata"])
+            kind = self.about["format"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{self.path} is no basis pack, or not a whole one: {INDEX} cannot be read ({error}). Make one with "
+                "`peft-svf decompose`."
+            ) from error
+        if kind != FORMAT:
+            raise ValueError(f"{self.path} is a pack of the format {kind!r}; this version reads {FORMAT!r}.")
+        for name, file in self.files.items():
+            if not isinstance(file, str) or Path(file).name != file or Path(file).suffix != ".safetensors":
+                raise ValueError(f"{self.path} names {file!r} for {name}, which is no file beside the index.")
+
+    def __repr__(self) -> str:
+        return f"BasisPack({self.path!r})"
+
+    @property
+    def modules(self) -> list[str]:
+        """The names of the decomposed modules."""
+        return list(self.files)
+
+    def basis_for(self, weight: torch.Tensor, *, name: str) -> SingularBasis:
+        """The basis for a weight `[out, in]` of this name, on its device and in its dtype.
+
+        Raises:
+            ValueError: The pack has none, has one for another shape or for other weights, or is damaged.
+        """
+        found = self.load(name, k=min(weight.shape))
+        norm, expected = float(weight.detach().double().norm()), float(found.spectrum.norm())
+        allowed = tolerances([0.0, 0.0, 0.0, expected], (weight.shape[0], weight.shape[1]))[3]
+        if abs(norm - expected) > allowed:
+            raise ValueError(
+                f"{self.path} was made from other weights: ‖W‖_F of {name} is {norm:.8g}, and there it was "
+                f"{expected:.8g}."
+            )
+        return SingularBasis(found.vectors.to(device=weight.device, dtype=weight.dtype), found.spectrum)
+
+    def load(self, name: str, k: int) -> SingularBasis:
+        """The basis of a module whose smaller side is `k`, on the CPU, as it is kept.
+
+        Raises:
+            ValueError: As `basis_for`, but for the weights.
+        """
+        known = self._name(name)
+        try:
+            with safe_open(self._file(self.files[known]), framework="pt") as file:
+                shape = file.get_slice("vectors").get_shape()
+                if len(shape) != 2 or shape[0] != k or not 1 <= shape[1] <= k:
+                    raise ValueError(f"{self.path} has a basis of shape {shape} for {name}, whose smaller side is {k}.")
+                if file.get_slice("spectrum").get_shape() != [k]:
+                    raise ValueError(f"{self.path} has no spectrum of {k} singular values for {name}.")
+                vectors, spectrum = file.get_tensor("vectors"), file.get_tensor("spectrum").double()
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{self.path} is damaged: {self.files[known]} cannot be read ({error}).") from error
+        if not (torch.isfinite(vectors).all() and torch.isfinite(spectrum).all()):
+            raise ValueError(f"{self.path} is damaged: it has NaN or Inf for {name}.")
+        return SingularBasis(vectors.contiguous(), spectrum)
+
+    def _name(self, name: str) -> str:
+        """As the pack calls a module; a model and its headless form differ by a prefix."""
+        if name in self.files:
+            return name
+        same = [each for each in self.files if each.endswith(f".{name}") or name.endswith(f".{each}")]
+        if len(same) != 1:
+            raise ValueError(f"{self.path} has no basis for {name}; it has {len(self.files)}, such as {self._first()}.")
+        return same[0]
+
+    def _first(self) -> str:
+        return next(iter(self.files), "none")
+
+    def _file(self, name: str) -> Path:
+        if os.path.isdir(self.path):
+            return Path(self.path, name)
+        return Path(hf_hub_download(self.path, name, revision=self.revision))
