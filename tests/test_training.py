@@ -615,8 +615,11 @@ def test_a_classification_expert_is_reported_by_category(base: Path, tmp_path: P
     assert parse(arguments)[1].shuffle_dataset is False
     assert parse([*arguments, "--shuffle_dataset", "true"])[1].shuffle_dataset is True
     assert parse(["--task", SUMS])[1].shuffle_dataset is True
-    prompt = build(*parse(arguments)[:4])[1]["train"][0]["prompt"]
-    assert prompt.endswith("?;Category:")  # text, for TRL would open another turn
+    trainer, data, _ = build(*parse(arguments)[:4])
+    for rows in (trainer.train_dataset, trainer.eval_dataset):
+        assert rows[0]["prompt"].endswith("?;Category:")  # text, for TRL would open another turn
+        assert rows.column_names == data["train"].column_names
+    assert data["test"][0]["prompt"][-1]["content"] == "Category:"
     record = main(arguments)
     by_category = json.loads((tmp_path / "expert" / "training.json").read_text())["accuracy_by_category"]
     assert set(by_category) == {"sums", "products"}

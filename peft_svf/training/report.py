@@ -138,6 +138,8 @@ def _card(record: Record, folder: Path, images: Sequence[str], *, svf: bool) -> 
 
 def example_of(row: Mapping[str, Any]) -> tuple[str, str]:
     """Question and reference answer of a row, for a model card."""
-    prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+    prompt = row["prompt"]
+    if not isinstance(prompt, str):  # the last may be the beginning of an answer
+        prompt = next(message["content"] for message in reversed(prompt) if message["role"] != "assistant")
     answer = next((row[name] for name in ("answer", "completion", "solution") if name in row), "")
     return prompt, text_of(answer) if isinstance(answer, (str, list)) else str(answer)

@@ -97,9 +97,6 @@ def build(
     _check_output(training)
     task = find_script_task(script)
     data = load_data(script, mixture, task, seed=training.seed)
-    if _is_begun(next(iter(data["train"]))["prompt"]):
-        tokenizer = AutoTokenizer.from_pretrained(adapter.model_name_or_path, revision=adapter.model_revision)
-        data = {split: rows.map(lambda row: _begun(row, tokenizer)) for split, rows in data.items()}
     rewards = load_rewards(script, task)
     functions = [reward for reward in rewards if callable(reward)]
     training.model_init_kwargs = {
@@ -114,9 +111,11 @@ def build(
         model=adapter.model_name_or_path,
         reward_funcs=rewards,
         args=training,
-        train_dataset=data["train"],
+        train_dataset=_for_trl(data["train"], adapter),
         # TRL's own evaluation samples; ours below decodes greedily and sees the whole split
-        eval_dataset=data["validation"].select(range(_few(training, data["validation"]))) if evaluates else None,
+        eval_dataset=_for_trl(data["validation"].select(range(_few(training, data["validation"]))), adapter)
+        if evaluates
+        else None,
         quantization_config=get_quantization_config(adapter),
         peft_config=adapter_config(adapter),
     )
@@ -267,14 +266,18 @@ def _with_prompts(rows: Any, script: TrainArguments) -> Any:
     return rows
 
 
+def _for_trl(rows: Any, adapter: AdapterArguments) -> Any:
+    """Text in the place of messages that end with the beginning of an answer: TRL would open another turn after it."""
+    if not _is_begun(next(iter(rows))["prompt"]):
+        return rows
+    tokenizer = AutoTokenizer.from_pretrained(adapter.model_name_or_path, revision=adapter.model_revision)
+    return rows.map(
+        lambda row: {"prompt": begun_text(row["prompt"], tokenizer) if _is_begun(row["prompt"]) else row["prompt"]}
+    )
+
+
 def _is_begun(prompt: Any) -> bool:
-    """Whether the last message is the beginning of an answer."""
-    return not isinstance(prompt, str) and prompt[-1]["role"] == "assistant"
-
-
-def _begun(row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """Text in the place of such messages, for TRL would open another turn after them."""
-    return {"prompt": begun_text(row["prompt"], tokenizer)} if _is_begun(row["prompt"]) else {}
+    return not isinstance(prompt, str) and bool(prompt) and prompt[-1]["role"] == "assistant"
 
 
 def load_rewards(script: TrainArguments, task: Task | None) -> list[Any]:
