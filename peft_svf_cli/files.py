@@ -127,6 +127,24 @@ def merged(
 
 
 @files.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder of an SVF adapter.")],
+    repo_id: Annotated[str, typer.Argument(help="Such as me/my-expert.")],
+    private: Annotated[bool, typer.Option("--private", help="If the repository is new.")] = False,
+    revision: Annotated[Optional[str], typer.Option("--revision", help="A branch.")] = None,
+) -> None:
+    """Upload an expert to the Hub, with its card, plots and numbers.
+
+    peft-svf push experts/math me/math-expert
+    """
+    with in_a_line():
+        from peft_svf.interop import push_expert
+
+        url = push_expert(folder, repo_id, private=private or None, revision=revision)
+    Console().print(url)
+
+
+@files.command()
 def decompose(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of the full-precision model.")],
     output_dir: OutputOption,

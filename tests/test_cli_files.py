@@ -21,7 +21,7 @@ from peft_svf.spectral import BasisPack, list_cache
 testing = pytest.importorskip("typer.testing")
 IDS = torch.tensor([[4, 17, 5, 42, 8, 30, 11, 23]])
 COMMANDS = (
-    *("train", "search", "generate", "chat", "evaluate", "inspect", "import", "decompose"),
+    *("train", "search", "generate", "chat", "evaluate", "inspect", "import", "decompose", "push"),
     *("export lora", "export merged", "cache list", "cache clear"),
 )
 

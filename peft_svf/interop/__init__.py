@@ -1,6 +1,7 @@
 """Between SVF adapters and the formats of others."""
 
 from .fit import Explained, from_weights
+from .hub import push_expert
 from .lora import LoraExport, to_lora
 from .merged import Merged, merge_to_folder
 from .packs import decompose
@@ -14,5 +15,6 @@ __all__ = [
     "from_weights",
     "import_expert",
     "merge_to_folder",
+    "push_expert",
     "to_lora",
 ]

@@ -15,6 +15,7 @@ import yaml
 
 from .._files import write_whole
 from ..scoring import text_of
+from ..tuner.card import loading_code
 from ..tuner.plots import adapter_deltas, plot_deltas
 from .plots import plot_curves
 
@@ -120,10 +121,7 @@ def _card(record: Record, folder: Path, images: Sequence[str], *, svf: bool) -> 
         *images,
         "",
         "```python",
-        *(["import peft_svf  # registers SVF with PEFT"] if svf else []),
-        "from peft import PeftModel",
-        "",
-        f'model = PeftModel.from_pretrained(base_model, "{folder.name}")',
+        *_loading(record.base_model, str(folder), svf),
         "```",
         "",
         "Recipe (`peft-svf train --config recipe.yaml`):",
@@ -134,6 +132,11 @@ def _card(record: Record, folder: Path, images: Sequence[str], *, svf: bool) -> 
         "",
     ]
     return "\n".join(parts)
+
+
+def _loading(base_model: str, adapter: str, svf: bool) -> list[str]:
+    lines = loading_code(base_model, adapter).splitlines()
+    return lines if svf else [line for line in lines if "peft_svf" not in line]
 
 
 def example_of(row: Mapping[str, Any]) -> tuple[str, str]:

@@ -11,6 +11,7 @@ from peft.config import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
+from .card import complete_card
 from .registration import SVF_PEFT_TYPE
 
 _CHOICES = {"base_check": ("error", "warn", "ignore"), "fold": ("auto", "always", "never")}
@@ -162,6 +163,12 @@ class SVFConfig(PeftConfig):
         config: dict[str, Any] = super().to_dict()
         config.pop("runtime_config")
         return config
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT's; a card beside it is told how the adapter is loaded, if it does not say so."""
+        super().save_pretrained(save_directory, **kwargs)
+        if (card := Path(save_directory, "README.md")).is_file():
+            complete_card(card, self.base_model_name_or_path, str(save_directory), self.revision)
 
     @classmethod
     def from_pretrained(
