@@ -26,7 +26,7 @@ def fail(error: Exception) -> NoReturn:
     if _debug:
         raise error
     Console(stderr=True).print(f"[bold red]Error:[/] {type(error).__name__}: ", end="")
-    Console(stderr=True, highlight=False, markup=False).print(str(error))
+    Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(str(error))
     sys.exit(1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,6 +68,8 @@ def inspect_command(
     table.add_row("rms of δ", f"{summary.rms:.4g}")
     for i, (name, size) in enumerate(summary.largest.items()):
         table.add_row("largest" if i == 0 else "", f"{name}: {size:.4g}")
+    if summary.broken:
+        table.add_row("NaN or Inf in", ", ".join(summary.broken))
     if summary.more:
         table.add_row("besides δ", ", ".join(summary.more))
     Console().print(table)
@@ -97,7 +100,7 @@ def lora(
     if as_json:
         print(json.dumps({"rank": found.rank, "retained": found.retained_overall, "folder": str(output_dir)}))
     else:
-        Console().print(f"rank {found.rank}, {found.retained_overall:.1%} of the change; saved in {output_dir}")
+        print(f"rank {found.rank}, {found.retained_overall:.1%} of the change; saved in {output_dir}")
 
 
 @export.command()
@@ -123,7 +126,7 @@ def merged(
     if as_json:
         print(json.dumps({"folder": str(found.folder), "weights": len(found.shares), "least_share": least}))
     else:
-        Console().print(f"{len(found.shares)} weights changed; saved in {found.folder}")
+        print(f"{len(found.shares)} weights changed; saved in {found.folder}")
 
 
 @files.command()
@@ -141,7 +144,7 @@ def push(
         from peft_svf.interop import push_expert
 
         url = push_expert(folder, repo_id, private=private or None, revision=revision)
-    Console().print(url)
+    print(url)
 
 
 @files.command()
@@ -165,15 +168,14 @@ def decompose(
 
         from peft_svf.interop import decompose as decomposed
 
-        kind = None if dtype == "auto" else getattr(torch, dtype, None)
-        if dtype != "auto" and not isinstance(kind, torch.dtype):
-            raise ValueError(f"--dtype must be auto or a torch dtype such as float32, got {dtype!r}.")
+        _check_dtype(dtype)
+        kind = None if dtype == "auto" else getattr(torch, dtype)
         targets: Any = target_modules or "all-linear"
         pack = decomposed(
             model, output_dir, target_modules=targets[0] if targets == ["all-linear"] else targets, r=r, dtype=kind,
             device=device, revision=revision,
         )  # fmt: skip
-    Console().print(f"{len(pack.modules)} weights decomposed; saved in {output_dir}")
+    print(f"{len(pack.modules)} weights decomposed; saved in {output_dir}")
 
 
 @files.command("import")
@@ -201,6 +203,10 @@ def import_command(
 
         from peft_svf.interop import import_expert
 
+        if (output_dir / "adapter_config.json").exists():
+            raise ValueError(f"{output_dir} holds an adapter. Write to another folder.")
+        _check_dtype(dtype)
+
         options: dict[str, Any] = {"parametrization": parametrization, "max_mult": max_mult, "skip": skip or []}
         if layer:
             options["layers"] = layer
@@ -208,7 +214,7 @@ def import_command(
         model = import_expert(path, base, **options)
         model.peft_config["default"].base_model_name_or_path = model_name_or_path
         model.save_pretrained(str(output_dir))
-    Console().print(f"saved in {output_dir}")
+    print(f"saved in {output_dir}")
 
 
 @cache.command("list")
@@ -252,7 +258,7 @@ def clear_command(
 
     with in_a_line():
         freed = clear_cache(cache_dir)
-    Console().print(f"{freed / 2**20:.1f} MiB freed")
+    print(f"{freed / 2**20:.1f} MiB freed")
 
 
 def _loaded(adapter: str, base: str | None, dtype: str, base_check: str) -> PeftModel:
@@ -265,8 +271,16 @@ def _loaded(adapter: str, base: str | None, dtype: str, base_check: str) -> Peft
     name = base or config.base_model_name_or_path
     if not name:
         raise ValueError("Which base model? The adapter does not say; pass --model_name_or_path.")
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    _check_dtype(dtype)
+    model = AutoModelForCausalLM.from_pretrained(name, revision=None if base else config.revision, dtype=dtype)
     return PeftModel.from_pretrained(model, adapter, config=config)
+
+
+def _check_dtype(dtype: str) -> None:
+    import torch
+
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"--dtype must be auto or a torch dtype such as float32, got {dtype!r}.")
 
 
 def _check(base_check: str) -> Any:
@@ -282,4 +296,4 @@ def _warnings_in_a_line() -> Iterator[None]:
         yield
     for warning in found:
         if issubclass(warning.category, UserWarning):
-            Console(stderr=True, highlight=False, markup=False).print(f"Warning: {warning.message}")
+            print(f"Warning: {warning.message}", file=sys.stderr)

@@ -95,6 +95,9 @@ def test_an_expert_is_exported_as_lora(world: Path, tmp_path: Path) -> None:
     done = run("export", "lora", world / "expert", "--rank", 4, "--output_dir", tmp_path / "four")
     assert done.exit_code == 0, done.output
     assert "rank 4" in done.stdout
+    done = run("export", "lora", world / "expert", "--output_dir", tmp_path / "out[final][/x]")
+    assert done.exit_code == 0, done.output
+    assert f"saved in {tmp_path / 'out[final][/x]'}" in done.stdout
 
 
 def test_an_expert_is_exported_as_a_model(world: Path, tmp_path: Path) -> None:
@@ -148,6 +151,12 @@ def test_the_cache_is_listed_and_cleared(world: Path, tmp_path: Path, monkeypatc
         (["export", "lora", "EXPERT", "--output_dir", "x", "--base_check", "no"], "--base_check must be error"),
         (["export", "lora", "EXPERT", "--output_dir", "x", "--model_name_or_path", "OTHER"], "another base model"),
         (["export", "merged", "EXPERT", "--output_dir", "x", "--model_name_or_path", "OTHER"], "another base model"),
+        (
+            ["export", "lora", "EXPERT", "--output_dir", "x", "--dtype", "float99"],
+            "--dtype must be auto or a torch dtype",
+        ),
+        (["export", "lora", "EXPERT", "--output_dir", "EXPERT"], "holds an adapter of the kind SVF"),
+        (["import", "x.pt", "--output_dir", "EXPERT", "--model_name_or_path", "OTHER"], "holds an adapter"),
         (["import", "nothing.pt", "--output_dir", "x", "--model_name_or_path", "OTHER"], "There is no file nothing.pt"),
     ],
 )

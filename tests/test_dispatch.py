@@ -256,6 +256,7 @@ def test_examples_that_are_of_no_use(options: dict[str, Any], message: str, mode
         ({"math": ""}, {"threshold": 2}, "`threshold`"),
         ({"math": ""}, {"method": "guess"}, "`method`"),
         ({"math": ""}, {"method": "generate", "calibrate": True}, "`calibrate`"),
+        ({"math": ""}, {"calibrate": None}, "`calibrate` must be True, False or a list"),
         ({"math": ""}, {"calibrate": []}, "`calibrate` needs prompts; it is empty"),
         ({"math": ""}, {"calibrate": ["x", " "]}, "`calibrate` needs prompts; A prompt is empty"),
         ({"math": ""}, {"max_prompt_tokens": 1}, "`max_prompt_tokens`"),
@@ -402,6 +403,35 @@ def test_generate_is_that_of_a_model(model: Any, tokenizer: Any) -> None:
     ids = torch.tensor([tokenizer("ab")["input_ids"]])
     direct = model.generate(ids, max_new_tokens=4, do_sample=False, adapter_names=["math"])
     assert text == tokenizer.decode(direct[0], skip_special_tokens=True)
+
+
+def test_it_stays_what_it_is_when_it_is_moved(model: Any, tokenizer: Any) -> None:
+    dispatcher = Fixed(["math"] * 4)
+    adaptive = SelfAdaptiveModel(model, tokenizer, dispatcher)
+    for moved in (adaptive.eval(), adaptive.to("cpu"), adaptive.float()):
+        assert moved is adaptive
+    ids = torch.tensor([tokenizer("ab")["input_ids"]])
+    with torch.no_grad():
+        expected = model(ids, adapter_names=["math"]).logits
+        for found in (adaptive(ids), adaptive(ids, torch.ones_like(ids)), adaptive.forward(input_ids=ids)):
+            assert torch.equal(found.logits, expected)
+
+
+def test_padding_is_not_looked_at(model: Any, tokenizer: Any) -> None:
+    seen: list[str] = []
+
+    class Looking(Fixed):
+        def __call__(self, prompts: Any) -> Any:
+            seen.extend(prompts)
+            return super().__call__(prompts)
+
+    adaptive = SelfAdaptiveModel(model, tokenizer, Looking(["math"] * 4))
+    ids = torch.tensor([tokenizer("abcd")["input_ids"], tokenizer("xyzz")["input_ids"]])
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    adaptive.generate(ids, attention_mask=mask, max_new_tokens=1)
+    with torch.no_grad():
+        adaptive(ids, mask)
+    assert seen == ["abcd", "zz"] * 2
 
 
 def test_an_answer_can_be_streamed(model: Any, tokenizer: Any) -> None:

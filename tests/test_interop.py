@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_llama
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, OFTConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_adaptation import make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from peft_svf import AdaptiveMixture, SVFConfig, SVFLayer, SVFRuntimeConfig
 from peft_svf.interop import decompose, from_weights, import_expert, merge_to_folder, packs, to_lora
+from peft_svf.interop.inspect import inspect_adapter
 from peft_svf.spectral import BasisPack
 
 IDS = torch.tensor([[4, 17, 5, 42, 8, 30, 11, 23], [7, 9, 33, 29, 40, 12, 4, 19]])
@@ -643,3 +644,129 @@ def test_the_pack_of_another_model(tmp_path: Path) -> None:
         decompose(tmp_path / "base", tmp_path / "x", target_modules=["nothing"])
     with pytest.raises(ValueError, match="`r` must be at least 1"):
         decompose(tmp_path / "base", tmp_path / "x", r=0)
+
+
+# ------------------------------------------------------------------------------------------ what was wrong once
+
+
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [
+        (LoraConfig(target_modules=["q_proj"], use_dora=True), "`use_dora`"),
+        (LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]), "`modules_to_save`"),
+        (LoraConfig(target_modules=["q_proj"], bias="all"), "`bias`"),
+        (OFTConfig(target_modules=["q_proj"], r=0, oft_block_size=4), "the method OFT"),
+        (IA3Config(target_modules=["q_proj"], feedforward_modules=[]), "the method IA3"),
+    ],
+)
+def test_adapters_that_are_more_than_a_sum_are_to_be_merged_first(config: Any, what: str, tmp_path: Path) -> None:
+    other = get_peft_model(base_model(), config)
+    other.save_pretrained(tmp_path)
+    base = base_model()
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    for finetuned in (other, tmp_path):
+        with pytest.raises(ValueError, match=f"has {what}.*Merge it first"):
+            from_weights(finetuned, base)
+    assert base.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
+    from_weights(other.merge_and_unload(), base)
+
+
+def test_the_base_must_be_bare_and_is_left_so_by_an_error(tmp_path: Path) -> None:
+    base = base_model()
+    lora = get_peft_model(base, LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="The base model has adapters"):
+        from_weights(lora, base)
+    base = base_model()
+    before = base.state_dict().keys()
+    with pytest.raises(ValueError, match=r"no model\.layers\.1"):
+        from_weights(base_model(num_hidden_layers=1), base)
+    assert base.state_dict().keys() == before
+    zero = save_parameters(tmp_path / "zero.pt", {n: 0 * v for n, v in logit_vectors(base_model()).items()})
+    with pytest.raises(ValueError, match="sums to 0"):
+        import_expert(zero, base, parametrization="raw")
+    assert base.state_dict().keys() == before
+
+
+def test_a_lora_does_not_take_the_place_of_its_expert(tmp_path: Path) -> None:
+    model = expert(base_model())
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds an adapter of the kind SVF"):
+        to_lora(model, rank=1).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="named twice"):
+        to_lora(model, ["default", "default"])
+
+
+def test_values_that_are_no_numbers_are_not_passed_on(tmp_path: Path) -> None:
+    base_model().save_pretrained(tmp_path / "base")
+    model = expert(AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
+    name, layer = next(iter(layers(model).items()))
+    layer.svf_delta["default"].weight.data[0] = float("nan")
+    with pytest.raises(ValueError, match=rf"δ of {name} in default holds NaN or Inf"):
+        to_lora(model)
+    model.save_pretrained(tmp_path / "expert")
+    with pytest.raises(ValueError, match=rf"δ of {name} in .* holds NaN or Inf"):
+        merge_to_folder(tmp_path / "expert", tmp_path / "merged")
+    summary, _ = inspect_adapter(tmp_path / "expert")
+    assert summary.broken == [name]
+    json.dumps(summary.to_dict(), allow_nan=False)
+
+
+def test_more_about_merged_folders(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base_model().save_pretrained(base, max_shard_size="20KB")
+    index = (base / "model.safetensors.index.json").read_text()
+    for path in base.glob("model-*"):
+        path.unlink()
+    base_model().save_pretrained(base)
+    (base / "model.safetensors.index.json").write_text(index)  # stale, as after an older save
+    (base / "more").mkdir()
+    (base / "more" / "template.jinja").write_text("x")
+    (base / "modeling.py").write_text("x")
+    (base / "pytorch_model.bin").write_text("x")
+    model = expert(AutoModelForCausalLM.from_pretrained(base))
+    model.save_pretrained(tmp_path / "expert")
+    (tmp_path / "volume").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "volume")
+    merge_to_folder(tmp_path / "expert", tmp_path / "link", base_check="ignore")
+    found = {str(path.relative_to(tmp_path / "volume")) for path in (tmp_path / "volume").rglob("*") if path.is_file()}
+    assert found >= {"model.safetensors", "more/template.jinja", "modeling.py", "config.json", "README.md"}
+    assert not found & {"pytorch_model.bin", "model.safetensors.index.json"}
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "volume")
+    assert torch.allclose(logits(merged), logits(model), atol=1e-5)
+    other = tmp_path / "other"
+    base_model().save_pretrained(other)
+    card = merge_to_folder(tmp_path / "expert", tmp_path / "x", base=other).folder / "README.md"
+    assert "The weights of other with" in card.read_text()
+    assert str(tmp_path) not in card.read_text()
+
+
+def test_the_revision_of_the_base_is_that_of_the_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base_model().save_pretrained(tmp_path / "base")
+    model = expert(AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
+    model.peft_config["default"].base_model_name_or_path = "someone/model"
+    model.peft_config["default"].revision = "abc"
+    model.save_pretrained(tmp_path / "expert")
+    asked = []
+
+    def download(name: str, revision: str | None, **_: Any) -> str:
+        asked.append((name, revision))
+        return str(tmp_path / "base")
+
+    monkeypatch.setattr("peft_svf.interop.sources.snapshot_download", download)
+    merge_to_folder(tmp_path / "expert", tmp_path / "one")
+    merge_to_folder(tmp_path / "expert", tmp_path / "two", base="another/model")
+    assert asked == [("someone/model", "abc"), ("another/model", None)]
+
+
+@pytest.mark.parametrize("kind", ["place", "mixture"])
+def test_what_is_not_known_in_a_file_is_not_left_out_in_silence(kind: str, tmp_path: Path) -> None:
+    vectors = logit_vectors(base_model())
+    if kind == "place":
+        tensors = {f"learnable_params_module_list.{i}": v for i, v in enumerate(vectors.values())}
+    else:
+        tensors = {f"weights_0_k_{n.replace('.', '_')}": v for n, v in vectors.items()}
+        tensors["adaptive_weights"] = torch.ones(1, 1)
+    path = save_parameters(tmp_path / "policy_params.pt", {**tensors, "value_head.weight": torch.zeros(3)})
+    with pytest.raises(ValueError, match=r"has 'value_head\.weight' beside"):
+        import_expert(path, base_model())

@@ -16,16 +16,16 @@ from peft_svf.scoring import (
     ANSWERS,
     REWARDS,
     LogLikelihoodObjective,
-    begun_text,
     check_rewards,
     checked,
     classification_prompt,
     find_reward,
     named_category,
+    readable,
     text_of,
 )
 from peft_svf.scoring import rewards as rewards_module
-from peft_svf.scoring.objectives import joined, prompt_text
+from peft_svf.scoring.objectives import joined, prompt_ids, prompt_text, text_for_trl
 from peft_svf.scoring.rewards import boxed, first_line, first_word, last_number, last_word
 
 CASES = [
@@ -247,12 +247,18 @@ TURNS = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}|{% endfor %}
 
 
 class Templated:
-    """As much of a tokenizer as `begun_text` needs."""
+    """As much of a tokenizer as `readable` needs."""
 
     def __init__(self, chat_template: str | None, bos_token: str | None = None) -> None:
         from test_adaptation import make_tokenizer
 
         self.inner, self.chat_template, self.bos_token = make_tokenizer(), chat_template, bos_token
+        self.bos_token_id = None if bos_token is None else 1
+        self.adds_bos = True
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        begin = [1] if self.adds_bos and self.bos_token and add_special_tokens else []
+        return {"input_ids": begin + [i for part in text.split("<s>")[:-1] for i in [1]] + [len(text)]}
 
     def apply_chat_template(self, messages: Any, **kwargs: Any) -> Any:
         return self.inner.apply_chat_template(messages, chat_template=self.chat_template, **kwargs)
@@ -277,7 +283,20 @@ def test_an_answer_that_is_begun(template: str | None, bos: str | None, expected
         {"role": "user", "content": "x?"},
         {"role": "assistant", "content": "Category:"},
     ]
-    assert begun_text(messages, Templated(template, bos)) == expected
+    tokenizer = Templated(template, bos)
+    assert text_for_trl(readable(messages, tokenizer), tokenizer) == expected
+    if template is None:
+        assert readable(messages[:2], tokenizer) == "Be brief.\n\nx?\nAnswer:"
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_the_first_token_comes_once_in_training_and_in_dispatch(adds_bos: bool) -> None:
+    tokenizer = Templated("<s>" + TURNS, "<s>")
+    tokenizer.adds_bos = adds_bos
+    messages = readable(classification_prompt("x", ["a", "b"]), tokenizer)
+    text = text_for_trl(messages, tokenizer)
+    assert tokenizer(text)["input_ids"][:-1] == prompt_ids(messages, tokenizer)[:-1] == [1]
+    assert text.startswith("<s>") == (not adds_bos)
 
 
 def test_a_completion_goes_on_from_what_the_prompt_began() -> None:
@@ -304,6 +323,10 @@ def test_classification_prompt() -> None:
     assert "sums or logic" in text[-2]["content"]
     assert "Be brief" not in str(text)
     assert text_of(chat) == text[-1]["content"] == "Category:"
+    parts = [{"role": "user", "content": [{"type": "text", "text": "What is 1 + 1?"}]}]
+    assert classification_prompt(parts, ["sums", "logic"]) == chat
+    with pytest.raises(ValueError, match="no categories"):
+        classification_prompt("x", [])
 
 
 @pytest.mark.parametrize(

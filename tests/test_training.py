@@ -53,7 +53,7 @@ from peft_svf.training import (
 )
 from peft_svf.training.arguments import AdapterArguments, TrainArguments, adapter_config
 from peft_svf.training.checkpoints import discard_incomplete, is_complete, last_complete
-from peft_svf.training.run import build, main, parse
+from peft_svf.training.run import _for_trl, build, main, parse
 from peft_svf.training.tasks import SPLITS
 from peft_svf.tuner.plots import delta_sizes
 
@@ -620,6 +620,9 @@ def test_a_classification_expert_is_reported_by_category(base: Path, tmp_path: P
         assert rows[0]["prompt"].endswith("?;Category:")  # text, for TRL would open another turn
         assert rows.column_names == data["train"].column_names
     assert data["test"][0]["prompt"][-1]["content"] == "Category:"
+    begun = data["train"][0]["prompt"]
+    with pytest.raises(ValueError, match="use one form for all"):
+        _for_trl(datasets.Dataset.from_list([{"prompt": begun}, {"prompt": begun[:-1]}]), parse(arguments)[2])
     record = main(arguments)
     by_category = json.loads((tmp_path / "expert" / "training.json").read_text())["accuracy_by_category"]
     assert set(by_category) == {"sums", "products"}

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 
-from ..scoring import Prefix, begun_text, classification_prompt, read_prefix
+from ..scoring import Prefix, classification_prompt, content_text, read_prefix, readable
 from ..scoring.objectives import continuation_ids, padded, prompt_ids, with_pad_token
 from ..scoring.prefix import common_prefix, takes
 from ..tuner.rows import BASE
@@ -147,6 +147,8 @@ class PromptDispatcher:
         self.shortener = Shortener(tokenizer, max_prompt_tokens, model)
         self.generation_kwargs = {"max_new_tokens": 64, "do_sample": False, **(generation_kwargs or {})}
         self._tree = LabelTree(self._label_tokens()) if method == "likelihood" else None
+        if self._tree is not None and self._tree.goes_on and tokenizer.eos_token_id is None:
+            raise ValueError("One label goes on from another, and the tokenizer has no end token to tell them apart.")
         self._bias: np.ndarray | None = None
         if calibrate is not False:
             if method == "generate":
@@ -178,11 +180,13 @@ class PromptDispatcher:
         return classification_prompt(prompt, self.answers, self.descriptions)
 
     def _label_tokens(self) -> list[list[int]]:
-        asked = begun_text(self.question(NOTHING), self.tokenizer)
+        asked = readable(self.question(NOTHING), self.tokenizer)
         return [continuation_ids(asked, f" {label}", self.tokenizer) for label in self.answers]
 
-    def _liking(self, prompts: Sequence[Any]) -> np.ndarray:
+    def _liking(self, prompts: Any) -> np.ndarray:
         """Mean log-probability of each label."""
+        if not isinstance(prompts, (list, tuple)):
+            raise ValueError(f"`calibrate` must be True, False or a list of prompts, got {prompts!r}.")
         texts, errors = self.shortener.each(prompts)
         if errors or not texts:
             raise ValueError(f"`calibrate` needs prompts; {next(iter(errors.values()), 'it is empty.')}")
@@ -194,12 +198,8 @@ class PromptDispatcher:
         parts = [np.empty((0, len(self.labels)))]
         for start in range(0, len(texts), self.batch_size):
             questions = [self.question(text) for text in texts[start : start + self.batch_size]]
-            if self._tree is None:
-                parts.append(self._generated([prompt_ids(_open(q, self.tokenizer), self.tokenizer) for q in questions]))
-            else:
-                parts.append(
-                    self._compared([prompt_ids(begun_text(q, self.tokenizer), self.tokenizer) for q in questions])
-                )
+            asked = [prompt_ids(readable(question, self.tokenizer), self.tokenizer) for question in questions]
+            parts.append(self._generated(asked) if self._tree is None else self._compared(asked))
         return np.concatenate(parts)
 
     def _rows(self, count: int) -> dict[str, list[str]]:
@@ -271,6 +271,7 @@ class LabelTree:
         if len({tuple(ids) for ids in answers}) < len(answers):
             raise ValueError("Two labels have the same tokens.")
         self.answers = answers
+        self.goes_on = any(a != b and b[: len(a)] == a for a in answers for b in answers)
 
     def branches(self, end: int) -> Iterator[tuple[list[int], list[tuple[int, list[int]]]]]:
         """Every beginning after which labels part, with the tokens that can follow and the labels that each leads to;
@@ -404,13 +405,6 @@ def text_of_prompt(prompt: Any) -> str:
     return text
 
 
-def content_text(content: Any) -> str:
-    """The text of a message, which may come in parts."""
-    if isinstance(content, str):
-        return content
-    return "".join(part["text"] for part in content if part.get("type") == "text")
-
-
 def boxed_prompt(prompt: str, labels: Sequence[str], descriptions: Mapping[str, str]) -> list[dict[str, str]]:
     """A question for the category of a prompt that is answered in `\\boxed{}`, as in the paper's code."""
     listed = "\n".join(f"- {label}" + (f": {text}" if (text := descriptions.get(label)) else "") for label in labels)
@@ -429,17 +423,3 @@ def boxed_label(text: str, labels: Sequence[str]) -> str | None:
     found = re.findall(r"\\boxed\{([^{}]*)\}", text)
     named = found[-1].strip().casefold() if found else ""
     return next((label for label in labels if label.casefold() == named), None)
-
-
-def _open(messages: list[dict[str, str]], tokenizer: Any) -> Any:
-    """Messages where there is a chat template, in one turn if that has no place for a system message; else their text
-    with room for the answer."""
-    if getattr(tokenizer, "chat_template", None):
-        try:
-            tokenizer.apply_chat_template(messages, tokenize=False)
-        except Exception as error:
-            if "TemplateError" not in {kind.__name__ for kind in type(error).__mro__}:
-                raise
-            return [{"role": "user", "content": "\n\n".join(message["content"] for message in messages)}]
-        return messages
-    return "\n\n".join(message["content"] for message in messages) + "\nAnswer:"

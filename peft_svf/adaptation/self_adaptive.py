@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -70,7 +72,16 @@ class SelfAdaptiveModel:
     def __getattr__(self, name: str) -> Any:
         if name == "model":  # not there yet, in a copy or a pickle
             raise AttributeError(name)
-        return getattr(self.model, name)
+        found = getattr(self.model, name)
+        if not inspect.ismethod(found):
+            return found
+
+        @functools.wraps(found)
+        def method(*args: Any, **kwargs: Any) -> Any:
+            result = found(*args, **kwargs)
+            return self if result is self.model else result  # `to`, `eval` and their like
+
+        return method
 
     # ------------------------------------------------------------------------------------------------ use
 
@@ -110,23 +121,36 @@ class SelfAdaptiveModel:
     def generate(self, input_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
         """As the model's `generate`; the first pass reads the decoded `input_ids`."""
         input_ids = kwargs.pop("inputs", None) if input_ids is None else input_ids
-        with self._adapted_to(input_ids) as options:
+        with self._adapted_to(input_ids, kwargs.get("attention_mask")) as options:
             return self.model.generate(input_ids=input_ids, **options, **kwargs)
 
-    def __call__(self, input_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        """As the model's forward; the first pass reads the decoded `input_ids`."""
-        with self._adapted_to(input_ids) as options:
-            return self.model(input_ids=input_ids, **options, **kwargs)
+    def forward(
+        self, input_ids: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """As the model's; the first pass reads the decoded `input_ids`. Not for decoding by hand, where later calls
+        see one token: `generate` looks once."""
+        with self._adapted_to(input_ids, attention_mask) as options:
+            return self.model(input_ids=input_ids, attention_mask=attention_mask, **options, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
 
     # ------------------------------------------------------------------------------------------------ passes
 
     @contextmanager
-    def _adapted_to(self, input_ids: torch.Tensor | None) -> Iterator[dict[str, Any]]:
+    def _adapted_to(
+        self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
+    ) -> Iterator[dict[str, Any]]:
         """As `_adapted`, for tokens that nobody has looked at."""
         if input_ids is None:
             raise ValueError("A self-adaptive model needs `input_ids`, which the first pass reads.")
-        dispatch, _ = self._first_pass(self.tokenizer.batch_decode(input_ids, skip_special_tokens=True))
-        with self._adapted(dispatch, range(len(input_ids))) as options:
+        if attention_mask is None or attention_mask.shape != input_ids.shape:
+            rows = list(input_ids)
+        else:
+            rows = [row[mask.bool()] for row, mask in zip(input_ids, attention_mask, strict=True)]
+        prompts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+        dispatch, _ = self._first_pass(prompts)
+        with self._adapted(dispatch, range(len(prompts))) as options:
             yield options
 
     def _first_pass(self, prompts: Sequence[Any]) -> tuple[Dispatch | None, list[str]]:

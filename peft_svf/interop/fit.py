@@ -15,13 +15,15 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import safe_open
 from torch import nn
 
 from .._progress import progress_bar
 from ..tuner import SVFConfig
 from ..tuner.layer import SVFLayer
-from .sources import model_files
+from .sources import model_files, opened
+
+# methods that add to the weight what their layers give as ΔW
+ADDITIVE = ("LORA", "VERA", "LOHA", "LOKR", "FOURIERFT", "RANDLORA")
 
 Change = Callable[[str, torch.Tensor], "torch.Tensor | None"]
 
@@ -53,20 +55,35 @@ def from_weights(
 
     Args:
         finetuned (`torch.nn.Module` or path): The fine-tuned model, or its folder of safetensors files, read one matrix
-            at a time; or a `PeftModel` with adapters of a method that can be merged, such as LoRA, or the folder of
-            such an adapter.
+            at a time; or a `PeftModel` with LoRA adapters (or of another method of `ADDITIVE`), or the folder of one.
         base (`torch.nn.Module`): The model that was fine-tuned, which gets adapted.
         config ([`SVFConfig`], *optional*): What to adapt; all linear layers in full by default.
         adapter_name (`str`): What to call the expert.
 
     Raises:
-        ValueError: The fine-tuned model lacks a weight, or has one of another shape; the message names it.
+        ValueError: The fine-tuned model lacks a weight, or has one of another shape; the message names it. Or its
+            adapter has more than a ΔW, or the base model has adapters.
     """
+    if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
+        raise ValueError("The base model has adapters. Load it anew, or `unload()` them first.")
     config = config or SVFConfig(target_modules="all-linear", task_type="CAUSAL_LM")
     change = _changes(finetuned, base)
     model: PeftModel = get_peft_model(base, config, adapter_name=adapter_name)
+    try:
+        explained, whole = _fitted(model, change, adapter_name)
+    except BaseException:
+        model.unload()  # the base model as it was
+        raise
+    total = sum(whole.values())
+    shares = {name: min(1.0, explained[name] / whole[name]) if whole[name] else 1.0 for name in whole}
+    return model.eval(), Explained(shares, min(1.0, sum(explained.values()) / total) if total else 1.0)
+
+
+def _fitted(model: PeftModel, change: Change, adapter_name: str) -> tuple[dict[str, float], dict[str, float]]:
+    """Put δ in place; the squares of what it explains of each module, and of the whole change."""
     layers = [module for module in model.modules() if isinstance(module, SVFLayer)]
-    explained, whole = {}, {}
+    explained: dict[str, float] = {}
+    whole: dict[str, float] = {}
     for layer in progress_bar(layers, desc="Projecting", unit="layer"):
         weight = layer._unmerged_weight()
         changed = change(layer.module_name, weight)
@@ -76,9 +93,7 @@ def from_weights(
         delta, found = _projection(layer, layer._as_out_in(changed.to(weight.device)), adapter_name)
         layer.svf_delta[adapter_name].weight.copy_(delta)
         explained[layer.module_name], whole[layer.module_name] = found
-    total = sum(whole.values())
-    shares = {name: explained[name] / whole[name] if whole[name] else 1.0 for name in whole}
-    return model.eval(), Explained(shares, sum(explained.values()) / total if total else 1.0)
+    return explained, whole
 
 
 def _projection(layer: SVFLayer, change: torch.Tensor, name: str) -> tuple[torch.Tensor, tuple[float, float]]:
@@ -107,6 +122,8 @@ def _changes(finetuned: Any, base: nn.Module) -> Change:
             return _of_adapter_folder(folder, base)
         return _of_tensors(_reader(folder), str(folder))
     if isinstance(finetuned, PeftModel):
+        for name in finetuned.active_adapters:
+            _check_method(finetuned.peft_config[name], f"The adapter {name!r}")
         return _of_layers(finetuned.base_model.model)
     tensors = finetuned.state_dict()
     return _of_tensors(tensors.get, "the fine-tuned model")
@@ -133,7 +150,7 @@ def _reader(folder: Path) -> Callable[[str], torch.Tensor | None]:
     def read(name: str) -> torch.Tensor | None:
         if name not in files:
             return None
-        with safe_open(folder / files[name], framework="pt") as file:
+        with opened(folder / files[name]) as file:
             tensor: torch.Tensor = file.get_tensor(name)
         return tensor
 
@@ -142,19 +159,34 @@ def _reader(folder: Path) -> Callable[[str], torch.Tensor | None]:
 
 def _of_adapter_folder(folder: Path, base: nn.Module) -> Change:
     config = PeftConfig.from_pretrained(str(folder))
-    if config.peft_type == "SVF":
-        raise ValueError(f"{folder} is an SVF adapter already.")
+    _check_method(config, str(folder))
     loaded = PeftModel.from_pretrained(base, str(folder))
     change = _of_layers(loaded.base_model.model)
     loaded.unload()  # the layers live on in `change`
     return change
 
 
+def _check_method(config: Any, where: str) -> None:
+    """Whether the whole change of an adapter is what its layers say of their ΔW.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if config.peft_type == "SVF":
+        raise ValueError(f"{where} is an SVF adapter already.")
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    more = [name for name in ("modules_to_save", "use_dora") if getattr(config, name, None)]
+    more += ["bias"] if getattr(config, "bias", "none") not in ("none", None) else []
+    if kind not in ADDITIVE or more:
+        what = f"`{more[0]}`" if more else f"the method {kind}"
+        raise ValueError(
+            f"{where} has {what}, whose change is not known layer by layer. Merge it first, and pass the merged model: "
+            "`from_weights(peft_model.merge_and_unload(), base)`."
+        )
+
+
 def _of_layers(model: nn.Module) -> Change:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
-    lacking = [name for name, layer in layers.items() if not hasattr(layer, "get_delta_weight")]
-    if lacking:
-        raise ValueError(f"The adapter of {lacking[0]} ({type(layers[lacking[0]]).__name__}) cannot say its ΔW.")
 
     def change(name: str, weight: torch.Tensor) -> torch.Tensor | None:
         layer: Any = layers.get(name)

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 
 from ..tuner import SVFConfig
 from ..tuner.card import complete_card
@@ -64,6 +64,10 @@ def push_expert(
             readme.write_text(text, encoding="utf-8")
         else:
             readme.write_text(f"# {repo_id.split('/')[-1]}\n\nAn SVF expert (Transformer²).\n", encoding="utf-8")
+        card = ModelCard.load(readme, ignore_metadata_errors=True)
+        if Path(str(card.data.base_model or "")).exists():
+            card.data.base_model = None  # a folder here says nothing to others
+            card.save(readme)
         complete_card(readme, config.base_model_name_or_path, repo_id, config.revision)
         commit = api.upload_folder(
             repo_id=repo_id,

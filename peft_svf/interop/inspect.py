@@ -31,6 +31,7 @@ class AdapterSummary:
         rms: Root mean square of all δ.
         largest: The modules with the largest rms of δ, with that.
         fingerprinted: How many weights its base is recognised by.
+        broken: Modules whose δ holds NaN or Inf; they count nowhere above.
         more: Names of what it holds besides δ, such as biases.
     """
 
@@ -43,6 +44,7 @@ class AdapterSummary:
     rms: float
     largest: dict[str, float]
     fingerprinted: int
+    broken: list[str]
     more: list[str]
 
     def to_dict(self) -> dict[str, Any]:
@@ -72,19 +74,21 @@ def inspect_adapter(
         for key, value in weights.items()
         if key.endswith(_SUFFIX)
     }
-    sizes = {name: float(np.sqrt(np.mean(np.square(delta)))) for name, delta in deltas.items()}
-    numbers = sum(len(delta) for delta in deltas.values())
-    squares = sum(float(np.square(delta.astype(np.float64)).sum()) for delta in deltas.values())
+    whole = {name: delta for name, delta in deltas.items() if np.isfinite(delta).all()}
+    sizes = {name: float(np.sqrt(np.mean(np.square(delta)))) for name, delta in whole.items()}
+    numbers = sum(len(delta) for delta in whole.values())
+    squares = sum(float(np.square(delta.astype(np.float64)).sum()) for delta in whole.values())
     summary = AdapterSummary(
         path=Path(path).as_posix(),
         base_model=config.base_model_name_or_path,
         revision=config.revision,
         modules=len(deltas),
-        numbers=numbers,
+        numbers=sum(len(delta) for delta in deltas.values()),
         r=config.r,
         rms=float(np.sqrt(squares / numbers)) if numbers else 0.0,
         largest=dict(sorted(sizes.items(), key=lambda pair: -pair[1])[:count]),
         fingerprinted=len(config.expected_fingerprint),
+        broken=sorted(deltas.keys() - whole.keys()),
         more=sorted(key for key in weights if not key.endswith(_SUFFIX)),
     )
     return summary, deltas

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
+from peft.utils import CONFIG_NAME
 from safetensors.torch import save
 
 from .._files import write_whole
@@ -45,8 +46,15 @@ class LoraExport:
         return int(self.config.r)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write a PEFT LoRA adapter, which loads without peft_svf."""
+        """Write a PEFT LoRA adapter, which loads without peft_svf.
+
+        Raises:
+            ValueError: Another kind of adapter is there, such as the expert itself.
+        """
         folder = Path(save_directory)
+        if (folder / CONFIG_NAME).exists() and (kind := PeftConfig.from_pretrained(str(folder)).peft_type) != "LORA":
+            kind = getattr(kind, "value", kind)
+            raise ValueError(f"{folder} holds an adapter of the kind {kind}. Write the LoRA to another folder.")
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / "adapter_model.safetensors", save(self.state_dict, metadata={"format": "pt"}))
         self.config.save_pretrained(str(folder))
@@ -118,6 +126,8 @@ def _names(model: Any, adapter_name: str | Sequence[str] | None) -> list[str]:
         names = list(model.active_adapters)
     else:
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+    if len(set(names)) < len(names):
+        raise ValueError(f"An adapter is named twice: {names}.")
     if not names:
         raise ValueError("Which expert? No adapter is active and none was named.")
     for name in names:
@@ -136,6 +146,8 @@ def _terms(layer: SVFLayer, names: Sequence[str]) -> tuple[torch.Tensor, torch.T
     """`ΔW = up @ down`, `[out, r]` and `[r, in]`, whose terms are orthogonal, with the size of each: |σ_i δ_i|."""
     delta = layer.summed_delta(names)
     assert delta is not None
+    if not torch.isfinite(delta).all():
+        raise ValueError(f"δ of {layer.module_name} in {', '.join(names)} holds NaN or Inf.")
     W, Q = layer._as_out_in(layer._unmerged_weight()), layer._columns(delta)
     work = torch.promote_types(W.dtype, torch.float32)
     W, Q, delta = W.to(work), Q.to(work), delta.to(work)

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import ModelCardData
 from peft.utils.save_and_load import load_peft_weights
-from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -26,7 +26,7 @@ from ..spectral import BasisCache, effective_weight, fingerprint, fingerprint_di
 from ..tuner import SVFConfig
 from ..tuner.base_check import recorded_name
 from ..tuner.fold import SMALLEST_SHARE
-from .sources import model_files, model_folder
+from .sources import OTHER_WEIGHTS, model_files, model_folder, opened
 
 _PREFIX, _SUFFIX = "base_model.model.", ".svf_delta.weight"
 
@@ -64,7 +64,7 @@ def merge_to_folder(
         adapter: Folder or Hub id of an SVF adapter.
         save_directory: A folder that does not exist, or is empty.
         base (*optional*): Folder or Hub id of the base model; that of the adapter's config if `None`.
-        revision (`str`, *optional*): Of the base model on the Hub.
+        revision (`str`, *optional*): Of the base model on the Hub; that of the adapter's config if both are `None`.
         base_check (`str`): If the adapter is for another base model, see [`SVFRuntimeConfig`].
         cache_dir (*optional*): Of singular bases.
 
@@ -76,10 +76,11 @@ def merge_to_folder(
     if not isinstance(config, SVFConfig):
         raise ValueError(f"{adapter} is a {config.peft_type} adapter; only SVF adapters can be merged here.")
     deltas = _deltas(adapter)
-    target = Path(save_directory)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    target = Path(save_directory).resolve()
+    made = not target.exists()
+    if not made and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} is in use. Merge into a folder that does not exist yet.")
-    source = model_folder(base or config.base_model_name_or_path, revision)
+    source = model_folder(base or config.base_model_name_or_path, revision or (None if base else config.revision))
     transposed = _transposed(source, deltas)
     files = model_files(source)
     lacking = [name for name in deltas if f"{name}.weight" not in {key for keys in files.values() for key in keys}]
@@ -88,34 +89,25 @@ def merge_to_folder(
             f"{source} has no tensor {lacking[0]}.weight, which the adapter changes: another model, or one whose files "
             "have other names than its modules; load and merge that with `merge_and_unload`."
         )
-    cache, shares, differences = BasisCache(cache_dir), {}, []
-    unfinished = target.with_name(f".{target.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    shares: dict[str, float] = {}
+    unfinished = target / ".unfinished"
     unfinished.mkdir(parents=True)
     try:
-        with progress_bar(desc="Merging", total=len(deltas), unit="layer") as bar:
-            for file, keys in files.items():
-                tensors = {}
-                with safe_open(source / file, framework="pt") as opened:
-                    for key in keys:
-                        tensor, name = opened.get_tensor(key), key.removesuffix(".weight")
-                        if key.endswith(".weight") and name in deltas:
-                            weight = tensor.mT if transposed[name] else tensor
-                            merged, difference = _merged(weight, deltas[name], name, config, cache)
-                            differences += [f"{name}: {difference}"] if difference else []
-                            shares[name] = merged[1]
-                            tensor = (merged[0].mT if transposed[name] else merged[0]).contiguous()
-                            bar.update()
-                        tensors[key] = tensor
-                save_file(tensors, unfinished / file, metadata={"format": "pt"})
+        differences = _write_weights(
+            source, unfinished, files, transposed, deltas, config, BasisCache(cache_dir), shares
+        )
         _complain(differences, base_check, adapter, len(deltas))
-        _copy_rest(source, unfinished, set(files))
-        write_whole(unfinished / "README.md", _card(adapter, config, source, shares))
-        if target.exists():
-            target.rmdir()
-        os.replace(unfinished, target)
+        _copy_rest(source, unfinished)
+        name = str(base or config.base_model_name_or_path)
+        write_whole(unfinished / "README.md", _card(adapter, name, len(shares)))
+        # the config last, without which nothing loads
+        for path in sorted(unfinished.iterdir(), key=lambda path: path.name == "config.json"):
+            os.replace(path, target / path.name)
+        unfinished.rmdir()
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
+        if made:
+            target.rmdir()
         raise
     if coarse := [name for name, share in shares.items() if share < SMALLEST_SHARE]:
         least = min(shares.values())
@@ -127,6 +119,35 @@ def merge_to_folder(
     return Merged(target, shares)
 
 
+def _write_weights(
+    source: Path,
+    target: Path,
+    files: Mapping[str, list[str]],
+    transposed: Mapping[str, bool],
+    deltas: Mapping[str, torch.Tensor],
+    config: SVFConfig,
+    cache: BasisCache,
+    shares: dict[str, float],
+) -> list[str]:
+    """Write each file with what is merged into it; returns how its weights differ from those of the adapter's base."""
+    differences = []
+    with progress_bar(desc="Merging", total=len(deltas), unit="layer") as bar:
+        for file, keys in files.items():
+            tensors = {}
+            with opened(source / file) as content:
+                for key in keys:
+                    tensor, name = content.get_tensor(key), key.removesuffix(".weight")
+                    if key.endswith(".weight") and name in deltas:
+                        weight = tensor.mT if transposed[name] else tensor
+                        merged, shares[name], difference = _merged(weight, deltas[name], name, config, cache)
+                        differences += [f"{name}: {difference}"] if difference else []
+                        tensor = (merged.mT if transposed[name] else merged).contiguous()
+                        bar.update()
+                    tensors[key] = tensor
+            save_file(tensors, target / file, metadata={"format": "pt"})
+    return differences
+
+
 def _deltas(adapter: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     deltas = {}
     for key, value in load_peft_weights(str(adapter), device="cpu").items():
@@ -136,7 +157,10 @@ def _deltas(adapter: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
             raise ValueError(
                 f"{adapter} trains more than δ ({key}). Load it onto its base model and use `merge_and_unload`."
             )
-        deltas[key[len(_PREFIX) : -len(_SUFFIX)]] = value
+        name = key[len(_PREFIX) : -len(_SUFFIX)]
+        if not torch.isfinite(value).all():
+            raise ValueError(f"δ of {name} in {adapter} holds NaN or Inf.")
+        deltas[name] = value
     if not deltas:
         raise ValueError(f"{adapter} holds no vectors.")
     return deltas
@@ -162,7 +186,7 @@ def _transposed(source: Path, deltas: Mapping[str, Any]) -> dict[str, bool]:
 
 def _merged(
     weight: torch.Tensor, delta: torch.Tensor, name: str, config: SVFConfig, cache: BasisCache
-) -> tuple[tuple[torch.Tensor, float], str | None]:
+) -> tuple[torch.Tensor, float, str | None]:
     """`W(z)` and the share of ΔW in it, and how the weight differs from the one that the adapter was made for."""
     basis = cache.load_or_compute(weight, name=name)
     if len(delta) > basis.vectors.shape[1]:
@@ -177,7 +201,7 @@ def _merged(
         difference = fingerprint_difference(expected[recorded], fingerprint(basis.spectrum), shape)
     vectors = basis.leading(len(delta)).vectors
     share = surviving_share(weight, vectors, delta, weight.dtype) if weight.dtype.itemsize <= 2 else 1.0
-    return (effective_weight(weight, vectors, delta), share), difference
+    return effective_weight(weight, vectors, delta), share, difference
 
 
 def _complain(differences: list[str], base_check: str, adapter: Any, count: int) -> None:
@@ -192,19 +216,23 @@ def _complain(differences: list[str], base_check: str, adapter: Any, count: int)
     warnings.warn(message, stacklevel=3)
 
 
-def _copy_rest(source: Path, target: Path, written: set[str]) -> None:
-    """Config, tokenizer, index; not the card, which is that of the base model, and no other weights."""
-    for path in source.iterdir():
-        if path.is_file() and path.name not in written and path.suffix in (".json", ".txt", ".model", ".jinja"):
-            shutil.copyfile(path, target / path.name)
+def _copy_rest(source: Path, target: Path) -> None:
+    """Config, tokenizer, code; not the card, which is that of the base model, and no other weights."""
+    left_out = shutil.ignore_patterns(
+        "*.safetensors", *OTHER_WEIGHTS, "*.bin.index.json", "README.md", ".*", "original"
+    )
+    shutil.copytree(source, target, dirs_exist_ok=True, ignore=left_out)
+    if (target / "model.safetensors").exists():
+        (target / "model.safetensors.index.json").unlink(missing_ok=True)  # stale
 
 
-def _card(adapter: Any, config: SVFConfig, source: Path, shares: Mapping[str, float]) -> str:
-    base = config.base_model_name_or_path or source.name
-    name = Path(str(adapter)).name
+def _card(adapter: Any, base: str, count: int) -> str:
+    """Local paths say nothing to others; of those only the last part is named."""
+    local = Path(base).is_dir()
+    header = ModelCardData(base_model=None if local else base, tags=["svf", "transformer-squared"])
+    name, shown = Path(str(adapter)).name, Path(base).name if local else base
     return (
-        f"---\nbase_model: {base}\ntags:\n- svf\n- transformer-squared\n---\n\n"
-        f"# {Path(str(base)).name} with the expert {name}\n\n"
-        f"The weights of {base} with the SVF expert {name} merged into {len(shares)} of them by "
+        f"---\n{header.to_yaml()}\n---\n\n# {Path(base).name} with the expert {name}\n\n"
+        f"The weights of {shown} with the SVF expert {name} merged into {count} of them by "
         "[peft-svf](https://pypi.org/project/peft-svf/). It loads as any model and needs no other library.\n"
     )

@@ -20,7 +20,7 @@ from .._files import write_whole
 from .._progress import progress_bar
 from ..spectral import PACK_FORMAT, PACK_INDEX, BasisPack, singular_basis, weight_key
 from ..tuner import SVFConfig
-from .sources import model_files, model_folder
+from .sources import model_files, model_folder, opened
 
 
 @torch.no_grad()
@@ -66,8 +66,8 @@ def decompose(
         progress_bar(modules.items(), desc="Decomposing", unit="weight", total=len(modules))
     ):
         path = target / f"basis-{number + 1:05d}-of-{len(modules):05d}.safetensors"
-        with safe_open(source / places[f"{name}.weight"], framework="pt", device=str(device)) as opened:
-            weight = opened.get_tensor(f"{name}.weight")
+        with opened(source / places[f"{name}.weight"], device=str(device)) as file:
+            weight = file.get_tensor(f"{name}.weight")
         weight = weight.mT if transposed else weight
         about = {"module": name, "key": weight_key(weight), "r": str(r), "dtype": str(dtype or weight.dtype)}
         if not _is_done(path, about):

@@ -138,6 +138,8 @@ def _of_names(found: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Ten
 
 def _of_positions(found: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor], path: Path) -> dict[str, Any]:
     names = [name for name in weights if "mlp" in name]
+    if unknown := [key for key in found if not _POSITION.fullmatch(key)]:
+        raise ValueError(f"{path} has {unknown[0]!r} beside vectors by place, which nothing is known of.")
     places = {int(match[1]): value for key, value in found.items() if (match := _POSITION.fullmatch(key))}
     if sorted(places) != list(range(len(names))):
         raise ValueError(
@@ -156,6 +158,8 @@ def _of_mixture(found: Mapping[str, torch.Tensor], weights: Mapping[str, torch.T
             if match[2] not in names:
                 raise ValueError(f"{path} has {key!r}, which is for no weight of the model: another model?")
             parts.setdefault(names[match[2]], {})[int(match[1])] = value.float()
+        elif key != "adaptive_weights":
+            raise ValueError(f"{path} has {key!r} beside the parts of a mixture, which nothing is known of.")
     ordered = [name for name in weights if name in parts]
     if alpha.ndim != 2 or alpha.shape[1] not in (1, len(ordered)):
         raise ValueError(
@@ -233,10 +237,14 @@ def _adapted(
     config = SVFConfig(target_modules=list(chosen), task_type="CAUSAL_LM")
     model: PeftModel = get_peft_model(base, config, adapter_name=adapter_name)
     cache = BasisCache()
-    for layer in [module for module in model.modules() if isinstance(module, SVFLayer)]:
-        mask = chosen[layer.module_name]
-        scale = _scale(layer, mask, cache) if normalize else 1.0
-        layer.svf_delta[adapter_name].weight.copy_(mask * scale - 1)  # type: ignore[operator]
+    try:
+        for layer in [module for module in model.modules() if isinstance(module, SVFLayer)]:
+            mask = chosen[layer.module_name]
+            scale = _scale(layer, mask, cache) if normalize else 1.0
+            layer.svf_delta[adapter_name].weight.copy_(mask * scale - 1)  # type: ignore[operator]
+    except BaseException:
+        model.unload()  # the base model as it was
+        raise
     return model.eval()
 
 

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+# weights in other formats, which are never read
+OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.ckpt", "*.tflite")
 
 
 def model_folder(base: str | os.PathLike[str] | None, revision: str | None) -> Path:
-    """The folder of a model; of one on the Hub, the weights and what describes them are downloaded.
+    """The folder of a model; of one on the Hub, all but weights in other formats is downloaded.
 
     Raises:
         ValueError: No model is named.
@@ -22,24 +27,41 @@ def model_folder(base: str | os.PathLike[str] | None, revision: str | None) -> P
         raise ValueError("Which base model? The adapter does not say; pass it.")
     if Path(base).is_dir():
         return Path(base)
-    wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
-    return Path(snapshot_download(str(base), revision=revision, allow_patterns=wanted))
+    return Path(snapshot_download(str(base), revision=revision, ignore_patterns=[*OTHER_WEIGHTS, "original/*"]))
 
 
 def model_files(source: Path) -> dict[str, list[str]]:
-    """The names of the tensors in each file of weights.
+    """The names of the tensors in each file of weights; of a single file if there is one, as transformers reads it.
 
     Raises:
-        ValueError: There are no safetensors files, or the index names one elsewhere.
+        ValueError: There are no safetensors files, or the index is damaged or names one elsewhere.
     """
-    if (source / _INDEX).exists():
-        files: dict[str, list[str]] = {}
-        for key, file in json.loads((source / _INDEX).read_text())["weight_map"].items():
-            if Path(file).name != file:
-                raise ValueError(f"{source / _INDEX} names {file!r}, which is no file beside it.")
-            files.setdefault(file, []).append(key)
-        return files
-    if not (source / _SINGLE).exists():
+    if (source / _SINGLE).exists():
+        with opened(source / _SINGLE) as file:
+            return {_SINGLE: list(file.keys())}
+    if not (source / _INDEX).exists():
         raise ValueError(f"{source} has neither {_SINGLE} nor an index of several such files.")
-    with safe_open(source / _SINGLE, framework="pt") as opened:
-        return {_SINGLE: list(opened.keys())}
+    try:
+        places = dict(json.loads((source / _INDEX).read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{source / _INDEX} is damaged: {error!r}.") from error
+    files: dict[str, list[str]] = {}
+    for key, name in places.items():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ValueError(f"{source / _INDEX} names {name!r}, which is no file beside it.")
+        files.setdefault(name, []).append(key)
+    return files
+
+
+@contextmanager
+def opened(path: Path, **options: Any) -> Iterator[Any]:
+    """A safetensors file.
+
+    Raises:
+        ValueError: It is not there, damaged, or lacks a tensor that is asked for.
+    """
+    try:
+        with safe_open(path, framework="pt", **options) as file:
+            yield file
+    except (SafetensorError, FileNotFoundError) as error:
+        raise ValueError(f"{path} is damaged or cut short: {error}") from error

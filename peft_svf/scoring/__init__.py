@@ -1,7 +1,7 @@
 """How answers are scored: reward functions, and objectives that apply them to a model. Knows models and tokenizers, no
 adapters; training and adaptation stand on it."""
 
-from .categories import begun_text, classification_prompt, named_category, right_category
+from .categories import classification_prompt, content_text, named_category, readable, right_category
 from .objectives import LogLikelihoodObjective, Objective, RewardObjective, WeightedObjective
 from .prefix import Prefix, read_prefix
 from .rewards import ANSWERS, REWARDS, RewardFunc, check_rewards, checked, find_reward, reward_name, text_of
@@ -15,13 +15,14 @@ __all__ = [
     "RewardFunc",
     "RewardObjective",
     "WeightedObjective",
-    "begun_text",
     "check_rewards",
     "checked",
     "classification_prompt",
+    "content_text",
     "find_reward",
     "named_category",
     "read_prefix",
+    "readable",
     "reward_name",
     "right_category",
     "text_of",

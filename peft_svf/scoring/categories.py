@@ -24,8 +24,10 @@ def classification_prompt(
             (`math`, not `task_1`) are much easier to learn.
         descriptions (`dict[str, str]`, *optional*): What a category is about, in a few words, for some or all of them.
     """
+    if not categories:
+        raise ValueError("There are no categories to choose from.")
     if not isinstance(prompt, str):
-        prompt = "\n".join(message["content"] for message in prompt if message["role"] == "user")
+        prompt = "\n".join(content_text(message["content"]) for message in prompt if message["role"] == "user")
     about = {label: f" ({text})" for label, text in (descriptions or {}).items() if text}
     *others, last = [label + about.get(label, "") for label in categories]
     labels = f"{', '.join(others)} or {last}" if others else last
@@ -36,28 +38,30 @@ def classification_prompt(
     ]
 
 
-def begun_text(messages: Sequence[dict[str, str]], tokenizer: Any) -> str:
+def readable(messages: Sequence[dict[str, str]], tokenizer: Any) -> Any:
     """
-    Messages that end with the beginning of an answer, as the text that a model goes on from.
-
-    Without the token that a tokenizer puts before a text by itself, for TRL and [`prompt_ids`] let it do that.
-
-    Args:
-        messages: The last is the assistant's.
-        tokenizer: With a chat template, or their contents are put together. Where the template has no place for a
-            system message, that is put before the user's.
+    Messages as [`prompt_ids`] and [`prompt_text`] take them: themselves; with a system message put before the user's
+    where the chat template has no place for it; or their contents as one text where there is no template.
     """
-    *asked, begun = messages
     if getattr(tokenizer, "chat_template", None) is None:
-        return "\n\n".join(message["content"] for message in messages)
+        text = "\n\n".join(message["content"] for message in messages)
+        return text if messages[-1]["role"] == "assistant" else f"{text}\nAnswer:"
     try:
-        text: str = tokenizer.apply_chat_template([*asked, begun], tokenize=False, continue_final_message=True)
+        tokenizer.apply_chat_template(messages, tokenize=False)
     except Exception as error:
         if "TemplateError" not in {kind.__name__ for kind in type(error).__mro__}:
             raise
-        whole = {"role": "user", "content": "\n\n".join(message["content"] for message in asked)}
-        text = tokenizer.apply_chat_template([whole, begun], tokenize=False, continue_final_message=True)
-    return text.removeprefix(tokenizer.bos_token or "")
+        asked = [message["content"] for message in messages if message["role"] != "assistant"]
+        rest = [message for message in messages if message["role"] == "assistant"]
+        return [{"role": "user", "content": "\n\n".join(asked)}, *rest]
+    return list(messages)
+
+
+def content_text(content: Any) -> str:
+    """The text of a message, which may come in parts."""
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part.get("type") == "text")
 
 
 def named_category(text: str, categories: Sequence[str]) -> str | None:

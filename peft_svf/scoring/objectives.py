@@ -308,7 +308,7 @@ def check_examples(examples: Sequence[dict[str, Any]], columns: Sequence[str]) -
 
 def joined(prompt: Sequence[Mapping[str, Any]], completion: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The messages of both; a completion goes on from an answer that the prompt has begun."""
-    if prompt[-1]["role"] == "assistant" == completion[0]["role"]:
+    if completion and prompt[-1]["role"] == "assistant" == completion[0]["role"]:
         whole = {**completion[0], "content": prompt[-1]["content"] + completion[0]["content"]}
         return [*prompt[:-1], whole, *completion[1:]]
     return [*prompt, *completion]
@@ -323,6 +323,14 @@ def prompt_text(prompt: Any, tokenizer: Any) -> str:
     text: str = tokenizer.apply_chat_template(
         prompt, tokenize=False, add_generation_prompt=not begun, continue_final_message=begun
     )
+    return text
+
+
+def text_for_trl(messages: Any, tokenizer: Any) -> str:
+    """Messages as a text that has the same tokens once a tokenizer has put its first one before it."""
+    text = prompt_text(messages, tokenizer)
+    if tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
+        return text.removeprefix(tokenizer.bos_token)
     return text
 
 

@@ -27,7 +27,8 @@ from transformers import AutoTokenizer, EarlyStoppingCallback, PrinterCallback, 
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import DatasetMixtureConfig, TrlParser, get_dataset, get_quantization_config
 
-from ..scoring import begun_text, checked, find_reward, text_of
+from ..scoring import checked, find_reward, readable, text_of
+from ..scoring.objectives import text_for_trl
 from .arguments import OBJECTIVES, AdapterArguments, TrainArguments, adapter_config, check_given, defaults
 from .callbacks import EqualRewards, ExactState, RewardBar
 from .checkpoints import discard_incomplete, is_complete, last_complete, save_whole, steps_done
@@ -267,13 +268,18 @@ def _with_prompts(rows: Any, script: TrainArguments) -> Any:
 
 
 def _for_trl(rows: Any, adapter: AdapterArguments) -> Any:
-    """Text in the place of messages that end with the beginning of an answer: TRL would open another turn after it."""
-    if not _is_begun(next(iter(rows))["prompt"]):
+    """Text in the place of messages that end with the beginning of an answer: TRL would open another turn after it.
+
+    Raises:
+        ValueError: Some prompts do and others do not.
+    """
+    begun = _is_begun(next(iter(rows))["prompt"])
+    if isinstance(rows, Dataset) and {begun} != {_is_begun(prompt) for prompt in rows["prompt"]}:
+        raise ValueError("Some prompts end with the beginning of an answer and others do not; use one form for all.")
+    if not begun:
         return rows
     tokenizer = AutoTokenizer.from_pretrained(adapter.model_name_or_path, revision=adapter.model_revision)
-    return rows.map(
-        lambda row: {"prompt": begun_text(row["prompt"], tokenizer) if _is_begun(row["prompt"]) else row["prompt"]}
-    )
+    return rows.map(lambda row: {"prompt": text_for_trl(readable(row["prompt"], tokenizer), tokenizer)})
 
 
 def _is_begun(prompt: Any) -> bool:
