@@ -59,12 +59,14 @@ def main() -> None:
     shots = {name: [row["prompt"] for row in task.examples("train", arguments.shots)] for name, task in own.items()}
     asked = {"experts": EXPERTS, "labels": LABELS}
     plain = {"experts": dict.fromkeys(EXPERTS, ""), "labels": LABELS}
+    known = [prompt for its in shots.values() for prompt in its]
+    classifies = {**plain, "adapter_name": "classification", "other": False}
     dispatchers: dict[str, Any] = {
-        "prompt": PromptDispatcher(model, tokenizer, **asked),
-        "prompt, calibrated": PromptDispatcher(model, tokenizer, **asked, calibrate=True),
-        "classification expert": PromptDispatcher(
-            model, tokenizer, **plain, adapter_name="classification", other=False, threshold=0.9
-        ),
+        "prompt, with descriptions": PromptDispatcher(model, tokenizer, **asked),
+        "prompt": PromptDispatcher(model, tokenizer, **plain),
+        "prompt, calibrated": PromptDispatcher(model, tokenizer, **plain, calibrate=known),
+        "classification expert": PromptDispatcher(model, tokenizer, **classifies),
+        "the same, threshold 0.9": PromptDispatcher(model, tokenizer, **classifies, threshold=0.9),
         "nearest": NearestDispatcher(model, tokenizer, shots),
     }
     if "accuracy" in arguments.parts:

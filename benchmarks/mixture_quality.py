@@ -56,6 +56,7 @@ class Bench:
         self.task, self.path = task, STORED / f"{task}.json"
         base, tokenizer = load_model()
         experts = {path.name: str(path) for path in sorted((ROOT / "examples" / "experts").iterdir()) if path.is_dir()}
+        experts["classification"] = str(STORED / "classification")  # the one that the first runs were made with
         self.mixture = AdaptiveMixture.from_pretrained(base.eval(), experts, tokenizer=tokenizer)
         self.space = WeightSpace(self.mixture.experts, [])
         self.simple = self.space.simple()
