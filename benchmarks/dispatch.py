@@ -66,7 +66,7 @@ def main() -> None:
         "prompt": PromptDispatcher(model, tokenizer, **plain),
         "prompt, calibrated": PromptDispatcher(model, tokenizer, **plain, calibrate=known),
         "classification expert": PromptDispatcher(model, tokenizer, **classifies),
-        "the same, threshold 0.9": PromptDispatcher(model, tokenizer, **classifies, threshold=0.9),
+        "the same, calibrated": PromptDispatcher(model, tokenizer, **classifies, calibrate=known),
         "nearest": NearestDispatcher(model, tokenizer, shots),
     }
     if "accuracy" in arguments.parts:

@@ -243,12 +243,12 @@ def test_prompts_find_their_expert() -> None:
     labels = {"sums": "math", "retrieval": "people", "lists": "list", "letters": "letter"}
     paths = {name: str(EXAMPLES / "experts" / name) for name in (*labels, "classification")}
     model = AdaptiveMixture.from_pretrained(base, paths, tokenizer=tokenizer).model
-    rows = {name: recipe_task(EXAMPLES / "recipes" / f"{name}.yaml").examples("test", 4) for name in labels}
-    prompts = [row["prompt"] for its in rows.values() for row in its]
-    right = [name for name, its in rows.items() for _ in its]
-    dispatcher = PromptDispatcher(
-        model, tokenizer, dict.fromkeys(labels, ""), labels=labels, adapter_name="classification", other=False
-    )
+    tasks = {name: recipe_task(EXAMPLES / "recipes" / f"{name}.yaml") for name in labels}
+    prompts = [row["prompt"] for task in tasks.values() for row in task.examples("test", 4)]
+    right = [name for name in tasks for _ in range(4)]
+    known = [row["prompt"] for task in tasks.values() for row in task.examples("train", 8)]
+    options = {"labels": labels, "adapter_name": "classification", "other": False, "calibrate": known}
+    dispatcher = PromptDispatcher(model, tokenizer, dict.fromkeys(labels, ""), **options)
     adaptive = SelfAdaptiveModel(model, tokenizer, dispatcher)
     found = adaptive.chat(prompts, return_details=True, max_new_tokens=6, do_sample=False)
     assert sum(a == b for a, b in zip(found.experts, right, strict=True)) >= 15
