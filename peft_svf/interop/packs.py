@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .._files import write_whole
 from .._progress import progress_bar
-from ..spectral import PACK_FORMAT, PACK_INDEX, BasisPack, singular_basis, weight_key
+from ..spectral import PACK_FORMAT, PACK_INDEX, BasisPack, SingularBasis, checksum, singular_basis, weight_key
 from ..tuner import SVFConfig
 from .sources import model_files, model_folder, opened
 
@@ -72,8 +72,10 @@ def decompose(
         about = {"module": name, "key": weight_key(weight), "r": str(r), "dtype": str(dtype or weight.dtype)}
         if not _is_done(path, about):
             basis = singular_basis(weight, r, name=name)
-            vectors = basis.vectors.to(device="cpu", dtype=dtype or weight.dtype)
-            write_whole(path, save({"vectors": vectors, "spectrum": basis.spectrum}, metadata=about))
+            basis = SingularBasis(basis.vectors.to(device="cpu", dtype=dtype or weight.dtype), basis.spectrum)
+            sha256 = checksum(about["key"], basis)
+            content = {"vectors": basis.vectors, "spectrum": basis.spectrum}
+            write_whole(path, save(content, metadata={**about, "sha256": sha256}))
         files[name], size = path.name, size + path.stat().st_size
     about = {"format": PACK_FORMAT, "base_model": str(model), "revision": revision, "r": r, "total_size": size}
     write_whole(target / PACK_INDEX, json.dumps({"metadata": about, "weight_map": files}, indent=1) + "\n")
@@ -99,6 +101,7 @@ def _targets(source: Path, target_modules: Sequence[str] | str) -> dict[str, boo
 def _is_done(path: Path, about: dict[str, str]) -> bool:
     try:
         with safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}) == about and set(file.keys()) == {"vectors", "spectrum"}
+            known = file.metadata() or {}
+            return about.items() <= known.items() and set(file.keys()) == {"vectors", "spectrum"}
     except (OSError, SafetensorError):
         return False

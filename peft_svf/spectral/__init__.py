@@ -11,7 +11,7 @@ from .arithmetic import (
     projected_products,
 )
 from .basis import SingularBasis, gate_side, singular_basis
-from .cache import BasisCache, CacheEntry, clear_cache, default_cache_dir, list_cache, weight_key
+from .cache import BasisCache, CacheEntry, checksum, clear_cache, default_cache_dir, list_cache, weight_key
 from .fingerprint import fingerprint, fingerprint_difference
 from .function import folded_linear, invertible
 from .pack import FORMAT as PACK_FORMAT
@@ -26,6 +26,7 @@ __all__ = [
     "BasisPack",
     "CacheEntry",
     "SingularBasis",
+    "checksum",
     "clear_cache",
     "default_cache_dir",
     "delta_weight",

@@ -122,7 +122,7 @@ class BasisCache:
         path = self._path(key)
         try:
             with safe_open(path, framework="pt") as file:
-                checksum = (file.metadata() or {}).get("sha256")
+                expected = (file.metadata() or {}).get("sha256")
                 basis = SingularBasis(file.get_tensor("vectors"), file.get_tensor("spectrum"))
         except FileNotFoundError:
             return None
@@ -130,7 +130,7 @@ class BasisCache:
             if path.exists():
                 warnings.warn(f"Singular basis {path} could not be read ({error}); computing it again.", stacklevel=2)
             return None
-        if checksum != _checksum(key, basis):
+        if expected != checksum(key, basis):
             warnings.warn(f"Singular basis {path} is damaged (checksum differs); computing it again.", stacklevel=2)
             return None
         return SingularBasis(basis.vectors.to(weight.device), basis.spectrum)
@@ -142,7 +142,7 @@ class BasisCache:
             "format": FORMAT,
             "shape": "x".join(map(str, weight.shape)),
             "dtype": str(weight.dtype).removeprefix("torch."),
-            "sha256": _checksum(key, basis),
+            "sha256": checksum(key, basis),
         }
         tensors = {"vectors": basis.vectors.cpu(), "spectrum": basis.spectrum}
         temporary = self.directory / f"{key[:16]}-{uuid.uuid4().hex}.tmp"
@@ -205,7 +205,7 @@ def clear_cache(cache_dir: str | os.PathLike[str] | None = None) -> int:
     return BasisCache(cache_dir).clear()
 
 
-def _checksum(key: str, basis: SingularBasis) -> str:
+def checksum(key: str, basis: SingularBasis) -> str:
     """Of an entry and of the weight that it belongs to, so that a file under another's name is not believed."""
     digest = hashlib.sha256(key.encode())
     for tensor in (basis.vectors, basis.spectrum):

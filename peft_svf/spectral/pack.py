@@ -17,6 +17,7 @@ from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 
 from .basis import SingularBasis
+from .cache import checksum
 from .fingerprint import tolerances
 
 INDEX = "basis.safetensors.index.json"
@@ -94,12 +95,13 @@ class BasisPack:
                     raise ValueError(f"{self.path} has a basis of shape {shape} for {name}, whose smaller side is {k}.")
                 if file.get_slice("spectrum").get_shape() != [k]:
                     raise ValueError(f"{self.path} has no spectrum of {k} singular values for {name}.")
-                vectors, spectrum = file.get_tensor("vectors"), file.get_tensor("spectrum").double()
+                found = SingularBasis(file.get_tensor("vectors"), file.get_tensor("spectrum"))
+                about = file.metadata() or {}
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{self.path} is damaged: {self.files[known]} cannot be read ({error}).") from error
-        if not (torch.isfinite(vectors).all() and torch.isfinite(spectrum).all()):
-            raise ValueError(f"{self.path} is damaged: it has NaN or Inf for {name}.")
-        return SingularBasis(vectors.contiguous(), spectrum)
+        if about.get("sha256") != checksum(about.get("key", ""), found):
+            raise ValueError(f"{self.path} is damaged: the checksum of {self.files[known]} differs.")
+        return found
 
     def _name(self, name: str) -> str:
         """As the pack calls a module; a model and its headless form differ by a prefix."""

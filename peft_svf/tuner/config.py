@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
 from peft.config import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from .card import complete_card
 from .registration import SVF_PEFT_TYPE
 
 _CHOICES = {"base_check": ("error", "warn", "ignore"), "fold": ("auto", "always", "never")}
+
+
+def _is_finite(number: Any) -> bool:
+    return isinstance(number, (int, float)) and not isinstance(number, bool) and math.isfinite(number)
 
 
 @dataclass
@@ -139,6 +145,7 @@ class SVFConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = SVF_PEFT_TYPE
+        self._check_types()
         # What the adapter was made for, as opposed to what `base_fingerprint` says once it is attached: a config object
         # may be used for several models in turn, a saved adapter may not.
         self.expected_fingerprint = dict(self.base_fingerprint or {})
@@ -157,6 +164,32 @@ class SVFConfig(PeftConfig):
             for field_name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, field_name) is not None:
                     raise ValueError(f"`{field_name}` cannot be used when `target_modules` is a str.")
+
+    def _check_types(self) -> None:
+        """Fields come from files, too.
+
+        Raises:
+            ValueError: One is of another kind than it must be.
+        """
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+            value = getattr(self, name)
+            texts = isinstance(value, (list, set, tuple)) and all(isinstance(each, str) for each in value)
+            if not (value is None or texts or (isinstance(value, str) and name != "modules_to_save")):
+                raise ValueError(f"`{name}` must be names of modules, got {value!r}.")
+            if isinstance(value, str) and name != "layers_pattern" and value != "all-linear":
+                try:
+                    re.compile(value)
+                except re.error as error:
+                    raise ValueError(f"`{name}` is no regular expression: {value!r} ({error}).") from error
+        layers = self.layers_to_transform
+        indices = layers if isinstance(layers, (list, tuple, set)) else [] if layers is None else [layers]
+        if not all(isinstance(index, int) and not isinstance(index, bool) for index in indices):
+            raise ValueError(f"`layers_to_transform` must be a number or numbers of layers, got {layers!r}.")
+        if self.base_fingerprint is not None and not isinstance(self.base_fingerprint, dict):
+            raise ValueError(f"`base_fingerprint` must map modules to four numbers, got {self.base_fingerprint!r}.")
+        for name, numbers in (self.base_fingerprint or {}).items():
+            if not (isinstance(numbers, (list, tuple)) and len(numbers) == 4 and all(map(_is_finite, numbers))):
+                raise ValueError(f"`base_fingerprint` must have four numbers for {name}, got {numbers!r}.")
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as a dictionary, without the runtime configuration."""
@@ -178,9 +211,15 @@ class SVFConfig(PeftConfig):
         PEFT's own error for it names no file.
 
         Raises:
-            ValueError: No config there, or a damaged `adapter_model.safetensors` beside it.
+            ValueError: No config there, a damaged one, or a damaged `adapter_model.safetensors` beside it.
         """
-        config: PeftConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        where = Path(pretrained_model_name_or_path, subfolder or "", CONFIG_NAME)
+        try:
+            config: PeftConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            if not where.is_file():
+                raise
+            raise ValueError(f"{where} cannot be read: {type(error).__name__}: {error}") from error
         file = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
         if file.is_file():
             try:

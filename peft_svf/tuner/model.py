@@ -394,6 +394,12 @@ class SVFModel(BaseTuner):
                 + (f", such as {found[0]!r}" if found else "")
                 + ". It was saved for other modules or is incomplete; load it with the config it was saved with."
             )
+        broken = sorted(key for key in wanted if not remapped[key].is_meta and not torch.isfinite(remapped[key]).all())
+        if broken:
+            raise ValueError(
+                f"The checkpoint of adapter {adapter_name!r} has NaN or Inf in {len(broken)} of {len(wanted)} δ "
+                f"vectors, the first is {broken[0]!r}. It is damaged, or its training diverged."
+            )
         return remapped
 
     # ------------------------------------------------------------------------------------------------ arithmetic
