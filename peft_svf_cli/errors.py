@@ -10,7 +10,7 @@ from typing import NoReturn
 from rich.console import Console
 
 # what a user can cause; anything else is a mistake of ours, and its traceback is wanted
-EXPECTED = (ValueError, ImportError, OSError)
+EXPECTED = (ValueError, TypeError, ImportError, OSError)
 
 _debug = False
 

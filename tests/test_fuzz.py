@@ -33,7 +33,7 @@ VALUES: list[Any] = [
 ]  # fmt: skip
 many = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 # what a user gets to see: our own errors, PEFT's for modules that are not there, and torch's for shapes
-CLEAR = (ValueError, KeyError, RuntimeError)
+CLEAR = (ValueError, TypeError, KeyError, RuntimeError)
 
 
 def base_model() -> Any:

@@ -478,7 +478,7 @@ def expert_config(name: str, path: str | os.PathLike[str], base_check: Any) -> S
     """
     try:
         config = SVFConfig.from_pretrained(path)
-    except (ValueError, OSError) as error:
+    except (ValueError, TypeError, OSError) as error:
         raise ValueError(f"Expert {name!r} cannot be read from {str(path)!r}: {error}") from error
     if not isinstance(config, SVFConfig):
         raise ValueError(f"Expert {name!r} ({path}) is a {config.peft_type} adapter; only SVF adapters can be mixed.")

@@ -212,6 +212,7 @@ class SVFConfig(PeftConfig):
 
         Raises:
             ValueError: No config there, a damaged one, or a damaged `adapter_model.safetensors` beside it.
+            TypeError: A config that is none of an adapter.
         """
         where = Path(pretrained_model_name_or_path, subfolder or "", CONFIG_NAME)
         try:
@@ -219,7 +220,8 @@ class SVFConfig(PeftConfig):
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             if not where.is_file():
                 raise
-            raise ValueError(f"{where} cannot be read: {type(error).__name__}: {error}") from error
+            kind = TypeError if isinstance(error, TypeError) else ValueError  # as PEFT has it
+            raise kind(f"{where} cannot be read: {type(error).__name__}: {error}") from error
         file = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
         if file.is_file():
             try:
