@@ -26,7 +26,8 @@ ARITHMETIC = ("arithmetic", "products", "sums")
 
 
 def asked(name: str, split: Split) -> list[str]:
-    return [row["prompt"][-1]["content"] for row in TASKS[name].examples(split, 2000)]
+    rows = TASKS[name].examples(split, 2000)
+    return [next(m["content"] for m in reversed(row["prompt"]) if m["role"] == "user") for row in rows]
 
 
 def sum_of(question: str) -> tuple[str, ...]:
