@@ -34,7 +34,7 @@ EXPERTS = {
 }
 LABELS = {"sums": "math", "retrieval": "people", "lists": "list", "letters": "letter"}  # as the classifier learned them
 FOREIGN = ("reasoning_gym:spell_backward", "reasoning_gym:count_primes")
-NEW_TOKENS, LONG = 8, 64
+NEW_TOKENS, LONG = 12, 64
 
 
 def main() -> None:
