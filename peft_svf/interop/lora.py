@@ -102,16 +102,17 @@ def to_lora(
     }
     tensors, ranks, kept, whole = {}, {}, {}, {}
     for name, layer in progress_bar(layers.items(), desc="Exporting", unit="layer"):
-        up, down, sizes = _terms(layer, names)
+        delta = _delta(layer, names)
+        sizes = _sizes(layer, delta)
         order = sizes.argsort(descending=True, stable=True)
         squares = sizes[order].double().square()
         ranks[name] = _rank(squares, rank, energy)
-        chosen = order[: ranks[name]]
         kept[name], whole[name] = float(squares[: ranks[name]].sum()), float(squares.sum())
+        up, down = _terms(layer, delta, order[: ranks[name]])
         target = dtype or up.dtype
         prefix = f"base_model.model.{name}"
-        tensors[f"{prefix}.lora_A.weight"] = down[chosen].to(target).cpu().contiguous()
-        tensors[f"{prefix}.lora_B.weight"] = up[:, chosen].to(target).cpu().contiguous()
+        tensors[f"{prefix}.lora_A.weight"] = down.to(target).cpu().contiguous()
+        tensors[f"{prefix}.lora_B.weight"] = up.to(target).cpu().contiguous()
     total = sum(whole.values())
     return LoraExport(
         config=_config(model, names, layers, ranks),
@@ -142,28 +143,33 @@ def _names(model: Any, adapter_name: str | Sequence[str] | None) -> list[str]:
     return names
 
 
-def _terms(layer: SVFLayer, names: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`ΔW = up @ down`, `[out, r]` and `[r, in]`, whose terms are orthogonal, with the size of each: |σ_i δ_i|."""
+def _delta(layer: SVFLayer, names: Sequence[str]) -> torch.Tensor:
     delta = layer.summed_delta(names)
     assert delta is not None
     if not torch.isfinite(delta).all():
         raise ValueError(f"δ of {layer.module_name} in {', '.join(names)} holds NaN or Inf.")
+    return delta
+
+
+def _sizes(layer: SVFLayer, delta: torch.Tensor) -> torch.Tensor:
+    """The size of each term: |σ_i δ_i|, `[r]`."""
+    layer._ready_basis()
+    assert layer.base_spectrum is not None
+    return layer.base_spectrum[: len(delta)].to(delta.device) * delta.abs()
+
+
+def _terms(layer: SVFLayer, delta: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """These terms of `ΔW = up @ down`, `[out, n]` and `[n, in]`."""
     W, Q = layer._as_out_in(layer._unmerged_weight()), layer._columns(delta)
     work = torch.promote_types(W.dtype, torch.float32)
-    W, Q, delta = W.to(work), Q.to(work), delta.to(work)
+    W, Q, delta = W.to(work), Q[:, chosen.to(Q.device)].to(work), delta[chosen].to(work)
     if layer.side == "output":
-        rows = Q.mT @ W  # σ_i v_iᵀ
-        sigma = rows.norm(dim=1)
-        up, down = Q, rows * delta.unsqueeze(1)
+        up, down = Q, (Q.mT @ W) * delta.unsqueeze(1)  # u_i, σ_i δ_i v_iᵀ
     else:
-        columns = W @ Q  # σ_i u_i
-        sigma = columns.norm(dim=0)
-        up, down = columns * delta, Q.mT
-    sizes = sigma * delta.abs()
+        up, down = (W @ Q) * delta, Q.mT  # σ_i δ_i u_i, v_iᵀ
     # equal parts to both sides, or one overflows in 16 bit where the other has room
-    up_norms, down_norms = up.norm(dim=0).clamp(min=1e-30), down.norm(dim=1).clamp(min=1e-30)
-    even = (down_norms / up_norms).sqrt()
-    return up * even, down / even.unsqueeze(1), sizes
+    even = (down.norm(dim=1).clamp(min=1e-30) / up.norm(dim=0).clamp(min=1e-30)).sqrt()
+    return up * even, down / even.unsqueeze(1)
 
 
 def _rank(squares: torch.Tensor, rank: int | None, energy: float | None) -> int:

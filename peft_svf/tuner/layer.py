@@ -62,6 +62,7 @@ class SVFLayer(BaseTunerLayer):
         self.register_parameter(BASIS_NAME, None)
         self.basis_rank = 0  # remembered, as ZeRO-3 leaves partitioned parameters without a shape
         self.base_fingerprint: list[float] | None = None  # of the weight that the basis was made from
+        self.base_spectrum: torch.Tensor | None = None  # its σ, [k], on the CPU
         self._weight_before_merge: torch.Tensor | None = None
         self.share_merged = 1.0
         self.fold = Fold()
@@ -189,7 +190,7 @@ class SVFLayer(BaseTunerLayer):
                     f"{source} has {found.vectors.shape[1]} singular vectors for {self.module_name}, and the adapter "
                     f"changes {r}."
                 )
-        self.base_fingerprint = fingerprint(found.spectrum)
+        self.base_fingerprint, self.base_spectrum = fingerprint(found.spectrum), found.spectrum
         self._set_basis(found.leading(r).vectors)
 
     def _set_basis(self, vectors: torch.Tensor | None) -> None:
