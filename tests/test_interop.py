@@ -571,6 +571,10 @@ def test_decomposing_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: p
     assert len(pack.modules) == 14
     assert len(again) == 12
     again.clear()
+    first.write_bytes(first.read_bytes()[:-1] + bytes([first.read_bytes()[-1] ^ 1]))  # a bit has flipped
+    decompose(tmp_path / "base", tmp_path / "pack")
+    assert len(again) == 1
+    again.clear()
     decompose(tmp_path / "base", tmp_path / "pack", r=4)  # another setting
     assert len(again) == 14
     assert BasisPack(tmp_path / "pack").load("model.layers.0.mlp.up_proj", 32).vectors.shape == (32, 4)
