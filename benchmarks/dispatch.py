@@ -32,7 +32,7 @@ EXPERTS = {
     "lists": "the first or last word of a list",
     "letters": "the first or last letter of a word",
 }
-LABELS = {"sums": "math", "retrieval": "people", "lists": "list", "letters": "letter"}  # as the classifier learned them
+LABELS = {"sums": "math", "retrieval": "people", "lists": "list", "letters": "words"}  # as the classifier learned them
 FOREIGN = ("reasoning_gym:spell_backward", "reasoning_gym:count_primes")
 NEW_TOKENS, LONG = 12, 64
 

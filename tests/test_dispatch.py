@@ -91,8 +91,8 @@ def test_the_classifier_is_asked_as_in_training(model: Any, tokenizer: Any) -> N
     found = dispatcher(["x"])
     assert found.labels == ["math", "words"]
     assert found.weights.shape == (1, 2)
-    described = PromptDispatcher(model, tokenizer, {"math": "numbers", "words": ""}).question("x")[1]["content"]
-    assert described.endswith("What is the category of this text: math (numbers), words or other?")
+    described = PromptDispatcher(model, tokenizer, {"math": "numbers", "words": ""}).question("x")[0]["content"]
+    assert described == "Name the category of each text: math (numbers), words or other."
 
 
 @given(st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=4), min_size=1, max_size=6, unique_by=tuple))

@@ -240,7 +240,7 @@ def test_prompts_find_their_expert() -> None:
     from peft_svf.training.run import recipe_task
 
     base, tokenizer = load()
-    labels = {"sums": "math", "retrieval": "people", "lists": "list", "letters": "letter"}
+    labels = {"sums": "math", "retrieval": "people", "lists": "list", "letters": "words"}
     paths = {name: str(EXAMPLES / "experts" / name) for name in (*labels, "classification")}
     model = AdaptiveMixture.from_pretrained(base, paths, tokenizer=tokenizer).model
     tasks = {name: recipe_task(EXAMPLES / "recipes" / f"{name}.yaml") for name in labels}

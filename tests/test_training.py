@@ -352,13 +352,13 @@ def test_the_classification_expert_never_sees_a_test_question() -> None:
     assert rows["answer"][:] == ["sums", "products"] * 200  # as many of each in every step, if not shuffled
     few = ClassificationTask({"sums": tasks["sums"], "products": Few(tasks["products"])}).examples("train", 400)
     assert few["answer"][:] == ["sums", "products"] * 7  # also where one has fewer prompts
-    asked = {question.partition('"\n\nWhat is the category')[0].strip('"') for question in questions(rows)}
+    asked = {question.removeprefix('Text: "').removesuffix('"') for question in questions(rows)}
     assert len(asked) > 50
     assert not asked & tested
     assert {split_of(question) for question in asked} == {"train"}
     columns = {name: rows[name][:3] for name in ("answer", "categories")}
-    named = ["sums", "This is about Products, not sums.", "sumsum"]
-    assert task.reward(completions=named, **columns) == [1.0, 1.0, 0.0]
+    named = [" sums", "This is about products, not sums.", "sumsum"]
+    assert task.reward(completions=named, **columns) == [1.0, 0.0, 0.0]
 
 
 # ------------------------------------------------------------------------------------------ evaluation, callbacks

@@ -15,8 +15,9 @@ def classification_prompt(
     """
     Messages that ask for the category of a prompt, the last of which begins the answer.
 
-    The prompt comes first and in quotes, or small models answer it; and the answer is begun, or they say so many other
-    things first that the probabilities of the labels as the first word mean nothing (docs/design-notes.md).
+    The prompt is in quotes, or small models answer it; the labels come before it, where all questions are alike, so
+    that a batch reads them once; and the answer is begun, or they say so many other things first that the probabilities
+    of the labels as the first word mean nothing (docs/design-notes.md).
 
     Args:
         prompt: Text, or messages, of which those of the user count.
@@ -32,8 +33,8 @@ def classification_prompt(
     *others, last = [label + about.get(label, "") for label in categories]
     labels = f"{', '.join(others)} or {last}" if others else last
     return [
-        {"role": "system", "content": "Reply with the category only."},
-        {"role": "user", "content": f'"{prompt}"\n\nWhat is the category of this text: {labels}?'},
+        {"role": "system", "content": f"Name the category of each text: {labels}."},
+        {"role": "user", "content": f'Text: "{prompt}"'},
         {"role": "assistant", "content": "Category:"},
     ]
 
@@ -65,22 +66,21 @@ def content_text(content: Any) -> str:
 
 
 def named_category(text: str, categories: Sequence[str]) -> str | None:
-    """The first of the categories that a text names, as whole words in any case; of two at the same place, the longer.
-    `None` if it names none."""
-    found = []
-    for label in categories:
-        # an underscore may be emphasis, as in _math_
-        match = re.search(rf"(?<![^\W_]){re.escape(label.casefold())}(?![^\W_])", text.casefold())
-        if match:
-            found.append((match.start(), -len(label), label))
-    return min(found)[2] if found else None
+    """
+    The category that a text begins with, as whole words and as it is written in `categories`; of several, the longest.
+    `None` if it begins with none.
+
+    A name that comes later does not count. Dispatch compares the labels as the beginning of the answer; and a category
+    whose name occurs in its prompts would be named by repeating those.
+    """
+    named = [label for label in categories if re.match(rf"{re.escape(label)}(?![^\W_])", text.lstrip())]
+    return max(named, key=len, default=None)
 
 
 def right_category(
     completions: list[Any], answer: list[str], categories: list[Sequence[str]], **kwargs: Any
 ) -> list[float]:
-    """1 for each completion that names the right category (first), else 0. The other arguments are columns of the
-    data."""
+    """1 for each completion that begins with the right category, else 0. The other arguments are columns of data."""
     return [
         float(named_category(text_of(completion), labels) == right)
         for completion, right, labels in zip(completions, answer, categories, strict=True)
