@@ -335,7 +335,7 @@ def test_classification_prompt() -> None:
         ("math.", "math"),
         (" people, not math", "people"),
         ("It is about people", None),  # or repeating a prompt that has the label in it would be an answer
-        ("Math", None),  # not what dispatch compares
+        ("Math", "math"),
         ("mathematics", None),
         ("", None),
         ("word list", "word list"),

@@ -67,13 +67,14 @@ def content_text(content: Any) -> str:
 
 def named_category(text: str, categories: Sequence[str]) -> str | None:
     """
-    The category that a text begins with, as whole words and as it is written in `categories`; of several, the longest.
-    `None` if it begins with none.
+    The category that a text begins with, as whole words in any case; of several, the longest. `None` if it begins with
+    none.
 
     A name that comes later does not count. Dispatch compares the labels as the beginning of the answer; and a category
     whose name occurs in its prompts would be named by repeating those.
     """
-    named = [label for label in categories if re.match(rf"{re.escape(label)}(?![^\W_])", text.lstrip())]
+    begins = text.lstrip().casefold()
+    named = [label for label in categories if re.match(rf"{re.escape(label.casefold())}(?![^\W_])", begins)]
     return max(named, key=len, default=None)
 
 
