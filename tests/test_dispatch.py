@@ -46,7 +46,8 @@ def model(mixture: AdaptiveMixture) -> Any:
 
 def by_hand(model: Any, tokenizer: Any, dispatcher: PromptDispatcher, prompt: str) -> np.ndarray:
     """Probability of each label, by decoding that is constrained to the labels, one sequence at a time."""
-    ends = {label: [*tokenizer(f" {label}")["input_ids"], tokenizer.eos_token_id] for label in dispatcher.answers}
+    ways = [text for label in dispatcher.answers for text in (label, label.capitalize())]
+    ends = {text: [*tokenizer(f" {text}")["input_ids"], tokenizer.eos_token_id] for text in ways}
     start = prompt_ids(dispatcher.question(prompt), tokenizer)
     found = []
     for ids in ends.values():
@@ -57,7 +58,7 @@ def by_hand(model: Any, tokenizer: Any, dispatcher: PromptDispatcher, prompt: st
                 logits = model(input_ids=torch.tensor([start + ids[:place]])).logits[0, -1].double()
             total += float(logits[allowed].log_softmax(-1)[allowed.index(token)])
         found.append(np.exp(total))
-    return np.array(found)
+    return np.array(found).reshape(-1, 2).sum(axis=1)
 
 
 @pytest.mark.parametrize("adapter_name", [None, "classifier"])

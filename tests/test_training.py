@@ -617,7 +617,7 @@ def test_a_classification_expert_is_reported_by_category(base: Path, tmp_path: P
     assert parse(["--task", SUMS])[1].shuffle_dataset is True
     trainer, data, _ = build(*parse(arguments)[:4])
     for rows in (trainer.train_dataset, trainer.eval_dataset):
-        assert rows[0]["prompt"].endswith("\";Category:")  # text, for TRL would open another turn
+        assert rows[0]["prompt"].endswith('";Category:')  # text, for TRL would open another turn
         assert rows.column_names == data["train"].column_names
     assert data["test"][0]["prompt"][-1]["content"] == "Category:"
     begun = data["train"][0]["prompt"]

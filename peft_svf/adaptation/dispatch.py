@@ -83,9 +83,9 @@ class PromptDispatcher:
     """
     Asks the model itself for the category of each prompt.
 
-    By default the labels are compared by their probability as the answer, each token among those that could begin or go
-    on one of the labels. So the answer is always a label, whatever a prompt says; prompts are read in one batch,
-    and nothing is generated unless labels begin alike.
+    By default the labels are compared by their probability as the answer, with a small or a capital letter at the
+    beginning, each token among those that could begin or go on one of the labels. So the answer is always a label,
+    whatever a prompt says; prompts are read in one batch, and nothing is generated unless labels begin alike.
 
     With `adapter_name`, an SVF expert that was trained to classify (`examples/recipes/classification.yaml`) is active
     while it answers, the paper's second strategy. Ask it as it was asked in training: with its `labels`, without
@@ -146,7 +146,8 @@ class PromptDispatcher:
         self.adapter_name, self.method, self.threshold, self.batch_size = adapter_name, method, threshold, batch_size
         self.shortener = Shortener(tokenizer, max_prompt_tokens, model)
         self.generation_kwargs = {"max_new_tokens": 64, "do_sample": False, **(generation_kwargs or {})}
-        self._tree = LabelTree(self._label_tokens()) if method == "likelihood" else None
+        self._spelled: list[int] = []  # the label that each answer of the tree spells
+        self._tree = LabelTree(self._spellings()) if method == "likelihood" else None
         if self._tree is not None and self._tree.goes_on and tokenizer.eos_token_id is None:
             raise ValueError("One label goes on from another, and the tokenizer has no end token to tell them apart.")
         self._bias: np.ndarray | None = None
@@ -179,9 +180,16 @@ class PromptDispatcher:
             return boxed_prompt(prompt, self.answers, self.descriptions)
         return classification_prompt(prompt, self.answers, self.descriptions)
 
-    def _label_tokens(self) -> list[list[int]]:
-        asked = readable(self.question(NOTHING), self.tokenizer)
-        return [continuation_ids(asked, f" {label}", self.tokenizer) for label in self.answers]
+    def _spellings(self) -> list[list[int]]:
+        """The tokens of each label as it is written, and with its first letter in the other case."""
+        asked, found = readable(self.question(NOTHING), self.tokenizer), []
+        for i, label in enumerate(self.answers):
+            other = label[:1].swapcase() + label[1:]
+            ways = [continuation_ids(asked, f" {text}", self.tokenizer) for text in (label, other)]
+            ways = ways[:1] if ways[0] == ways[1] else ways
+            found += ways
+            self._spelled += [i] * len(ways)
+        return found
 
     def _liking(self, prompts: Any) -> np.ndarray:
         """Mean log-probability of each label."""
@@ -213,15 +221,16 @@ class PromptDispatcher:
         end = self.tokenizer.eos_token_id
         begin = common_prefix(asked) if len(asked) > 1 else []
         prefix = read_prefix(self.model, begin, 1, **self._rows(1)) if begin else None
-        logps = torch.zeros(len(asked), len(self.labels))
+        logps = torch.zeros(len(asked), len(self._spelled))
         for path, branches in self._tree.branches(end):
             logits = self._next_logits([ids + path for ids in asked], prefix)
             allowed = torch.tensor([token for token, _ in branches], device=logits.device)
             here = logits[:, allowed].float().log_softmax(-1).cpu()
-            for place, (_, labels) in enumerate(branches):
-                logps[:, labels] += here[:, place, None]
-        found: np.ndarray = logps.double().exp().numpy()
-        return found
+            for place, (_, answers) in enumerate(branches):
+                logps[:, answers] += here[:, place, None]
+        found = torch.zeros(len(asked), len(self.labels), dtype=torch.float64)
+        found.index_add_(1, torch.tensor(self._spelled), logps.double().exp())
+        return found.numpy()
 
     def _next_logits(self, sequences: list[list[int]], prefix: Prefix | None) -> torch.Tensor:
         """Of the token after each sequence, `[rows, vocabulary]`."""
