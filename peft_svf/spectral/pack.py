@@ -16,12 +16,26 @@ import torch
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 
-from .basis import SingularBasis
+from .basis import SingularBasis, gate_side
 from .cache import checksum
 from .fingerprint import tolerances
 
 INDEX = "basis.safetensors.index.json"
 FORMAT = "peft_svf.pack.v1"
+
+
+# A share of the square of a weight. Quantization to 4 bits moves 0.006 to 0.02; the weight of another layer of the same
+# shape differs by 0.46 and more (SmolLM2, docs/design-notes.md).
+DISPLACED = 0.15
+
+
+def _displaced(weight: torch.Tensor, basis: SingularBasis) -> float:
+    """How much of a weight lies along other singular vectors than the basis says: Σ |‖q_iᵀ W‖² - σ_i²| / Σ σ_i²."""
+    vectors = basis.vectors.to(device=weight.device, dtype=torch.float32)
+    along = vectors.mT @ weight.float() if gate_side(*weight.shape) == "output" else weight.float() @ vectors
+    found = along.double().square().sum(dim=1 if gate_side(*weight.shape) == "output" else 0).cpu()
+    expected = basis.spectrum[: len(found)].square()
+    return float((found - expected).abs().sum() / expected.sum().clamp(min=torch.finfo(torch.float64).tiny))
 
 
 class BasisPack:
@@ -65,13 +79,26 @@ class BasisPack:
         """The names of the decomposed modules."""
         return list(self.files)
 
-    def basis_for(self, weight: torch.Tensor, *, name: str) -> SingularBasis:
+    def basis_for(self, weight: torch.Tensor, *, name: str, quantized: bool = False) -> SingularBasis:
         """The basis for a weight `[out, in]` of this name, on its device and in its dtype.
+
+        Args:
+            weight: The weight at hand.
+            name: Of its module.
+            quantized: Whether the pack is of the weight that this one is a rounded copy of. The basis then keeps the
+                dtype that it has in the pack.
 
         Raises:
             ValueError: The pack has none, has one for another shape or for other weights, or is damaged.
         """
         found = self.load(name, k=min(weight.shape))
+        if quantized:
+            if (part := _displaced(weight, found)) > DISPLACED:
+                raise ValueError(
+                    f"{self.path} was made from other weights than those that {name} is a quantized copy of: along its "
+                    f"singular vectors {part:.0%} of the weight is elsewhere; 4-bit rounding moves 1 to 2 %."
+                )
+            return SingularBasis(found.vectors.to(weight.device), found.spectrum)
         norm, expected = float(weight.detach().double().norm()), float(found.spectrum.norm())
         allowed = tolerances([0.0, 0.0, 0.0, expected], (weight.shape[0], weight.shape[1]))[3]
         if abs(norm - expected) > allowed:

@@ -33,11 +33,12 @@ def build_bases(layers: Sequence[SVFLayer]) -> None:
     if not layers:
         return
     runtime = next(reversed(layers[0].svf_config.values())).runtime_config  # of the adapter that is being attached
-    pack = None if runtime.basis is None else BasisPack(runtime.basis)
+    basis = runtime.basis or os.environ.get("PEFT_SVF_BASIS")
+    pack = BasisPack(basis) if basis else None
     cache = BasisCache(runtime.cache_dir) if runtime.use_cache else None
     share = pack is None and _must_share(layers, cache)  # every rank reads the same pack
     build = partial(_build, source=pack or cache, share=share)
-    if all(layer.get_base_layer().weight.device.type == "cpu" for layer in layers) and not _in_lockstep():
+    if all(layer.base_device.type == "cpu" for layer in layers) and not _in_lockstep():
         _for_each(build, layers)
     else:
         for layer in progress_bar(layers, desc="Decomposing weights", unit="layer"):
@@ -69,7 +70,7 @@ def _must_share(layers: Sequence[SVFLayer], cache: BasisCache | None) -> bool:
     one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(ranks)
     if ranks == 1 or (one_machine and cache is not None and cache.is_writable()):
         return False
-    has_weights = [all(not layer.get_base_layer().weight.is_meta for layer in layers)] * ranks
+    has_weights = [all(not layer.is_on_meta for layer in layers)] * ranks
     distributed.all_gather_object(has_weights, has_weights[0])
     return all(has_weights)  # else whoever brings the weights to the ranks without brings the bases, too
 

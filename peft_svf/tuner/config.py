@@ -34,7 +34,10 @@ class SVFRuntimeConfig:
             the Hugging Face home.
         use_cache (`bool`): Whether to keep and reuse singular bases on disk.
         basis (`str`, *optional*): Folder or Hub id of a basis pack (`peft-svf decompose`), which all singular bases are
-            read from; nothing is decomposed then.
+            read from; nothing is decomposed then. Default: `$PEFT_SVF_BASIS`. Quantized base models need the pack of
+            their full-precision model.
+        decompose_quantized (`bool`): On a quantized base model without a pack, decompose the rounded weights. Experts
+            for other precisions do not fit then, nor does what is trained so fit them.
         fold (`"auto"`, `"always"` or `"never"`): Whether a layer keeps its effective weight W(z) beside the base
             weight, as long as δ stays the same, which makes it as fast as the base layer and takes the memory of one
             more weight. `"auto"` does where that is less work than going through the singular basis with every token,
@@ -50,6 +53,9 @@ class SVFRuntimeConfig:
     use_cache: bool = field(default=True, metadata={"help": "Whether to keep singular bases on disk."})
     basis: Optional[str] = field(
         default=None, metadata={"help": "Folder or Hub id of a basis pack, instead of decomposing the weights."}
+    )
+    decompose_quantized: bool = field(
+        default=False, metadata={"help": "Whether to decompose rounded weights if there is no basis pack."}
     )
     fold: Literal["auto", "always", "never"] = field(
         default="auto", metadata={"help": "Whether to keep effective weights for speed; takes one more set of weights."}
@@ -96,7 +102,7 @@ class SVFConfig(PeftConfig):
         base_fingerprint (`dict[str, list[float]]`, *optional*):
             σ_1, σ_mid, σ_k and ‖W‖_F of each adapted weight. Filled in when the adapter is attached, saved with it, and
             compared when it is attached again.
-        runtime_config ([`SVFRuntimeConfig`]):
+        runtime_config ([`SVFRuntimeConfig`] or `dict`):
             Choices of this process; not saved.
     """
 
@@ -145,6 +151,8 @@ class SVFConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = SVF_PEFT_TYPE
+        if isinstance(self.runtime_config, dict):
+            self.runtime_config = SVFRuntimeConfig(**self.runtime_config)
         self._check_types()
         # What the adapter was made for, as opposed to what `base_fingerprint` says once it is attached: a config object
         # may be used for several models in turn, a saved adapter may not.

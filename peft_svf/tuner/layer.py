@@ -32,7 +32,11 @@ from .bases import build_bases
 from .config import SVFConfig
 from .fold import Fold
 from .parameters import BASIS_NAME, Delta
+from .quantized import dequantized, requantize
 from .rows import RowDeltas
+
+if TYPE_CHECKING:
+    from peft.utils.quantization_utils import QuantizationBackend
 
 
 class SVFLayer(BaseTunerLayer):
@@ -48,14 +52,18 @@ class SVFLayer(BaseTunerLayer):
     space: active ones add, weighted sums of them are adapters, δ = 0 is the base model bit for bit.
 
     Q belongs to the base model and never enters a checkpoint. It is made by `build_basis`, wide enough for the widest
-    adapter; a narrower one uses the leading columns.
+    adapter; a narrower one uses the leading columns. On a quantized base layer it is that of the weight before it was
+    quantized, and comes from a basis pack.
     """
 
     adapter_layer_names: tuple[str, ...] = ("svf_delta",)
     other_param_names: tuple[str, ...] = ("svf_config",)
 
-    def __init__(self, base_layer: nn.Module, *, name: str) -> None:
+    def __init__(
+        self, base_layer: nn.Module, *, name: str, quantization_backend: QuantizationBackend | None = None
+    ) -> None:
         self.base_layer = base_layer
+        self.quantization_backend = quantization_backend
         self.module_name = name  # for messages
         self.svf_delta = nn.ModuleDict({})
         self.svf_config: dict[str, SVFConfig] = {}
@@ -64,6 +72,7 @@ class SVFLayer(BaseTunerLayer):
         self.base_fingerprint: list[float] | None = None  # of the weight that the basis was made from
         self.base_spectrum: torch.Tensor | None = None  # its σ, [k], on the CPU
         self._weight_before_merge: torch.Tensor | None = None
+        self._quantized_before_merge: nn.Module | None = None  # the base layer
         self.share_merged = 1.0
         self.fold = Fold()
         self.rows: RowDeltas | None = None  # in a mixed batch
@@ -140,7 +149,8 @@ class SVFLayer(BaseTunerLayer):
 
     @property
     def basis(self) -> torch.Tensor | None:
-        """Q, `[k, r]` with the r of the widest adapter, in the dtype of the base weight; `None` until it is built."""
+        """Q, `[k, r]` with the r of the widest adapter, in the dtype of the base weight, or of the pack if that is
+        quantized; `None` until it is built."""
         return getattr(self, BASIS_NAME)
 
     @property
@@ -154,7 +164,18 @@ class SVFLayer(BaseTunerLayer):
             return False
         if self.basis is None or self.basis_rank < self._widest():
             return True
-        return self.basis.is_meta and not self.get_base_layer().weight.is_meta
+        return self.basis.is_meta and not self.is_on_meta
+
+    @property
+    def base_device(self) -> torch.device:
+        """Where the base weight is."""
+        device = self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+        return torch.device("cpu") if device is None else device
+
+    @property
+    def is_on_meta(self) -> bool:
+        """Whether the base weight has not been loaded yet."""
+        return self.base_device.type == "meta"
 
     @torch.no_grad()
     def build_basis(self, source: BasisCache | BasisPack | None = None) -> None:
@@ -166,23 +187,26 @@ class SVFLayer(BaseTunerLayer):
             source ([`BasisCache`] or [`BasisPack`], *optional*): Where to look and keep; nowhere if `None`.
 
         Raises:
-            ValueError: The weight holds NaN or Inf, is not a floating point matrix, or is not that of the pack; or the
-                pack has fewer columns than the widest adapter.
+            ValueError: The weight holds NaN or Inf, is not a floating point matrix, or is not that of the pack; the
+                pack has fewer columns than the widest adapter; or there is no pack for a quantized weight.
         """
         r, base_layer = self._widest(), self.get_base_layer()
+        quantized = self.quantization_backend is not None
         with ExitStack() as stack:
-            stack.enter_context(gather_params_ctx(base_layer.weight, modifier_rank=None))  # ZeRO-3 partitions it
+            if not quantized:
+                stack.enter_context(gather_params_ctx(base_layer.weight, modifier_rank=None))  # ZeRO-3 partitions it
             stack.enter_context(align_module_device(base_layer))  # accelerate's CPU offload keeps it elsewhere
-            weight = self._as_out_in(base_layer.weight.detach())
-            if weight.is_meta:
-                self._set_basis(torch.empty(min(weight.shape), r, dtype=weight.dtype, device="meta"))
+            if self.is_on_meta:
+                dtype = self._get_base_layer_device_and_dtype(base_layer)[1]
+                self._set_basis(torch.empty(min(self.shape), r, dtype=dtype, device="meta"))
                 return
-            if self._weight_before_merge is not None:
-                weight = self._as_out_in(self._weight_before_merge)
+            if quantized and not isinstance(source, BasisPack):
+                self._check_may_decompose()
+            weight = self._as_out_in(self._unmerged_weight())
             if source is None:
                 found = singular_basis(weight, name=self.module_name)
             elif isinstance(source, BasisPack):
-                found = source.basis_for(weight, name=self.module_name)
+                found = source.basis_for(weight, name=self.module_name, quantized=quantized)
             else:
                 found = source.load_or_compute(weight, name=self.module_name)
             if found.vectors.shape[1] < r:
@@ -192,6 +216,18 @@ class SVFLayer(BaseTunerLayer):
                 )
         self.base_fingerprint, self.base_spectrum = fingerprint(found.spectrum), found.spectrum
         self._set_basis(found.leading(r).vectors)
+
+    def _check_may_decompose(self) -> None:
+        if any(config.runtime_config.decompose_quantized for config in self.svf_config.values()):
+            return
+        assert self.quantization_backend is not None
+        raise ValueError(
+            f"{self.module_name} is quantized ({self.quantization_backend.backend_name}). Experts act on the singular "
+            "vectors of the full-precision weights, and those of the rounded ones are others. Make a basis pack from "
+            "the full-precision model, `peft-svf decompose MODEL --output_dir PACK`, and name it in the config, "
+            '`runtime_config=SVFRuntimeConfig(basis="PACK")`. For experts that are trained on this quantized model and '
+            "stay on it, `SVFRuntimeConfig(decompose_quantized=True)` decomposes the rounded weights."
+        )
 
     def _set_basis(self, vectors: torch.Tensor | None) -> None:
         parameter = None if vectors is None else nn.Parameter(vectors, requires_grad=False)
@@ -261,6 +297,12 @@ class SVFLayer(BaseTunerLayer):
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.svf_delta]
         if not names:
             return
+        backend = self.quantization_backend
+        if backend is not None and not backend.supports_merge:
+            raise TypeError(
+                f"{self.module_name} is quantized ({backend.backend_name}), and PEFT cannot quantize a changed weight "
+                "so. Leave the adapter unmerged, or merge it into the full-precision model."
+            )
         with align_module_device(self):  # PEFT's onload_layer passes over the layer's own parameters
             together = (*self.merged_adapters, *names)
             delta = self.summed_delta(together)
@@ -274,12 +316,25 @@ class SVFLayer(BaseTunerLayer):
                 f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken: "
                 f"{self.module_name} would hold values that are not finite."
             )
-        weight = self.get_base_layer().weight
-        if not self.merged:
-            self._weight_before_merge = weight.detach().clone()
-        # in place: under FSDP2, assigning `weight.data` does nothing and says nothing
-        weight.data.copy_(self._as_out_in(merged))
+        if backend is None:
+            weight = self.get_base_layer().weight
+            if not self.merged:
+                self._weight_before_merge = weight.detach().clone()
+            # in place: under FSDP2, assigning `weight.data` does nothing and says nothing
+            weight.data.copy_(self._as_out_in(merged))
+        else:
+            self._merge_quantized(backend, merged)
         self.merged_adapters.extend(names)
+
+    def _merge_quantized(self, backend: QuantizationBackend, merged: torch.Tensor) -> None:
+        before = self._quantized_before_merge or self.get_base_layer()
+        requantize(backend, self, before, merged)
+        self._quantized_before_merge = before
+        weight = dequantized(backend, before, self.in_features).double()
+        change, kept = merged.double() - weight, self._stored_weight().double() - weight
+        total = change.square().sum()
+        share = float((kept * change).sum() / total) if total > 0 else 1.0
+        self.share_merged = min(share, 2.0 - share)
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -287,21 +342,35 @@ class SVFLayer(BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self.get_base_layer().weight.data.copy_(self._weight_before_merge)
+        if self._quantized_before_merge is not None:
+            self.base_layer, self._quantized_before_merge = self._quantized_before_merge, None
+        else:
+            self.get_base_layer().weight.data.copy_(self._weight_before_merge)
         self._weight_before_merge = None
         self.share_merged = 1.0
         self.merged_adapters.clear()
 
     def _share_merged(self, delta: torch.Tensor) -> float:
+        if self.quantization_backend is not None:
+            return 1.0  # until it is known what quantization leaves of it
         weight = self._unmerged_weight()
         if weight.dtype.itemsize > 2 or type(weight) not in (torch.Tensor, nn.Parameter):  # sharded: rows are elsewhere
             return 1.0
         return self.surviving_share(delta, weight.dtype)
 
+    def _stored_weight(self) -> torch.Tensor:
+        if self.quantization_backend is not None:
+            return dequantized(self.quantization_backend, self.get_base_layer(), self.in_features)
+        weight: torch.Tensor = self.get_base_layer().weight.detach()
+        return weight
+
     def _unmerged_weight(self) -> torch.Tensor:
         if self._weight_before_merge is not None:
             return self._weight_before_merge.to(self.get_base_layer().weight.device)
-        weight = self.get_base_layer().weight.detach()
+        if self._quantized_before_merge is not None:
+            assert self.quantization_backend is not None
+            return dequantized(self.quantization_backend, self._quantized_before_merge, self.in_features)
+        weight = self._stored_weight()
         if weight.numel() == 0:
             raise RuntimeError(
                 f"The weight of {self.module_name} is partitioned by ZeRO-3; merge inside `deepspeed.zero."
@@ -314,15 +383,23 @@ class SVFLayer(BaseTunerLayer):
 
 
 class Linear(nn.Module, SVFLayer):
-    """SVF around an `nn.Linear` or a transformers `Conv1D`."""
+    """SVF around an `nn.Linear`, a transformers `Conv1D`, or a quantized linear layer."""
 
     if TYPE_CHECKING:  # or `nn.Module.__getattr__` answers for PEFT's untyped mixin
         active_adapters: list[str]
         _cast_input_dtype: Callable[[torch.Tensor, torch.dtype], torch.Tensor]
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: SVFConfig, *, name: str) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: SVFConfig,
+        *,
+        name: str,
+        quantization_backend: QuantizationBackend | None = None,
+    ) -> None:
         super().__init__()
-        SVFLayer.__init__(self, base_layer, name=name)
+        SVFLayer.__init__(self, base_layer, name=name, quantization_backend=quantization_backend)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config=config)
 

@@ -110,12 +110,9 @@ class SVFModel(BaseTuner):
         svf_config: SVFConfig, adapter_name: str, target: nn.Module, *, name: str, **kwargs: Any
     ) -> Linear:
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if resolve_quantization_backend(base_layer, **kwargs) is not None:
-            raise TypeError(
-                f"Target module {name} is quantized ({type(base_layer).__name__}), which SVF does not support yet: its "
-                "singular vectors are not those of the weights that experts are trained on."
-            )
-        if not isinstance(base_layer, (nn.Linear, Conv1D)):
+        plain = type(base_layer) in (nn.Linear, Conv1D) and type(base_layer.weight) is nn.Parameter
+        backend = None if plain else resolve_quantization_backend(base_layer, **kwargs)  # imports what is installed
+        if not (isinstance(base_layer, (nn.Linear, Conv1D)) or getattr(backend, "layer_type", None) == "linear"):
             raise TypeError(
                 f"Target module {name} is a {type(base_layer).__name__}, which SVF does not support. Currently, only "
                 "`torch.nn.Linear` and `transformers.pytorch_utils.Conv1D` are supported."
@@ -127,7 +124,7 @@ class SVFModel(BaseTuner):
                 stacklevel=2,
             )
             svf_config.fan_in_fan_out = False
-        return Linear(target, adapter_name, config=svf_config, name=name)
+        return Linear(target, adapter_name, config=svf_config, name=name, quantization_backend=backend)
 
     @contextmanager
     def _undone_on_error(self, model: nn.Module, adapter_name: str) -> Iterator[None]:
@@ -350,7 +347,9 @@ class SVFModel(BaseTuner):
             return
         for module in self.model.modules():
             if isinstance(module, SVFLayer) and adapter_name in module.svf_delta:
-                module.svf_delta[adapter_name].to(module.get_base_layer().weight.dtype)
+                dtype = module._get_base_layer_device_and_dtype(module.get_base_layer())[1]
+                if dtype is not None and dtype.is_floating_point:  # not so if it is quantized
+                    module.svf_delta[adapter_name].to(dtype)
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 

@@ -1,0 +1,285 @@
+"""Experts on quantized base models: bitsandbytes and torchao on the CPU, and a backend that only goes forward."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_llama
+from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+
+from peft_svf import AdaptiveMixture, SVFConfig
+from peft_svf.interop import decompose, to_lora
+from peft_svf.tuner import SVFRuntimeConfig
+from peft_svf.tuner.layer import SVFLayer
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:MatMul8bitLt", "ignore::DeprecationWarning")
+KINDS = ("int8", "nf4", "fp4", "torchao int8", "torchao int4")
+IDS = torch.tensor([[1, 5, 9, 30, 2], [1, 7, 3, 3, 8]])
+# of the logits: rounding 8 or 4 bits moves them by 1 and 20 %
+COARSE = {"int8": 0.05, "torchao int8": 0.05, "nf4": 0.4, "fp4": 0.4, "torchao int4": 0.4}
+
+
+def quantization(kind: str) -> Any:
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if not kind.startswith("torchao"):
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=torch.float32)
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
+
+    if kind == "torchao int8":
+        return TorchAoConfig(Int8WeightOnlyConfig())
+    return TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=torch.int4))
+
+
+def full_model(seed: int = 0) -> Any:
+    return tiny_llama(seed, hidden_size=64, intermediate_size=128)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model in full precision, the pack of its bases, and an expert that was made on it."""
+    where = tmp_path_factory.mktemp("quantized")
+    full_model().save_pretrained(where / "model")
+    decompose(where / "model", where / "pack")
+    torch.manual_seed(1)
+    expert = get_peft_model(full_model(), SVFConfig(target_modules="all-linear", init_weights=False))
+    expert.save_pretrained(where / "expert")
+    return where
+
+
+def quantized(folder: Path, kind: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(
+        folder / "model", quantization_config=quantization(kind), dtype=torch.float32, device_map="cpu"
+    )
+
+
+def config(folder: Path, **changes: Any) -> Any:
+    runtime = SVFRuntimeConfig(**{"basis": str(folder / "pack"), **changes})
+    return SVFConfig.from_pretrained(folder / "expert", runtime_config=runtime)
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(IDS).logits
+    return found
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_expert_of_the_full_model_works_on_a_quantized_one(folder: Path, kind: str) -> None:
+    plain = logits(quantized(folder, kind))
+    model = PeftModel.from_pretrained(quantized(folder, kind), folder / "expert", config=config(folder))
+    exact = logits(PeftModel.from_pretrained(full_model(), folder / "expert"))
+    found = logits(model)
+    assert difference(found, exact) < COARSE[kind] < difference(found, plain)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), plain)
+    layers = [layer for layer in model.modules() if isinstance(layer, SVFLayer)]
+    assert len(layers) == 14
+    assert all(layer.quantization_backend is not None for layer in layers)
+    assert model.get_model_status().quantization_backend is not None
+    with torch.no_grad():
+        mixed = model(IDS, adapter_names=["default", "__base__"]).logits
+    assert difference(mixed[0], found[0]) < 1e-2
+    assert difference(mixed[1], plain[1]) < 1e-2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_effective_weight_is_that_of_the_rounded_weight(folder: Path, kind: str) -> None:
+    model = PeftModel.from_pretrained(quantized(folder, kind), folder / "expert", config=config(folder))
+    logits(model)  # on some CPUs bitsandbytes orders its weights anew
+    for layer in (layer for layer in model.modules() if isinstance(layer, SVFLayer)):
+        x = torch.randn(5, layer.in_features)
+        delta = layer.summed_delta(["default"])
+        assert delta is not None
+        with torch.no_grad():
+            expected = x @ layer.effective_weight(delta).float().mT
+            assert difference(layer(x), expected) < 2e-2  # its own products are in int8 or bf16
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merging_quantizes_again_and_unmerging_brings_all_back(folder: Path, kind: str) -> None:
+    model = PeftModel.from_pretrained(quantized(folder, kind), folder / "expert", config=config(folder))
+    before = logits(model)
+    stored = list(model.parameters())
+    for _ in range(2):
+        model.merge_adapter()
+        assert difference(logits(model), before) < COARSE[kind]
+        model.unmerge_adapter()
+        assert difference(logits(model), before) < 1e-5
+    assert all(before is after for before, after in zip(stored, model.parameters(), strict=True))
+    merged = model.merge_and_unload()
+    assert difference(logits(merged), before) < COARSE[kind]
+    assert not any(isinstance(module, SVFLayer) for module in merged.modules())
+
+
+def test_what_rounding_would_lose_in_a_merge_is_said(folder: Path) -> None:
+    model = PeftModel.from_pretrained(quantized(folder, "nf4"), folder / "expert", config=config(folder))
+    for layer in (layer for layer in model.modules() if isinstance(layer, SVFLayer)):
+        layer._delta("default").weight.data.mul_(1e-4)
+    with pytest.warns(UserWarning, match="14 of 14 merged weights are too coarse"):
+        model.merge_adapter()
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4", "torchao int8"])
+def test_training_on_a_quantized_model(folder: Path, kind: str, tmp_path: Path) -> None:
+    base = prepare_model_for_kbit_training(quantized(folder, kind), use_gradient_checkpointing=False)
+    own = SVFConfig(target_modules="all-linear", runtime_config={"basis": str(folder / "pack")})
+    model = get_peft_model(base, own)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    losses = []
+    for _ in range(12):
+        loss = model(IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.95 * losses[0]
+    assert {p.dtype for name, p in model.named_parameters() if "svf_delta" in name} == {torch.float32}
+    model.save_pretrained(tmp_path)
+    there = PeftModel.from_pretrained(full_model(), tmp_path)  # its fingerprint is that of the full model
+    assert difference(logits(there), logits(model)) < COARSE[kind]
+
+
+def test_grpo_on_a_quantized_model_trains_in_fp32(folder: Path, tmp_path: Path) -> None:
+    """TRL casts what is trained on quantized models to bf16; from one command, nothing is lost."""
+    from test_training import SUMS, tokenizer
+
+    from peft_svf.training.run import main, parse
+
+    model = tmp_path / "model"
+    full_model().save_pretrained(model)
+    chat = tokenizer()
+    chat.chat_template = "{% for message in messages %}{{ message['content'] + ';' }}{% endfor %}"
+    chat.save_pretrained(model)
+    decompose(model, tmp_path / "pack")
+    arguments = ["--model_name_or_path", str(model), "--task", SUMS, "--output_dir", str(tmp_path / "out")]
+    arguments += ["--load_in_4bit", "true", "--max_steps", "2", "--max_completion_length", "4", "--train_size", "32"]
+    arguments += ["--validation_size", "4", "--test_size", "4", "--per_device_train_batch_size", "4"]
+    arguments += ["--num_generations", "4", "--report_to", "none", "--learning_rate", "0.001"]
+    arguments += ["--peft_kwargs", json.dumps({"runtime_config": {"basis": str(tmp_path / "pack")}})]
+    assert parse(arguments)[2].load_in_4bit
+    main(arguments)
+    saved = SVFConfig.from_pretrained(tmp_path / "out")
+    assert saved.base_fingerprint
+    assert "runtime_config" not in json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    found = PeftModel.from_pretrained(full_model(), tmp_path / "out")
+    assert {p.dtype for name, p in found.named_parameters() if "svf_delta" in name} == {torch.float32}
+
+
+def test_without_a_pack_the_error_says_what_to_do(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = quantized(folder, "nf4")
+    with pytest.raises(ValueError, match=r"q_proj is quantized \(bnb 4bit\).*peft-svf decompose.*decompose_quantized"):
+        PeftModel.from_pretrained(base, folder / "expert")
+    assert not any(isinstance(module, SVFLayer) for module in base.modules())
+    # decomposing the rounded weights needs to be asked for, and then the fingerprint tells that it is another base
+    rounded = config(folder, basis=None, decompose_quantized=True)
+    with pytest.raises(ValueError, match=r"made for another base model: 14 of 14 weights differ"):
+        PeftModel.from_pretrained(base, folder / "expert", config=rounded)
+    monkeypatch.setenv("PEFT_SVF_BASIS", str(folder / "pack"))
+    PeftModel.from_pretrained(base, folder / "expert")
+
+
+def test_experts_that_stay_on_a_quantized_model(folder: Path, tmp_path: Path) -> None:
+    runtime = SVFRuntimeConfig(decompose_quantized=True)
+    own = SVFConfig(target_modules="all-linear", init_weights=False, runtime_config=runtime)
+    model = get_peft_model(quantized(folder, "nf4"), own)
+    model.save_pretrained(tmp_path)
+    again = SVFConfig.from_pretrained(tmp_path, runtime_config=runtime)
+    there = PeftModel.from_pretrained(quantized(folder, "nf4"), tmp_path, config=again)
+    assert difference(logits(there), logits(model)) < 1e-5
+    with pytest.raises(ValueError, match="made for another base model"):
+        PeftModel.from_pretrained(full_model(), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_pack_of_another_model_is_refused(folder: Path, kind: str, tmp_path: Path) -> None:
+    full_model(seed=5).save_pretrained(tmp_path / "other")
+    decompose(tmp_path / "other", tmp_path / "pack")
+    with pytest.raises(ValueError, match=r"made from other weights than those that .* is a quantized copy of"):
+        PeftModel.from_pretrained(
+            quantized(folder, kind), folder / "expert", config=config(folder, basis=str(tmp_path / "pack"))
+        )
+
+
+def test_mixtures_and_lora_from_a_quantized_model(folder: Path) -> None:
+    base = quantized(folder, "torchao int8")
+    mixture = AdaptiveMixture.from_pretrained(
+        base, {"a": folder / "expert", "b": folder / "expert"}, basis=str(folder / "pack")
+    )
+    mixture.set_weights({"a": 0.25, "b": 0.75})
+    found = logits(mixture.model)
+    exact = logits(PeftModel.from_pretrained(full_model(), folder / "expert"))
+    assert difference(found, exact) < 0.05
+    lora = to_lora(mixture.model)
+    assert lora.retained_overall == pytest.approx(1)
+
+
+class OnlyForward(nn.Module):
+    """A linear layer that shows no weight, as those of GPTQ."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = weight.shape[1], weight.shape[0]
+        self.register_buffer("qweight", (weight * 1000).round().to(torch.int32))
+        self.register_buffer("scales", torch.tensor([1e-3]))
+        self.bias = None if bias is None else nn.Parameter(bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.qweight * self.scales, self.bias)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")
+def test_a_backend_that_only_knows_the_way_forward(
+    folder: Path, with_bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = __import__("peft.utils", fromlist=["x"]).resolve_quantization_backend
+
+    def resolve(layer: nn.Module, **kwargs: Any) -> Any:
+        return ForwardOnlyQuantizationBackend("gptq") if isinstance(layer, OnlyForward) else real(layer, **kwargs)
+
+    monkeypatch.setattr("peft_svf.tuner.model.resolve_quantization_backend", resolve)
+    base = full_model()
+    for name, module in list(base.named_modules()):
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            bias = torch.randn(module.out_features) * 0.1 if with_bias else None
+            base.set_submodule(name, OnlyForward(module.weight.detach(), bias))
+    plain = logits(base)
+    own = config(folder)
+    own.target_modules = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    model = PeftModel.from_pretrained(copy.deepcopy(base), folder / "expert", config=own)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), plain)
+    if not with_bias:
+        exact = logits(PeftModel.from_pretrained(full_model(), folder / "expert"))
+        assert difference(logits(model), exact) < 0.05
+    for layer in (layer for layer in model.modules() if isinstance(layer, SVFLayer)):
+        x, delta = torch.randn(3, layer.in_features), layer.summed_delta(["default"])
+        assert delta is not None
+        expected = nn.functional.linear(x, layer.effective_weight(delta), layer.bias)
+        assert layer(x).detach() == pytest.approx(expected.detach(), abs=1e-4)
+    with pytest.raises(TypeError, match=r"q_proj is quantized \(gptq\), and PEFT cannot quantize a changed weight"):
+        model.merge_adapter()
+
+
+def test_plain_models_do_not_import_the_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("peft_svf.tuner.model.resolve_quantization_backend", never)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        get_peft_model(full_model(), SVFConfig(target_modules="all-linear"))
