@@ -85,7 +85,8 @@ def test_an_expert_of_the_full_model_works_on_a_quantized_one(folder: Path, kind
     found = logits(model)
     assert difference(found, exact) < COARSE[kind] < difference(found, plain)
     with model.disable_adapter():
-        assert torch.equal(logits(model), plain)
+        # bitsandbytes alone may compute with 4-bit weights in bf16
+        assert difference(logits(model), plain) <= (0.02 if kind in ("nf4", "fp4") else 0)
     layers = [layer for layer in model.modules() if isinstance(layer, SVFLayer)]
     assert len(layers) == 14
     assert all(layer.quantization_backend is not None for layer in layers)
@@ -93,7 +94,7 @@ def test_an_expert_of_the_full_model_works_on_a_quantized_one(folder: Path, kind
     with torch.no_grad():
         mixed = model(IDS, adapter_names=["default", "__base__"]).logits
     assert difference(mixed[0], found[0]) < 1e-2
-    assert difference(mixed[1], plain[1]) < 1e-2
+    assert difference(mixed[1], plain[1]) < 2e-2
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -177,6 +178,23 @@ def test_grpo_on_a_quantized_model_trains_in_fp32(folder: Path, tmp_path: Path) 
     assert "runtime_config" not in json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     found = PeftModel.from_pretrained(full_model(), tmp_path / "out")
     assert {p.dtype for name, p in found.named_parameters() if "svf_delta" in name} == {torch.float32}
+
+
+def test_bitsandbytes_keeps_its_order(folder: Path) -> None:
+    """On CPUs with bf16 instructions it orders 4-bit weights anew at the first inference, and then neither passes
+    gradients nor saves them right: training went to 0 after its first checkpoint."""
+    model = PeftModel.from_pretrained(quantized(folder, "nf4"), folder / "expert", config=config(folder))
+    before = logits(model)
+    model.state_dict()  # as saving does
+    assert torch.equal(logits(model), before)
+    embeddings = torch.randn(1, 3, 64, requires_grad=True)
+    model(inputs_embeds=embeddings).logits.sum().backward()
+    assert embeddings.grad is not None
+    base = quantized(folder, "nf4")
+    layer = base.model.layers[0].mlp.up_proj
+    layer.weight.quant_state.packing_format_for_cpu = True  # as on such a CPU
+    with pytest.raises(ValueError, match=r"layers.0.mlp.up_proj has 4-bit weights .* Load the model again"):
+        PeftModel.from_pretrained(base, folder / "expert", config=config(folder))
 
 
 def test_without_a_pack_the_error_says_what_to_do(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

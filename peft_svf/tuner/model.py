@@ -29,6 +29,7 @@ from .config import SVFConfig
 from .fold import SMALLEST_SHARE
 from .layer import Linear, SVFLayer
 from .parameters import BASIS_NAME
+from .quantized import keep_order
 from .rows import (
     BASE,
     Groups,
@@ -76,6 +77,7 @@ class SVFModel(BaseTuner):
         """As PEFT's, then builds the singular bases that are missing and compares the base model with the one that the
         adapter was made for. If either fails, the adapter is taken out again and the model is as it was."""
         with self._undone_on_error(model, adapter_name):
+            keep_order(model)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             layers = [m for m in model.modules() if isinstance(m, SVFLayer) and adapter_name in m.svf_delta]
             build_bases([layer for layer in layers if layer.needs_basis()])

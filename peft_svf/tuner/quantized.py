@@ -15,16 +15,31 @@ if TYPE_CHECKING:
     from peft.utils.quantization_utils import QuantizationBackend
 
 
+def keep_order(model: nn.Module) -> None:
+    """Keep bitsandbytes from ordering 4-bit weights anew for the matrix instructions of a CPU, as it does at the first
+    inference on some. It passes no gradient through weights in that order, and it does not find its way back when the
+    model is saved, which includes saving and loading an adapter (0.50).
+
+    Raises:
+        ValueError: It has done so already.
+    """
+    for name, module in model.named_modules():
+        if getattr(getattr(getattr(module, "weight", None), "quant_state", None), "packing_format_for_cpu", False):
+            raise ValueError(
+                f"{name} has 4-bit weights that bitsandbytes has ordered anew for inference on this CPU, and it can "
+                "neither train nor save them so. Load the model again, and attach the adapter before the model is used."
+            )
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def dequantized(backend: QuantizationBackend, base_layer: nn.Module, in_features: int) -> torch.Tensor:
     """What the base layer multiplies by, `[out, in]`: as its backend says, or, where that cannot tell, what comes out
     for each unit vector."""
-    state = getattr(getattr(base_layer, "weight", None), "quant_state", None)
-    # on some CPUs bitsandbytes orders 4-bit weights anew at the first inference, which the backend does not know
-    if not getattr(state, "packing_format_for_cpu", False):
-        try:
-            return backend.get_base_weight(base_layer).detach()
-        except (TypeError, NotImplementedError):
-            pass  # GPTQ, AWQ and others
+    try:
+        return backend.get_base_weight(base_layer).detach()
+    except (TypeError, NotImplementedError):
+        pass  # GPTQ, AWQ and others
     tensors = [*base_layer.parameters(), *base_layer.buffers()]
     dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)  # of scales, mostly
     with torch.no_grad():
