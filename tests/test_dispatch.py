@@ -415,7 +415,7 @@ def test_it_stays_what_it_is_when_it_is_moved(model: Any, tokenizer: Any) -> Non
     with torch.no_grad():
         expected = model(ids, adapter_names=["math"]).logits
         for found in (adaptive(ids), adaptive(ids, torch.ones_like(ids)), adaptive.forward(input_ids=ids)):
-            assert torch.equal(found.logits, expected)
+            assert torch.allclose(found.logits, expected, atol=1e-5)  # folded or not
 
 
 def test_padding_is_not_looked_at(model: Any, tokenizer: Any) -> None:

@@ -363,6 +363,29 @@ def test_folded_weights_do_not_get_in_the_way() -> None:
     assert torch.equal(alone(model, "a", logits), before)
 
 
+@pytest.mark.parametrize("fold", ["auto", "always", "never"])
+@pytest.mark.parametrize("configs", [SAME_RANK, OTHER_RANKS, OTHER_MODULES])
+def test_a_batch_of_one_expert_folds_and_the_active_one_does_not_notice(
+    fold: str, configs: list[dict[str, Any]]
+) -> None:
+    gated = SVFRuntimeConfig(fold="never")
+    expected = {
+        name: alone(experts(llama(), *configs, runtime_config=gated), name, logits) for name in ("a", "b", BASE)
+    }
+    model = experts(llama(), *configs, runtime_config=SVFRuntimeConfig(fold=fold))
+    for active in ("a", "b", "a"):
+        model.set_adapter(active)
+        for name in ("b", "b", BASE, "a", "b", "b"):
+            found = logits(model, adapter_names=[name] * len(IDS))
+            assert torch.allclose(found, expected[name], atol=1e-4)
+            folded = [layer for layer in layers(model) if name in layer.svf_delta and layer.fold.weight is not None]
+            assert fold != "always" or name == BASE or folded
+            assert torch.allclose(logits(model), expected[active], atol=1e-4)
+        model.merge_adapter([active])
+        assert torch.allclose(logits(model), expected[active], atol=1e-4)
+        model.unmerge_adapter()
+
+
 def test_rows_of_an_offloaded_model() -> None:
     model = experts(llama(), *OTHER_MODULES)
     expected = logits(model, adapter_names=NAMES)

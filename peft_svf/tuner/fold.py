@@ -102,7 +102,7 @@ class Fold:
         """Become as for a new layer: free the folded weight, and everything that was found out."""
         self.weight: torch.Tensor | None = None  # W(z), `[out, in]`
         self._names: tuple[str, ...] = ()
-        self._active: list[str] | str = []  # as the layer has it
+        self._active: list[str] | str | None = None  # as the layer has it; not known if it is for rows of a batch
         self._hooks: list[dict[int, Any]] = []  # all empty, or calling the base layer means more than multiplying
         self._dtype: torch.dtype | None = None
         self._snapshot: Snapshot | None = None  # of what the rest is about
@@ -179,7 +179,7 @@ class Fold:
 
     def _restart(self, layer: SVFLayer, names: tuple[str, ...], dtype: torch.dtype) -> None:
         self.weight, self._names, self._dtype, self._snapshot = None, names, dtype, Snapshot(layer, names)
-        self._active = copy(layer._active_adapter)
+        self._active = copy(layer._active_adapter) if layer.rows is None else None
         modules = [layer.get_base_layer(), *(layer.svf_delta[name] for name in names)]
         self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self._spent, self._spent_before = 0, self._spent

@@ -418,6 +418,9 @@ class Linear(nn.Module, SVFLayer):
         if self.rows is not None:
             if self.merged:
                 raise ValueError(f"{self.module_name} got merged within a mixed batch; call `unmerge_adapter` first.")
+            names = self.rows.same
+            if names and not args and not kwargs and (folded := self.fold.find(self, names, x)) is not None:
+                return self._folded(x, folded, names)
             delta = self.rows(x)
             return self.base_layer(x, *args, **kwargs) if delta is None else self._gated(x, delta, *args, **kwargs)
         if self.merged:

@@ -32,6 +32,8 @@ class RowDeltas:
 
     Attributes:
         expansion (`int`): How many rows `generate` makes of one, for beams or returned sequences.
+        same (`tuple[str, ...]`): The expert, if all rows use the same one and the layer has it, so that the layer may
+            fold; else empty.
     """
 
     def __init__(
@@ -39,6 +41,8 @@ class RowDeltas:
     ) -> None:
         self.expansion = 1
         self._layer, self._names, self._what, self._weights, self._tokens = layer, names, what, weights, tokens
+        one = len(names) == 1 and names[0] in layer.svf_delta and not weights.is_floating_point() and not weights.any()
+        self.same = tuple(names) if one else ()
         self._last: torch.Tensor | None = None  # δ of the last call, as decoding calls again and again
         self._made_of: tuple[Snapshot, int, torch.Tensor] | None = None
 
