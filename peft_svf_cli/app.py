@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -45,16 +47,21 @@ def train(context: typer.Context) -> None:
 
     peft-svf train --config recipe.yaml --model_name_or_path MODEL --output_dir experts/math
 
-    For several processes: `accelerate launch -m peft_svf.training.run` with the same options.
+    For several processes: `accelerate launch -m peft_svf.training.run` with the same options. `--json` prints what is
+    in `training.json`, and all else to standard error.
     """
-    context.args = ["--help" if word == "--help_all" else word for word in context.args]
+    as_json = "--json" in context.args
+    context.args = ["--help" if word == "--help_all" else word for word in context.args if word != "--json"]
     try:
         from peft_svf.training.run import prepare
 
         run = prepare(context.args)
     except (ValueError, ImportError, OSError) as error:
         fail(error)
-    run()
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        record = run()
+    if as_json:
+        print(json.dumps(record.to_dict(), default=str))
 
 
 @app.command()

@@ -135,6 +135,7 @@ def push(
     repo_id: Annotated[str, typer.Argument(help="Such as me/my-expert.")],
     private: Annotated[bool, typer.Option("--private", help="If the repository is new.")] = False,
     revision: Annotated[Optional[str], typer.Option("--revision", help="A branch.")] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Upload an expert to the Hub, with its card, plots and numbers.
 
@@ -144,7 +145,7 @@ def push(
         from peft_svf.interop import push_expert
 
         url = push_expert(folder, repo_id, private=private or None, revision=revision)
-    print(url)
+    print(json.dumps({"url": url}) if as_json else url)
 
 
 @files.command()
@@ -158,6 +159,7 @@ def decompose(
     dtype: Annotated[str, typer.Option("--dtype", help="Of the vectors: auto, float32, bfloat16, ...")] = "auto",
     device: Annotated[str, typer.Option("--device", help="Where to compute.")] = "cpu",
     revision: Annotated[Optional[str], typer.Option("--revision", help="Of the model on the Hub.")] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Write the singular bases of a model, to be shared, and for its quantized forms. Goes on where it was stopped.
 
@@ -175,7 +177,10 @@ def decompose(
             model, output_dir, target_modules=targets[0] if targets == ["all-linear"] else targets, r=r, dtype=kind,
             device=device, revision=revision,
         )  # fmt: skip
-    print(f"{len(pack.modules)} weights decomposed; saved in {output_dir}")
+    if as_json:
+        print(json.dumps({"folder": str(output_dir), "weights": len(pack.modules), "size": pack.about["total_size"]}))
+    else:
+        print(f"{len(pack.modules)} weights decomposed; saved in {output_dir}")
 
 
 @files.command("import")
@@ -193,6 +198,7 @@ def import_command(
     ] = None,
     skip: Annotated[Optional[list[str]], typer.Option("--skip", help="A module to leave out.")] = None,
     dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
 ) -> None:
     """An expert of the paper's released code, or TRINITY's, as an SVF adapter. Only tensors are ever loaded.
 
@@ -214,7 +220,11 @@ def import_command(
         model = import_expert(path, base, **options)
         model.peft_config["default"].base_model_name_or_path = model_name_or_path
         model.save_pretrained(str(output_dir))
-    print(f"saved in {output_dir}")
+    if as_json:
+        changed = sum(parameter.numel() for name, parameter in model.named_parameters() if "svf_delta" in name)
+        print(json.dumps({"folder": str(output_dir), "numbers": changed}))
+    else:
+        print(f"saved in {output_dir}")
 
 
 @cache.command("list")
@@ -249,6 +259,7 @@ def list_command(
 @cache.command("clear")
 def clear_command(
     cache_dir: Annotated[Optional[Path], typer.Option("--cache_dir", help="Default: $PEFT_SVF_CACHE.")] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Delete all that is kept. It is computed again when it is needed.
 
@@ -258,7 +269,7 @@ def clear_command(
 
     with in_a_line():
         freed = clear_cache(cache_dir)
-    print(f"{freed / 2**20:.1f} MiB freed")
+    print(json.dumps({"freed": freed}) if as_json else f"{freed / 2**20:.1f} MiB freed")
 
 
 def _loaded(adapter: str, base: str | None, dtype: str, base_check: str) -> PeftModel:

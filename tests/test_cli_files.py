@@ -110,8 +110,11 @@ def test_an_expert_is_exported_as_a_model(world: Path, tmp_path: Path) -> None:
 
 def test_a_released_file_is_imported(world: Path, tmp_path: Path) -> None:
     path = save_parameters(tmp_path / "learnable_params.pt", logit_vectors(base_model()))
-    done = run("import", path, "--model_name_or_path", world / "base", "--output_dir", tmp_path / "expert")
+    done = run("import", path, "--model_name_or_path", world / "base", "--output_dir", tmp_path / "expert", "--json")
     assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["folder"] == str(tmp_path / "expert")
+    assert found["numbers"] > 100
     config = json.loads((tmp_path / "expert" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(world / "base")
     shown = run("export", "merged", tmp_path / "expert", "--output_dir", tmp_path / "model")
@@ -122,6 +125,11 @@ def test_a_model_is_decomposed(world: Path, tmp_path: Path) -> None:
     done = run("decompose", world / "base", "--output_dir", tmp_path / "pack", "--r", 4, "--dtype", "float16")
     assert done.exit_code == 0, done.output
     pack = BasisPack(tmp_path / "pack")
+    again = run(
+        "decompose", world / "base", "--output_dir", tmp_path / "pack", "--r", 4, "--dtype", "float16", "--json"
+    )
+    found = json.loads(again.stdout)
+    assert found == {"folder": str(tmp_path / "pack"), "weights": 14, "size": pack.about["total_size"]}
     assert len(pack.modules) == 14
     assert pack.load(pack.modules[0], 32).vectors.dtype == torch.float16
     failed = run("decompose", world / "base", "--output_dir", tmp_path / "x", "--dtype", "nn")
@@ -137,7 +145,8 @@ def test_the_cache_is_listed_and_cleared(world: Path, tmp_path: Path, monkeypatc
     table = run("cache", "list").stdout
     assert "float32" in table
     assert str(len(entries)) in table
-    assert run("cache", "clear", "--cache_dir", tmp_path / "elsewhere").exit_code == 0
+    elsewhere = run("cache", "clear", "--cache_dir", tmp_path / "elsewhere", "--json")
+    assert json.loads(elsewhere.stdout) == {"freed": 0}
     assert len(list_cache()) == len(entries)
     assert "MiB freed" in run("cache", "clear").stdout
     assert list_cache() == []

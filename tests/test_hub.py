@@ -116,6 +116,21 @@ assert same(plain, model)
     run(code, hub, base, tmp_path / "home")
 
 
+def test_the_command_line_pushes(hub: str, base: Path, tmp_path: Path) -> None:
+    code = """
+import json, subprocess
+expert().save_pretrained("SAVED")
+main = "from peft_svf_cli.app import main; main()"
+command = [sys.executable, "-c", main, "push", "SAVED", "me/by-command", "--private", "--json"]
+done = subprocess.run(command, capture_output=True, text=True)
+assert done.returncode == 0, done.stderr
+assert "/me/by-command/commit/" in json.loads(done.stdout)["url"]
+assert HfApi().model_info("me/by-command").private
+assert same(PeftModel.from_pretrained(base(), "me/by-command"), expert())
+""".replace("SAVED", str(tmp_path / "saved"))
+    run(code, hub, base, tmp_path / "home")
+
+
 def test_a_private_expert_needs_a_token(hub: str, base: Path, tmp_path: Path) -> None:
     run('expert().push_to_hub("me/secret", private=True)', hub, base, tmp_path / "one")
     load = 'PeftModel.from_pretrained(base(), "me/secret")'

@@ -889,8 +889,9 @@ def test_the_command_line(base: Path, data: Path, tmp_path: Path) -> None:
     assert "train" in shown.output
     wrong = runner.invoke(app, ["train", *script(base, data, tmp_path / "expert", reward_funcs="nubmer")])
     assert wrong.exit_code == 1
-    done = runner.invoke(app, ["train", *script(base, data, tmp_path / "expert", max_steps=1)])
+    done = runner.invoke(app, ["train", *script(base, data, tmp_path / "expert", max_steps=1), "--json"])
     assert done.exit_code == 0
+    assert json.loads(done.stdout) == json.loads((tmp_path / "expert" / "training.json").read_text())
     assert (tmp_path / "expert" / ADAPTER).exists()
 
 
