@@ -246,8 +246,7 @@ def test_prompts_find_their_expert() -> None:
     tasks = {name: recipe_task(EXAMPLES / "recipes" / f"{name}.yaml") for name in labels}
     prompts = [row["prompt"] for task in tasks.values() for row in task.examples("test", 4)]
     right = [name for name in tasks for _ in range(4)]
-    known = [row["prompt"] for task in tasks.values() for row in task.examples("train", 8)]
-    options = {"labels": labels, "adapter_name": "classification", "other": False, "calibrate": known}
+    options = {"labels": labels, "adapter_name": "classification", "other": False}
     dispatcher = PromptDispatcher(model, tokenizer, dict.fromkeys(labels, ""), **options)
     adaptive = SelfAdaptiveModel(model, tokenizer, dispatcher)
     found = adaptive.chat(prompts, return_details=True, max_new_tokens=6, do_sample=False)
