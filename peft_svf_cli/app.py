@@ -52,13 +52,13 @@ def train(context: typer.Context) -> None:
     """
     as_json = "--json" in context.args
     context.args = ["--help" if word == "--help_all" else word for word in context.args if word != "--json"]
-    try:
-        from peft_svf.training.run import prepare
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():  # the user's own rewards may print, too
+        try:
+            from peft_svf.training.run import prepare
 
-        run = prepare(context.args)
-    except (ValueError, ImportError, OSError) as error:
-        fail(error)
-    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+            run = prepare(context.args)
+        except (ValueError, ImportError, OSError) as error:
+            fail(error)
         record = run()
     if as_json:
         print(json.dumps(record.to_dict(), default=str))

@@ -44,21 +44,28 @@ def model(mixture: AdaptiveMixture) -> Any:
 # ------------------------------------------------------------------------------------------ asking the model
 
 
-def by_hand(model: Any, tokenizer: Any, dispatcher: PromptDispatcher, prompt: str) -> np.ndarray:
+def by_hand(
+    model: Any,
+    tokenizer: Any,
+    dispatcher: PromptDispatcher,
+    prompt: str,
+    capital: Callable[[str], str] = str.capitalize,
+) -> np.ndarray:
     """Probability of each label, by decoding that is constrained to the labels, one sequence at a time."""
-    ways = [text for label in dispatcher.answers for text in (label, label.capitalize())]
-    ends = {text: [*tokenizer(f" {text}")["input_ids"], tokenizer.eos_token_id] for text in ways}
+    ways = [text for label in dispatcher.answers for text in (label, capital(label))]
+    tokens = {text: tokenizer(f" {text}")["input_ids"] for text in ways}
+    ends = {text: [*ids, tokenizer.eos_token_id] for text, ids in tokens.items() if tokenizer.unk_token_id not in ids}
     start = prompt_ids(dispatcher.question(prompt), tokenizer)
-    found = []
-    for ids in ends.values():
+    found = dict.fromkeys(dispatcher.answers, 0.0)
+    for text, ids in ends.items():
         total = 0.0
         for place, token in enumerate(ids):
             allowed = sorted({other[place] for other in ends.values() if other[:place] == ids[:place]})
             with torch.no_grad():
                 logits = model(input_ids=torch.tensor([start + ids[:place]])).logits[0, -1].double()
             total += float(logits[allowed].log_softmax(-1)[allowed.index(token)])
-        found.append(np.exp(total))
-    return np.array(found).reshape(-1, 2).sum(axis=1)
+        found[text.lower() if text.lower() in found else text[1:]] += np.exp(total)
+    return np.array(list(found.values()))
 
 
 @pytest.mark.parametrize("adapter_name", [None, "classifier"])
@@ -105,6 +112,26 @@ def test_the_tree_makes_a_distribution_of_labels(answers: list[list[int]]) -> No
         for share, (_, labels) in zip(shares, branches, strict=True):
             logps[labels] += np.log(share)
     assert np.exp(logps).sum() == pytest.approx(1)
+
+
+def test_two_spellings_of_a_label_add_up(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = continuation_ids
+
+    def with_capitals(prompt: Any, text: str, tokenizer: Any) -> list[int]:
+        return real(prompt, f" z{text.strip().lower()}" if text.strip()[:1].isupper() else text, tokenizer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("peft_svf.adaptation.dispatch.continuation_ids", with_capitals)  # this tokenizer has none
+        dispatcher = PromptDispatcher(model, tokenizer, EXPERTS)
+    with model.disable_adapter():
+        expected = [by_hand(model, tokenizer, dispatcher, prompt, capital="z{}".format) for prompt in PROMPTS]
+    assert dispatcher(PROMPTS).probabilities == pytest.approx(np.array(expected), abs=1e-4)
+
+    def all_capitals_alike(prompt: Any, text: str, tokenizer: Any) -> list[int]:
+        return [7] if text.strip()[:1].isupper() else real(prompt, text, tokenizer)
+
+    monkeypatch.setattr("peft_svf.adaptation.dispatch.continuation_ids", all_capitals_alike)
+    assert PromptDispatcher(model, tokenizer, EXPERTS)(PROMPTS).probabilities.sum(axis=1) == pytest.approx(np.ones(4))
 
 
 def test_calibration_takes_out_what_a_prompt_without_content_gets(model: Any, tokenizer: Any) -> None:

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
+import shutil
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from conftest import tiny_llama
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from peft_svf import AdaptiveMixture, SVFConfig
-from peft_svf.interop import decompose, to_lora
+from peft_svf.interop import decompose, merge_to_folder, to_lora
+from peft_svf.spectral import BasisPack
 from peft_svf.tuner import SVFRuntimeConfig
 from peft_svf.tuner.layer import SVFLayer
 
@@ -71,6 +77,10 @@ def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
         found: torch.Tensor = model(IDS).logits
     return found
+
+
+def svf_layers(model: Any) -> list[SVFLayer]:
+    return [layer for layer in model.modules() if isinstance(layer, SVFLayer)]
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -235,7 +245,9 @@ def test_a_pack_of_another_model_is_refused(folder: Path, kind: str, tmp_path: P
 def test_mixtures_and_lora_from_a_quantized_model(folder: Path) -> None:
     base = quantized(folder, "torchao int8")
     mixture = AdaptiveMixture.from_pretrained(
-        base, {"a": folder / "expert", "b": folder / "expert"}, basis=str(folder / "pack")
+        base,
+        {"a": folder / "expert", "b": folder / "expert"},
+        runtime_config=SVFRuntimeConfig(basis=str(folder / "pack")),
     )
     mixture.set_weights({"a": 0.25, "b": 0.75})
     found = logits(mixture.model)
@@ -289,8 +301,143 @@ def test_a_backend_that_only_knows_the_way_forward(
         assert delta is not None
         expected = nn.functional.linear(x, layer.effective_weight(delta), layer.bias)
         assert layer(x).detach() == pytest.approx(expected.detach(), abs=1e-4)
-    with pytest.raises(TypeError, match=r"q_proj is quantized \(gptq\), and PEFT cannot quantize a changed weight"):
+    layers = svf_layers(model)
+    layers[0].quantization_backend = None  # the others would be merged for good
+    layers[0].base_layer = nn.Linear(layers[0].in_features, layers[0].out_features)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(TypeError, match=r"is quantized \(gptq\), and PEFT cannot quantize a changed weight"):
+            merge()
+        assert svf_layers(model) == layers
+        assert not any(layer.merged for layer in layers)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merging_where_accelerate_moves_things(folder: Path, kind: str) -> None:
+    base = dispatch_model(quantized(folder, kind), {"": "cpu"}, force_hooks=True)
+    model = PeftModel.from_pretrained(base, folder / "expert", config=config(folder))
+    before = logits(model)
+    model.merge_adapter()
+    assert difference(logits(model), before) < COARSE[kind]
+    model.unmerge_adapter()
+    assert difference(logits(model), before) < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_merged_model_saves_the_adapter_and_holds_nothing_else(folder: Path, kind: str, tmp_path: Path) -> None:
+    model = PeftModel.from_pretrained(quantized(folder, kind), folder / "expert", config=config(folder))
+    names = [name for name, _ in model.named_parameters()]
+    model.merge_adapter()
+    assert [name for name, _ in model.named_parameters()] == names
+    model.save_pretrained(tmp_path)
+    saved, expected = (load_file(where / "adapter_model.safetensors") for where in (tmp_path, folder / "expert"))
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[key], expected[key]) for key in saved)
+    old = [weakref.ref(layer._quantized_before_merge._weight) for layer in svf_layers(model)]
+    merged = model.merge_and_unload()
+    del model
+    gc.collect()
+    assert not any(reference() is not None for reference in old)
+    assert torch.isfinite(logits(merged)).all()
+
+
+def test_an_error_while_merging_leaves_the_layer_as_it_was(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = PeftModel.from_pretrained(quantized(folder, "nf4"), folder / "expert", config=config(folder))
+    before = logits(model)
+
+    def fails(*args: Any) -> float:
+        raise MemoryError
+
+    monkeypatch.setattr("peft_svf.tuner.layer.kept_share", fails)
+    with pytest.raises(MemoryError):
         model.merge_adapter()
+    assert not any(layer.merged for layer in svf_layers(model))
+    assert difference(logits(model), before) < 1e-5
+
+
+def test_low_cpu_mem_usage(folder: Path) -> None:
+    for kind in ("int8", "nf4", "torchao int8"):
+        options = {"config": config(folder)}
+        model = PeftModel.from_pretrained(quantized(folder, kind), folder / "expert", **options)
+        there = PeftModel.from_pretrained(
+            quantized(folder, kind), folder / "expert", low_cpu_mem_usage=True, config=config(folder)
+        )
+        assert difference(logits(there), logits(model)) < 1e-5
+
+
+def test_weights_that_peft_does_not_know_to_be_quantized(folder: Path, tmp_path: Path) -> None:
+    class FP8Linear(nn.Linear):
+        """As that of transformers: codes and their scales."""
+
+    base = full_model()
+    layer = FP8Linear(64, 128, bias=False)
+    layer.weight = nn.Parameter(layer.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    base.model.layers[0].mlp.up_proj = layer
+    with pytest.raises(TypeError, match=r"up_proj is quantized \(FP8Linear, torch.float8_e4m3fn\)"):
+        get_peft_model(base, SVFConfig(target_modules="all-linear"))
+    shutil.copytree(folder / "model", tmp_path / "model")
+    about = json.loads((tmp_path / "model" / "config.json").read_text())
+    about["quantization_config"] = {"quant_method": "fp8"}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=r"is quantized \(fp8\): the numbers in its files are not its weights"):
+        decompose(tmp_path / "model", tmp_path / "pack")
+    with pytest.raises(ValueError, match=r"is quantized \(fp8\)"):
+        merge_to_folder(folder / "expert", tmp_path / "merged", tmp_path / "model")
+
+
+def test_coarser_rounding_needs_to_be_asked_for(folder: Path) -> None:
+    def two_bits() -> Any:
+        base = full_model()
+        for layer in base.model.layers:
+            weight = layer.mlp.up_proj.weight.detach()
+            scale = weight.abs().amax(dim=1, keepdim=True)
+            layer.mlp.up_proj = OnlyForward((weight / scale * 1.5).round() / 1.5 * scale, None)
+        return base
+
+    pack = BasisPack(folder / "pack")
+    weight = two_bits().model.layers[0].mlp.up_proj(torch.eye(64)).mT.contiguous()
+    name = "model.layers.0.mlp.up_proj"
+    with pytest.raises(ValueError, match=r"made from other weights.*base_check=\"warn\""):
+        pack.basis_for(weight, name=name, quantized=True)
+    with pytest.warns(UserWarning, match="made from other weights"):
+        pack.basis_for(weight, name=name, quantized=True, base_check="warn")
+    weight[0, 0] = torch.nan
+    for quantized_weight in (True, False):
+        with pytest.raises(ValueError, match="made from other weights"):
+            pack.basis_for(weight, name=name, quantized=quantized_weight, base_check="warn")
+
+
+@pytest.mark.parametrize("kind", ["int8", "torchao int8"])
+def test_a_fine_rounding_of_similar_weights_is_told_apart(folder: Path, kind: str, tmp_path: Path) -> None:
+    near = full_model()
+    torch.manual_seed(3)
+    for parameter in near.parameters():
+        parameter.data += 0.2 * parameter.std() * torch.randn_like(parameter)
+    near.save_pretrained(tmp_path / "near")
+    decompose(tmp_path / "near", tmp_path / "pack")
+    with pytest.raises(ValueError, match="made from other weights"):
+        PeftModel.from_pretrained(
+            quantized(folder, kind), folder / "expert", config=config(folder, basis=str(tmp_path / "pack"))
+        )
+
+
+def test_what_is_switched_off_comes_back(folder: Path) -> None:
+    base = quantized(folder, "nf4")
+    layers = [module for module in base.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+    assert len(layers) == 14
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = True  # whatever this CPU can do
+    with pytest.raises(ValueError, match="is quantized"):
+        get_peft_model(base, SVFConfig(target_modules="all-linear"))
+    assert all(layer.support_avx512bf16_for_cpu for layer in layers)
+    model = PeftModel.from_pretrained(base, folder / "expert", config=config(folder))
+    assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
+    model.unload()
+    assert all(layer.support_avx512bf16_for_cpu for layer in layers)
+
+
+def test_the_pack_of_the_environment_is_for_quantized_models(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PEFT_SVF_BASIS", str(folder / "pack"))
+    get_peft_model(tiny_llama(), SVFConfig(target_modules="all-linear"))  # of other shapes
 
 
 def test_plain_models_do_not_import_the_backends(monkeypatch: pytest.MonkeyPatch) -> None:

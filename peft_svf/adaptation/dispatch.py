@@ -182,13 +182,18 @@ class PromptDispatcher:
 
     def _spellings(self) -> list[list[int]]:
         """The tokens of each label as it is written, and with its first letter in the other case."""
-        asked, found = readable(self.question(NOTHING), self.tokenizer), []
+        asked = readable(self.question(NOTHING), self.tokenizer)
+
+        def tokens(text: str) -> list[int]:
+            return continuation_ids(asked, f" {text}", self.tokenizer)
+
+        found = [tokens(label) for label in self.answers]
+        self._spelled = list(range(len(found)))
         for i, label in enumerate(self.answers):
-            other = label[:1].swapcase() + label[1:]
-            ways = [continuation_ids(asked, f" {text}", self.tokenizer) for text in (label, other)]
-            ways = ways[:1] if ways[0] == ways[1] else ways
-            found += ways
-            self._spelled += [i] * len(ways)
+            other = tokens(label[:1].swapcase() + label[1:])
+            if other not in found and self.tokenizer.unk_token_id not in other:
+                found.append(other)
+                self._spelled.append(i)
         return found
 
     def _liking(self, prompts: Any) -> np.ndarray:

@@ -7,6 +7,7 @@ from typing import Any
 
 from peft import PeftModel
 
+from ..tuner import SVFRuntimeConfig
 from .dispatch import Dispatcher, PromptDispatcher
 from .mixture import AdaptiveMixture, expert_config
 from .nearest import NearestDispatcher
@@ -21,7 +22,7 @@ def load_experts(
     *,
     classifier: str | None = None,
     base_check: Any = "error",
-    basis: str | None = None,
+    runtime_config: SVFRuntimeConfig | None = None,
     **kwargs: Any,
 ) -> AdaptiveMixture:
     """
@@ -33,15 +34,17 @@ def load_experts(
         experts (`dict[str, str]`): Name of each expert with its Hub id or folder.
         classifier (`str`, *optional*): Hub id or folder of an SVF adapter that classifies prompts.
         base_check (`str`): If an expert is for another base model: `"error"`, `"warn"` or `"ignore"`.
-        basis (`str`, *optional*): Folder or Hub id of a basis pack, which quantized models need.
+        runtime_config ([`SVFRuntimeConfig`], *optional*): In the place of `base_check`.
         kwargs: For `AutoModelForCausalLM.from_pretrained`.
     """
-    mixture = AdaptiveMixture.from_pretrained(model_name_or_path, experts, base_check=base_check, basis=basis, **kwargs)
+    mixture = AdaptiveMixture.from_pretrained(
+        model_name_or_path, experts, base_check=base_check, runtime_config=runtime_config, **kwargs
+    )
     if classifier is not None:
         if CLASSIFIER in experts:
             raise ValueError(f"An expert cannot be called {CLASSIFIER!r}.")
         model: PeftModel = mixture.model
-        config = expert_config(CLASSIFIER, classifier, base_check, basis)
+        config = expert_config(CLASSIFIER, classifier, base_check, runtime_config)
         model.add_adapter(CLASSIFIER, config)
         model.load_adapter(classifier, adapter_name=CLASSIFIER, is_trainable=False)
         mixture.activate()

@@ -104,7 +104,7 @@ class AdaptiveMixture:
         tokenizer: Any = None,
         adapter_name: str = "mixture",
         base_check: Literal["error", "warn", "ignore"] = "error",
-        basis: str | None = None,
+        runtime_config: SVFRuntimeConfig | None = None,
         **kwargs: Any,
     ) -> AdaptiveMixture:
         """
@@ -116,7 +116,8 @@ class AdaptiveMixture:
             tokenizer: The tokenizer, which a search needs; by default that of `base_model` if this is a name.
             adapter_name (`str`): What to call the mixture.
             base_check (`str`): What to do when an expert was made for another base model, see [`SVFRuntimeConfig`].
-            basis (`str`, *optional*): Folder or Hub id of a basis pack, see [`SVFRuntimeConfig`].
+            runtime_config ([`SVFRuntimeConfig`], *optional*): For all experts, such as the basis pack that quantized
+                models need; in the place of `base_check`.
             kwargs: For `AutoModelForCausalLM.from_pretrained`, when `base_model` is a name.
         """
         _check_names(list(experts), adapter_name)
@@ -129,7 +130,7 @@ class AdaptiveMixture:
                     "base model anew, or mix the adapters that it has: `AdaptiveMixture(peft_model, names)`."
                 )
         # read all before the model is touched
-        configs = {name: expert_config(name, path, base_check, basis) for name, path in experts.items()}
+        configs = {name: expert_config(name, path, base_check, runtime_config) for name, path in experts.items()}
         if isinstance(base_model, (str, os.PathLike)):
             tokenizer = AutoTokenizer.from_pretrained(base_model) if tokenizer is None else tokenizer
             base_model = AutoModelForCausalLM.from_pretrained(base_model, **kwargs)
@@ -472,7 +473,9 @@ def _check_names(experts: Sequence[str], adapter_name: str) -> None:
             )
 
 
-def expert_config(name: str, path: str | os.PathLike[str], base_check: Any, basis: str | None = None) -> SVFConfig:
+def expert_config(
+    name: str, path: str | os.PathLike[str], base_check: Any, runtime_config: SVFRuntimeConfig | None = None
+) -> SVFConfig:
     """Of an expert on disk or on the Hub.
 
     Raises:
@@ -484,6 +487,8 @@ def expert_config(name: str, path: str | os.PathLike[str], base_check: Any, basi
         raise ValueError(f"Expert {name!r} cannot be read from {str(path)!r}: {error}") from error
     if not isinstance(config, SVFConfig):
         raise ValueError(f"Expert {name!r} ({path}) is a {config.peft_type} adapter; only SVF adapters can be mixed.")
-    config.runtime_config = SVFRuntimeConfig(base_check=base_check, basis=basis)
+    config.runtime_config = (
+        SVFRuntimeConfig(base_check=base_check) if runtime_config is None else copy.copy(runtime_config)
+    )
     config.inference_mode = True
     return config

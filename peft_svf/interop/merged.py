@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import ModelCardData
 from peft.utils.save_and_load import load_peft_weights
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from .._files import write_whole
@@ -26,7 +26,7 @@ from ..spectral import BasisCache, effective_weight, fingerprint, fingerprint_di
 from ..tuner import SVFConfig
 from ..tuner.base_check import recorded_name
 from ..tuner.fold import SMALLEST_SHARE
-from .sources import OTHER_WEIGHTS, model_files, model_folder, opened
+from .sources import OTHER_WEIGHTS, full_precision_config, model_files, model_folder, opened
 
 _PREFIX, _SUFFIX = "base_model.model.", ".svf_delta.weight"
 
@@ -169,7 +169,7 @@ def _deltas(adapter: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
 def _transposed(source: Path, deltas: Mapping[str, Any]) -> dict[str, bool]:
     """Whether each module stores its weight as `[in, out]`."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+        model = AutoModelForCausalLM.from_config(full_precision_config(source))
     modules = dict(model.named_modules())
     if unknown := [name for name in deltas if name not in modules]:
         raise ValueError(f"The model in {source} has no module {unknown[0]}, which the adapter changes.")

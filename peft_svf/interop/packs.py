@@ -13,14 +13,14 @@ from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_tar
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from .._files import write_whole
 from .._progress import progress_bar
 from ..spectral import PACK_FORMAT, PACK_INDEX, BasisPack, SingularBasis, checksum, singular_basis, weight_key
 from ..tuner import SVFConfig
-from .sources import model_files, model_folder, opened
+from .sources import full_precision_config, model_files, model_folder, opened
 
 
 @torch.no_grad()
@@ -50,7 +50,8 @@ def decompose(
         revision (`str`, *optional*): Of the model on the Hub.
 
     Raises:
-        ValueError: No such modules, the model has no safetensors files or lacks a weight, or a weight has no basis.
+        ValueError: No such modules, the model is quantized, has no safetensors files or lacks a weight, or a weight has
+            no basis.
     """
     if r is not None and r < 1:
         raise ValueError(f"`r` must be at least 1, got {r}.")
@@ -85,7 +86,7 @@ def decompose(
 def _targets(source: Path, target_modules: Sequence[str] | str) -> dict[str, bool]:
     """The modules, and whether each stores its weight as `[in, out]`."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+        model = AutoModelForCausalLM.from_config(full_precision_config(source))
     chosen: Any = target_modules if isinstance(target_modules, str) else list(target_modules)
     config = _maybe_include_all_linear_layers(SVFConfig(target_modules=chosen), model)
     found = {

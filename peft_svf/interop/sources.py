@@ -11,6 +11,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # weights in other formats, which are never read
@@ -28,6 +29,22 @@ def model_folder(base: str | os.PathLike[str] | None, revision: str | None) -> P
     if Path(base).is_dir():
         return Path(base)
     return Path(snapshot_download(str(base), revision=revision, ignore_patterns=[*OTHER_WEIGHTS, "original/*"]))
+
+
+def full_precision_config(source: Path) -> Any:
+    """The config of the model in a folder.
+
+    Raises:
+        ValueError: Its weights are quantized.
+    """
+    config = AutoConfig.from_pretrained(source)
+    if quantization := getattr(config, "quantization_config", None):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise ValueError(
+            f"The model in {source} is quantized ({method}): the numbers in its files are not its weights. Use the "
+            "full-precision model that it was made from."
+        )
+    return config
 
 
 def model_files(source: Path) -> dict[str, list[str]]:

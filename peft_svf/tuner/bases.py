@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,11 +32,17 @@ def build_bases(layers: Sequence[SVFLayer]) -> None:
     if not layers:
         return
     runtime = next(reversed(layers[0].svf_config.values())).runtime_config  # of the adapter that is being attached
-    basis = runtime.basis or os.environ.get("PEFT_SVF_BASIS")
-    pack = BasisPack(basis) if basis else None
+    pack = None if runtime.basis is None else BasisPack(runtime.basis)
+    pack_of_quantized = pack
+    if pack is None and any(layer.quantization_backend is not None for layer in layers):
+        named = os.environ.get("PEFT_SVF_BASIS")
+        pack_of_quantized = BasisPack(named) if named else None
     cache = BasisCache(runtime.cache_dir) if runtime.use_cache else None
     share = pack is None and _must_share(layers, cache)  # every rank reads the same pack
-    build = partial(_build, source=pack or cache, share=share)
+
+    def build(layer: SVFLayer) -> None:
+        _build(layer, (pack if layer.quantization_backend is None else pack_of_quantized) or cache, share)
+
     if all(layer.base_device.type == "cpu" for layer in layers) and not _in_lockstep():
         _for_each(build, layers)
     else:

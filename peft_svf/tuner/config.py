@@ -34,8 +34,8 @@ class SVFRuntimeConfig:
             the Hugging Face home.
         use_cache (`bool`): Whether to keep and reuse singular bases on disk.
         basis (`str`, *optional*): Folder or Hub id of a basis pack (`peft-svf decompose`), which all singular bases are
-            read from; nothing is decomposed then. Default: `$PEFT_SVF_BASIS`. Quantized base models need the pack of
-            their full-precision model.
+            read from; nothing is decomposed then. Quantized base models need the pack of their full-precision model;
+            for them the default is `$PEFT_SVF_BASIS`.
         decompose_quantized (`bool`): On a quantized base model without a pack, decompose the rounded weights. Experts
             for other precisions do not fit then, nor does what is trained so fit them.
         fold (`"auto"`, `"always"` or `"never"`): Whether a layer keeps its effective weight W(z) beside the base

@@ -32,7 +32,7 @@ from .bases import build_bases
 from .config import SVFConfig
 from .fold import Fold
 from .parameters import BASIS_NAME, Delta
-from .quantized import dequantized, requantize
+from .quantized import Original, dequantized, kept_share
 from .rows import RowDeltas
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class SVFLayer(BaseTunerLayer):
         self.base_fingerprint: list[float] | None = None  # of the weight that the basis was made from
         self.base_spectrum: torch.Tensor | None = None  # its σ, [k], on the CPU
         self._weight_before_merge: torch.Tensor | None = None
-        self._quantized_before_merge: nn.Module | None = None  # the base layer
+        self._quantized_before_merge: Original | None = None
         self.share_merged = 1.0
         self.fold = Fold()
         self.rows: RowDeltas | None = None  # in a mixed batch
@@ -206,7 +206,8 @@ class SVFLayer(BaseTunerLayer):
             if source is None:
                 found = singular_basis(weight, name=self.module_name)
             elif isinstance(source, BasisPack):
-                found = source.basis_for(weight, name=self.module_name, quantized=quantized)
+                policy = next(reversed(self.svf_config.values())).runtime_config.base_check
+                found = source.basis_for(weight, name=self.module_name, quantized=quantized, base_check=policy)
             else:
                 found = source.load_or_compute(weight, name=self.module_name)
             if found.vectors.shape[1] < r:
@@ -285,8 +286,8 @@ class SVFLayer(BaseTunerLayer):
         Merge adapters into the base weight, which is kept aside: `unmerge` restores it bit for bit, so that any number
         of cycles (TRL: one per weight sync) leaves the base model as it was.
 
-        A 16-bit weight cannot hold small changes: `share_merged` says how much of ΔW is in the merged weight, and the
-        model warns where it is less than 98 %.
+        A weight of 16 bits or less cannot hold small changes: `share_merged` says how much of ΔW is in the merged
+        weight, and the model warns where it is less than 98 %.
 
         Args:
             safe_merge (`bool`):
@@ -297,12 +298,8 @@ class SVFLayer(BaseTunerLayer):
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.svf_delta]
         if not names:
             return
+        self.check_mergeable()
         backend = self.quantization_backend
-        if backend is not None and not backend.supports_merge:
-            raise TypeError(
-                f"{self.module_name} is quantized ({backend.backend_name}), and PEFT cannot quantize a changed weight "
-                "so. Leave the adapter unmerged, or merge it into the full-precision model."
-            )
         with align_module_device(self):  # PEFT's onload_layer passes over the layer's own parameters
             together = (*self.merged_adapters, *names)
             delta = self.summed_delta(together)
@@ -327,14 +324,28 @@ class SVFLayer(BaseTunerLayer):
         self.merged_adapters.extend(names)
 
     def _merge_quantized(self, backend: QuantizationBackend, merged: torch.Tensor) -> None:
-        before = self._quantized_before_merge or self.get_base_layer()
-        requantize(backend, self, before, merged)
-        self._quantized_before_merge = before
-        weight = dequantized(backend, before, self.in_features).double()
-        change, kept = merged.double() - weight, self._stored_weight().double() - weight
-        total = change.square().sum()
-        share = float((kept * change).sum() / total) if total > 0 else 1.0
-        self.share_merged = min(share, 2.0 - share)
+        original = self._quantized_before_merge or Original(backend, self.get_base_layer())
+        try:
+            original.replace(self, merged)
+            self.share_merged = kept_share(original.weight(), merged, self._stored_weight())
+        except BaseException:
+            original.put_back(self)
+            self._quantized_before_merge = None
+            self.merged_adapters.clear()
+            raise
+        self._quantized_before_merge = original
+
+    def check_mergeable(self) -> None:
+        """
+        Raises:
+            TypeError: The base layer is quantized by a backend that cannot quantize another weight.
+        """
+        backend = self.quantization_backend
+        if backend is not None and not backend.supports_merge:
+            raise TypeError(
+                f"{self.module_name} is quantized ({backend.backend_name}), and PEFT cannot quantize a changed weight "
+                "so. Leave the adapter unmerged, or merge it into the full-precision model."
+            )
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -343,7 +354,8 @@ class SVFLayer(BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         if self._quantized_before_merge is not None:
-            self.base_layer, self._quantized_before_merge = self._quantized_before_merge, None
+            self._quantized_before_merge.put_back(self)
+            self._quantized_before_merge = None
         else:
             self.get_base_layer().weight.data.copy_(self._weight_before_merge)
         self._weight_before_merge = None
@@ -368,8 +380,7 @@ class SVFLayer(BaseTunerLayer):
         if self._weight_before_merge is not None:
             return self._weight_before_merge.to(self.get_base_layer().weight.device)
         if self._quantized_before_merge is not None:
-            assert self.quantization_backend is not None
-            return dequantized(self.quantization_backend, self._quantized_before_merge, self.in_features)
+            return self._quantized_before_merge.weight()
         weight = self._stored_weight()
         if weight.numel() == 0:
             raise RuntimeError(
@@ -420,6 +431,7 @@ class Linear(nn.Module, SVFLayer):
                 raise ValueError(f"{self.module_name} got merged within a mixed batch; call `unmerge_adapter` first.")
             names = self.rows.same
             if names and not args and not kwargs and (folded := self.fold.find(self, names, x)) is not None:
+                self.rows.check(x)
                 return self._folded(x, folded, names)
             delta = self.rows(x)
             return self.base_layer(x, *args, **kwargs) if delta is None else self._gated(x, delta, *args, **kwargs)

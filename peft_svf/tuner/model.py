@@ -29,7 +29,7 @@ from .config import SVFConfig
 from .fold import SMALLEST_SHARE
 from .layer import Linear, SVFLayer
 from .parameters import BASIS_NAME
-from .quantized import keep_order
+from .quantized import is_coarse, keep_order, reorder
 from .rows import (
     BASE,
     Groups,
@@ -77,11 +77,13 @@ class SVFModel(BaseTuner):
         """As PEFT's, then builds the singular bases that are missing and compares the base model with the one that the
         adapter was made for. If either fails, the adapter is taken out again and the model is as it was."""
         with self._undone_on_error(model, adapter_name):
-            keep_order(model)
+            self._kept_order = [*self._kept_order, *keep_order(model)]
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             layers = [m for m in model.modules() if isinstance(m, SVFLayer) and adapter_name in m.svf_delta]
             build_bases([layer for layer in layers if layer.needs_basis()])
             check_base(adapter_name, layers)
+
+    _kept_order: Sequence[Any] = ()
 
     def _create_and_replace(
         self,
@@ -114,10 +116,18 @@ class SVFModel(BaseTuner):
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         plain = type(base_layer) in (nn.Linear, Conv1D) and type(base_layer.weight) is nn.Parameter
         backend = None if plain else resolve_quantization_backend(base_layer, **kwargs)  # imports what is installed
-        if not (isinstance(base_layer, (nn.Linear, Conv1D)) or getattr(backend, "layer_type", None) == "linear"):
+        kind = type(base_layer).__name__
+        linear = isinstance(base_layer, (nn.Linear, Conv1D)) or getattr(backend, "layer_type", None) == "linear"
+        if not linear or kind.startswith("LayerNorm"):  # Transformer Engine has some that normalize first
             raise TypeError(
-                f"Target module {name} is a {type(base_layer).__name__}, which SVF does not support. Currently, only "
-                "`torch.nn.Linear` and `transformers.pytorch_utils.Conv1D` are supported."
+                f"Target module {name} is a {kind}, which SVF does not support. Currently, only `torch.nn.Linear`, "
+                "`transformers.pytorch_utils.Conv1D` and quantized linear layers that PEFT knows are supported."
+            )
+        if backend is None and is_coarse(base_layer):
+            raise TypeError(
+                f"Target module {name} is quantized ({kind}, {base_layer.weight.dtype}) in a way that PEFT does not "
+                "know, so its weight cannot be told from its numbers. Use the full-precision model, or another "
+                "quantization."
             )
         if svf_config.fan_in_fan_out and not isinstance(base_layer, Conv1D):
             warnings.warn(
@@ -139,9 +149,28 @@ class SVFModel(BaseTuner):
                 self._take_out(model, adapter_name)
             for layer, names in active:
                 layer.set_adapter(names)
+            if not active:
+                self._let_reorder()
             for parameter, requires_grad in trainable:
                 parameter.requires_grad_(requires_grad)
             raise
+
+    def _let_reorder(self) -> None:
+        reorder(self._kept_order)
+        self._kept_order = ()
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        found: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)
+        self._let_reorder()
+        return found
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT moves a layer with bitsandbytes' int8 weights to where they are, which δ on meta cannot do
+        state, delta = getattr(child, "state", None), getattr(new_module, "svf_delta", None)
+        if state is None or delta is None or not any(p.is_meta for p in delta.parameters()):
+            super()._replace_module(parent, child_name, new_module, child)
+            return
+        setattr(parent, child_name, new_module)
 
     def _take_out(self, model: nn.Module, adapter_name: str) -> None:
         if len(self.peft_config) <= 1:
@@ -483,8 +512,10 @@ class SVFModel(BaseTuner):
 
         Raises:
             ValueError: There is no such adapter.
+            TypeError: A layer is quantized by a backend that cannot quantize another weight.
         """
         self._check_known(adapter_names or [])
+        self._check_mergeable(adapter_names)
         with self._warning_of_rounding():
             super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
@@ -495,13 +526,21 @@ class SVFModel(BaseTuner):
 
         Raises:
             ValueError: There is no such adapter.
+            TypeError: A layer is quantized by a backend that cannot quantize another weight.
         """
         self._check_known(adapter_names or [])
+        self._check_mergeable(adapter_names)
         with self._warning_of_rounding():
             merged: nn.Module = super().merge_and_unload(
                 progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
             )
         return merged
+
+    def _check_mergeable(self, adapter_names: Sequence[str] | None) -> None:
+        """Before any layer is changed."""
+        for layer in self._layers():
+            if any(name in layer.svf_delta for name in adapter_names or layer.active_adapters):
+                layer.check_mergeable()
 
     @contextmanager
     def _warning_of_rounding(self) -> Iterator[None]:
@@ -514,7 +553,7 @@ class SVFModel(BaseTuner):
             warnings.warn(
                 f"{len(lossy)} of {len(layers)} merged weights are too coarse for the change: of ΔW, {lossy[0][0]:.0%} "
                 f"is left in {lossy[0][1]}, {median(share for share, _ in lossy):.0%} in the median of them. Unmerged "
-                "adapters are exact; so is merging into the base model in float32.",
+                "adapters are exact; so is merging into the full-precision base model in float32.",
                 stacklevel=4,
             )
 

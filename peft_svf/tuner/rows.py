@@ -55,12 +55,7 @@ class RowDeltas:
         Raises:
             ValueError: The input has another number of rows.
         """
-        rows, given = (1 if x.ndim == 1 else len(x)), len(self._weights)
-        allowed = [given, given * self.expansion]
-        if x.ndim == 2:
-            allowed += [n * tokens for n in allowed for tokens in self._tokens]
-        if given == 0 or rows not in allowed:
-            raise wrong_length(self._what, given, rows)
+        rows, given = self.check(x), len(self._weights)
         present = tuple(name for name in self._names if name in self._layer.svf_delta)
         if not present:
             return None
@@ -69,6 +64,20 @@ class RowDeltas:
             deltas = self._deltas(rows // given)
             self._remember(deltas, present)
         return deltas.reshape([rows, *[1] * (x.ndim - 2), -1] if x.ndim > 1 else [-1])
+
+    def check(self, x: torch.Tensor) -> int:
+        """The rows of an input.
+
+        Raises:
+            ValueError: Another number than was given.
+        """
+        rows, given = (1 if x.ndim == 1 else len(x)), len(self._weights)
+        allowed = [given, given * self.expansion]
+        if x.ndim == 2:
+            allowed += [n * tokens for n in allowed for tokens in self._tokens]
+        if given == 0 or rows not in allowed:
+            raise wrong_length(self._what, given, rows)
+        return rows
 
     def _deltas(self, repeats: int) -> torch.Tensor:
         choices = not self._weights.is_floating_point()

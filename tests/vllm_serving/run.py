@@ -66,7 +66,7 @@ def main(python: str) -> None:
             same, tokens, other = 0, 0, []
             for ids, name, answer in zip(prompts, job["names"], found, strict=True):
                 right, at = compare(model, name, ids, answer)
-                same, tokens = same + right, tokens + TOKENS
+                same, tokens = same + right, tokens + (TOKENS if at is None or at > TIE else right)
                 other += [] if at is None else [f"{name}: the token of transformers is better by {at:.1e}"]
             seconds = time.perf_counter() - start
             print(
@@ -128,7 +128,7 @@ def compare(model: PeftModel, name: str, prompt: list[int], answer: list[int]) -
     for place, token in enumerate(answer):
         gap = float(best.values[place] - logits[place, token])
         if token != int(best.indices[place]):
-            return (len(answer), gap) if gap <= TIE else (place, gap)
+            return place, gap
     return len(answer), None
 
 
