@@ -43,22 +43,26 @@ def inspect_command(
     plot: Annotated[
         Optional[Path], typer.Option("--plot", help="An image of δ by layer and module, and by size.")
     ] = None,
+    model_name_or_path: Annotated[
+        Optional[str], typer.Option("--model_name_or_path", help="A model to compare with the one it was made for.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what is in an adapter: base model, size, largest changes.
+    """Say what is in an adapter: base model, size, largest changes. With a model, whether it is for that.
 
-    peft-svf inspect experts/math --plot math.png
+    peft-svf inspect experts/math --plot math.png --model_name_or_path MODEL
     """
     with in_a_line():
-        from peft_svf.interop.inspect import inspect_adapter
+        from peft_svf.interop.inspect import check_spectrum, inspect_adapter
 
         summary, deltas = inspect_adapter(adapter, count=count)
+        different = None if model_name_or_path is None else check_spectrum(adapter, model_name_or_path)
         if plot is not None:
             from peft_svf.tuner.plots import plot_deltas
 
             plot_deltas(deltas, plot, title=Path(adapter).name)
     if as_json:
-        print(json.dumps(summary.to_dict(), indent=1))
+        print(json.dumps({**summary.to_dict(), "different": different}, indent=1))
         return
     table = Table(show_header=False, box=None)
     revision = f" ({summary.revision})" if summary.revision else ""
@@ -68,6 +72,10 @@ def inspect_command(
     table.add_row("rms of δ", f"{summary.rms:.4g}")
     for i, (name, size) in enumerate(summary.largest.items()):
         table.add_row("largest" if i == 0 else "", f"{name}: {size:.4g}")
+    if different is not None:
+        first = next(iter(different.items()), ("", ""))
+        words = f"{len(different)} of {summary.fingerprinted} weights differ, the first is {first[0]}: {first[1]}"
+        table.add_row("spectrum", words if different else f"that of {model_name_or_path}")
     if summary.broken:
         table.add_row("NaN or Inf in", ", ".join(summary.broken))
     if summary.more:

@@ -86,6 +86,22 @@ def test_an_adapter_is_inspected(world: Path, tmp_path: Path) -> None:
     assert found["more"] == []
 
 
+def test_the_spectrum_is_compared_with_a_model(world: Path, tmp_path: Path) -> None:
+    right = run("inspect", world / "expert", "--model_name_or_path", world / "base")
+    assert right.exit_code == 0, right.output
+    assert "spectrum" in right.stdout
+    found = json.loads(run("inspect", world / "expert", "--model_name_or_path", world / "base", "--json").stdout)
+    assert found["different"] == {}
+    other = AutoModelForCausalLM.from_pretrained(world / "base")
+    other.model.layers[1].mlp.up_proj.weight.data *= 1.01
+    other.save_pretrained(tmp_path / "other")
+    found = json.loads(run("inspect", world / "expert", "--model_name_or_path", tmp_path / "other", "--json").stdout)
+    assert list(found["different"]) == ["model.layers.1.mlp.up_proj"]
+    assert "1 of 14 weights differ" in " ".join(
+        run("inspect", world / "expert", "--model_name_or_path", tmp_path / "other").stdout.split()
+    )
+
+
 def test_an_expert_is_exported_as_lora(world: Path, tmp_path: Path) -> None:
     done = run("export", "lora", world / "expert", "--output_dir", tmp_path / "exact", "--json")
     assert done.exit_code == 0, done.output

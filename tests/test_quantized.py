@@ -374,6 +374,15 @@ def test_weights_that_peft_does_not_know_to_be_quantized(folder: Path, tmp_path:
     base.model.layers[0].mlp.up_proj = layer
     with pytest.raises(TypeError, match=r"up_proj is quantized \(FP8Linear, torch.float8_e4m3fn\)"):
         get_peft_model(base, SVFConfig(target_modules="all-linear"))
+
+    class Codes(torch.Tensor):
+        """As those of quanto, which say that they are floats."""
+
+    base = full_model()
+    weight = base.model.layers[0].mlp.up_proj.weight.detach().as_subclass(Codes)
+    base.model.layers[0].mlp.up_proj._parameters["weight"] = weight
+    with pytest.raises(TypeError, match="up_proj is quantized"):
+        get_peft_model(base, SVFConfig(target_modules="all-linear"))
     shutil.copytree(folder / "model", tmp_path / "model")
     about = json.loads((tmp_path / "model" / "config.json").read_text())
     about["quantization_config"] = {"quant_method": "fp8"}

@@ -1,4 +1,4 @@
-"""What is in an adapter, without its base model."""
+"""What is in an adapter, without its base model; and whether a model is the one that it was made for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from peft.utils.save_and_load import load_peft_weights
 
+from .._progress import progress_bar
+from ..spectral import BasisCache, fingerprint, fingerprint_difference
 from ..tuner import SVFConfig
+from .sources import linear_modules, model_files, model_folder, opened
 
 _SUFFIX = ".svf_delta.weight"
 
@@ -92,3 +95,44 @@ def inspect_adapter(
         more=sorted(key for key in weights if not key.endswith(_SUFFIX)),
     )
     return summary, deltas
+
+
+def check_spectrum(
+    path: str | os.PathLike[str],
+    base: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> dict[str, str]:
+    """
+    How the weights of a model differ from those that an adapter was made for, by module; nothing if it is the one.
+
+    The weights are read one at a time, and decomposed unless the cache of singular bases has them.
+
+    Args:
+        path: Folder or Hub id of an SVF adapter.
+        base: Folder or Hub id of a full-precision model.
+        revision (`str`, *optional*): Of the model on the Hub.
+        cache_dir (*optional*): Of singular bases.
+
+    Raises:
+        ValueError: There is no SVF adapter, it records no spectrum, or the model cannot be read.
+    """
+    config = SVFConfig.from_pretrained(str(path))
+    expected = config.expected_fingerprint if isinstance(config, SVFConfig) else {}
+    if not expected:
+        raise ValueError(f"{path} is no SVF adapter that records the spectrum of its base model.")
+    source, cache = model_folder(base, revision), BasisCache(cache_dir)
+    places = {key: file for file, keys in model_files(source).items() for key in keys}
+    modules, differences = linear_modules(source), {}
+    for name, numbers in progress_bar(expected.items(), desc="Comparing", unit="weight"):
+        if name not in modules or f"{name}.weight" not in places:
+            differences[name] = "the model has no such weight"
+            continue
+        with opened(source / places[f"{name}.weight"]) as file:
+            weight = file.get_tensor(f"{name}.weight")
+        weight = weight.mT if modules[name] else weight
+        found = fingerprint(cache.load_or_compute(weight, name=name).spectrum)
+        if difference := fingerprint_difference(numbers, found, (weight.shape[0], weight.shape[1])):
+            differences[name] = difference
+    return differences

@@ -9,9 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # weights in other formats, which are never read
@@ -45,6 +48,17 @@ def full_precision_config(source: Path) -> Any:
             "full-precision model that it was made from."
         )
     return config
+
+
+def linear_modules(source: Path) -> dict[str, bool]:
+    """The linear modules of the model in a folder, and whether each stores its weight as `[in, out]`."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(full_precision_config(source))
+    return {
+        name: isinstance(module, Conv1D)
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D))
+    }
 
 
 def model_files(source: Path) -> dict[str, list[str]]:

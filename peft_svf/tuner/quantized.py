@@ -18,9 +18,12 @@ if TYPE_CHECKING:
 
 
 def is_coarse(base_layer: nn.Module) -> bool:
-    """Whether weights have less than 16 bits, in a layer of a kind that PEFT does not know to be quantized."""
+    """Whether weights have less than 16 bits, or are of a kind of tensor that may (such as quanto's), in a layer of a
+    kind that PEFT does not know to be quantized."""
     weight = getattr(base_layer, "weight", None)
-    return isinstance(weight, torch.Tensor) and weight.dtype.itemsize < 2
+    if not isinstance(weight, torch.Tensor):
+        return False
+    return weight.dtype.itemsize < 2 or type(weight).__module__.partition(".")[0] not in ("torch", "deepspeed")
 
 
 def keep_order(model: nn.Module) -> list[Any]:
