@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 def is_coarse(base_layer: nn.Module) -> bool:
-    """Whether weights are floats of less than 16 bits, or of a kind of tensor that may hold those (such as quanto's), in
-    a layer of a kind that PEFT does not know to be quantized."""
+    """Whether weights are floats of less than 16 bits, or of a kind of tensor that may hold those (such as quanto's),
+    in a layer of a kind that PEFT does not know to be quantized."""
     weight = getattr(base_layer, "weight", None)
     if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
         return False  # integers have no singular basis, which says so
