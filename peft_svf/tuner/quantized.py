@@ -60,10 +60,11 @@ def reorder(layers: Iterable[Any]) -> None:
 def dequantized(backend: QuantizationBackend, base_layer: nn.Module, in_features: int) -> torch.Tensor:
     """What the base layer multiplies by, `[out, in]`: as its backend says, or, where that cannot tell, what comes out
     for each unit vector."""
-    try:
-        return backend.get_base_weight(base_layer).detach()
-    except (TypeError, NotImplementedError):
-        pass  # GPTQ, AWQ and others
+    if backend.supports_merge:  # not so for GPTQ, AWQ and others
+        try:
+            return backend.get_base_weight(base_layer).detach()
+        except NotImplementedError:
+            pass  # some of torchao's tensors
     tensors = [*base_layer.parameters(), *base_layer.buffers()]
     dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)  # of scales, mostly
     with torch.no_grad():

@@ -21,15 +21,14 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
+from peft_svf import SVFConfig
+from peft_svf.interop import merge_to_folder, to_lora
+from peft_svf.training.run import recipe_task
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+from smollm2 import load_model, model_name
+
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "examples"))
-
-from smollm2 import load_model, model_name  # noqa: E402
-
-from peft_svf import SVFConfig  # noqa: E402
-from peft_svf.interop import merge_to_folder, to_lora  # noqa: E402
-from peft_svf.training.run import recipe_task  # noqa: E402
-
 EXPERTS, RANK, PROMPTS, TOKENS, TIE = ("sums", "lists"), 64, 32, 24, 1e-4
 PREFIX = "base_model.model."
 
