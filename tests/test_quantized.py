@@ -207,6 +207,18 @@ def test_bitsandbytes_keeps_its_order(folder: Path) -> None:
         PeftModel.from_pretrained(base, folder / "expert", config=config(folder))
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"bassis": "PACK"}, "has no 'bassis'; it has base_check, .*basis"),
+        ("PACK", "must be an SVFRuntimeConfig or a dict, got 'PACK'"),
+    ],
+)
+def test_a_runtime_config_with_a_typo(given: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SVFConfig(runtime_config=given)
+
+
 def test_without_a_pack_the_error_says_what_to_do(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = quantized(folder, "nf4")
     with pytest.raises(ValueError, match=r"q_proj is quantized \(bnb 4bit\).*peft-svf decompose.*decompose_quantized"):

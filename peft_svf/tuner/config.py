@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
@@ -152,7 +152,12 @@ class SVFConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = SVF_PEFT_TYPE
         if isinstance(self.runtime_config, dict):
+            known = [each.name for each in fields(SVFRuntimeConfig)]
+            if unknown := [name for name in self.runtime_config if name not in known]:
+                raise ValueError(f"`runtime_config` has no {unknown[0]!r}; it has {', '.join(known)}.")
             self.runtime_config = SVFRuntimeConfig(**self.runtime_config)
+        if not isinstance(self.runtime_config, SVFRuntimeConfig):
+            raise ValueError(f"`runtime_config` must be an SVFRuntimeConfig or a dict, got {self.runtime_config!r}.")
         self._check_types()
         # What the adapter was made for, as opposed to what `base_fingerprint` says once it is attached: a config object
         # may be used for several models in turn, a saved adapter may not.
