@@ -30,3 +30,14 @@ def by_main_process(function: Callable[[], T]) -> T:
     if failure is not None:
         raise failure
     return result  # type: ignore[return-value]
+
+
+def leave() -> None:
+    """A program's last exchange with the other processes: wait for all of them, and end the group.
+
+    gloo may still hold Python's tensors of the exchange before, and aborts when it frees them while Python exits
+    (pytorch/pytorch#190489); a barrier has none, and comes after it.
+    """
+    state = processes()
+    state.wait_for_everyone()
+    state.destroy_process_group()

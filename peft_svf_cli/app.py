@@ -134,9 +134,12 @@ def search(
 
     peft-svf search --model_name_or_path MODEL --expert math=experts/math --expert logic=experts/logic
     --examples shots.jsonl --reward number --max_new_tokens 64 --output_dir my-mixture
+
+    For several processes: `accelerate launch -m peft_svf_cli search` with the same options.
     """
     checkpoint = output_dir / "search-checkpoint.json"
     try:
+        from peft_svf._processes import by_main_process, leave, processes
         from peft_svf.adaptation import AdaptiveMixture, LogLikelihoodObjective, RewardObjective, WeightedObjective
         from peft_svf.adaptation.examples import FILES, load_examples
         from peft_svf.scoring import find_reward
@@ -195,9 +198,12 @@ def search(
             resume=resume,
             seed=seed,
         )
-        mixture.save_pretrained(output_dir)
+        by_main_process(lambda: mixture.save_pretrained(output_dir))
+        leave()
     except (ValueError, ImportError, OSError) as error:
         fail(error)
+    if not processes().is_main_process:
+        return
     checkpoint.unlink(missing_ok=True)
     plotted = _plotted(result, output_dir / "search.png")
     if as_json:
@@ -579,7 +585,3 @@ def _plotted(result: MixtureResult | Evaluation, path: Path) -> bool:
 def main() -> None:
     """Entry point of the console script `peft-svf`."""
     app()
-
-
-if __name__ == "__main__":
-    main()

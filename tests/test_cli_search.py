@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +38,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def search(world: Path, output: Path, *more: str, examples: str = "shots.jsonl", **options: Any) -> Any:
+def search(world: Path, output: Path, *more: str, **options: Any) -> Any:
     from peft_svf_cli.app import app
 
+    return testing.CliRunner().invoke(app, words_of_a_search(world, output, *more, **options))
+
+
+def words_of_a_search(
+    world: Path, output: Path, *more: str, examples: str = "shots.jsonl", **options: Any
+) -> list[str]:
     chosen = {
         "model_name_or_path": world / "base",
         "examples": world / examples,
@@ -52,7 +61,7 @@ def search(world: Path, output: Path, *more: str, examples: str = "shots.jsonl",
     words = [word for name, value in chosen.items() if value is not None for word in (f"--{name}", str(value))]
     if not any(word == "--expert" for word in more):
         more = ("--expert", f"one={world / 'one'}", "--expert", f"two={world / 'two'}", *more)
-    return testing.CliRunner().invoke(app, ["search", *words, *more])
+    return ["search", *words, *more]
 
 
 def one_line(result: Any) -> str:
@@ -85,6 +94,26 @@ def test_the_result_as_json(world: Path, tmp_path: Path) -> None:
     assert content["judged_on"] == "cross-validation"
     assert content["settings"]["optimizer"] == "random"
     assert list(content["weights"]) == ["one", "two"]
+
+
+@pytest.mark.slow
+def test_two_processes_leave_one_mixture(world: Path, tmp_path: Path) -> None:
+    words = words_of_a_search(world, tmp_path / "mine", "--json", reward="loglik", validation="2", optimizer="random")
+    # what `accelerate launch --multi_gpu` calls; accelerate itself has no launcher for several CPU processes
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, "-m", "peft_svf_cli", *words],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    together = json.loads(done.stdout)
+    alone = search(world, tmp_path / "alone", "--json", reward="loglik", validation="2", optimizer="random")
+    assert together["weights"] == pytest.approx(json.loads(alone.stdout)["weights"])
+    names = {path.name for path in (tmp_path / "mine").iterdir()}
+    assert names == {path.name for path in (tmp_path / "alone").iterdir()}
 
 
 def test_options_reach_the_search(world: Path, tmp_path: Path) -> None:

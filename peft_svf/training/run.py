@@ -178,6 +178,7 @@ def train(trainer: Any, data: Splits, functions: list[Any], given: dict[str, Any
                 token=training.hub_token,
             )
     trainer.accelerator.print(f"saved in {training.output_dir}")
+    trainer.accelerator.wait_for_everyone()  # as in `leave`
     trainer.end()
     return record
 
