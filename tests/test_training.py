@@ -53,6 +53,7 @@ from peft_svf.training import (
 )
 from peft_svf.training.arguments import AdapterArguments, TrainArguments, adapter_config
 from peft_svf.training.checkpoints import discard_incomplete, is_complete, last_complete
+from peft_svf.training.report import Record
 from peft_svf.training.run import _for_trl, build, main, parse
 from peft_svf.training.tasks import SPLITS
 from peft_svf.tuner.plots import delta_sizes
@@ -878,6 +879,14 @@ def test_two_processes(objective: str, base: Path, data: Path, tmp_path: Path) -
     model = PeftModel.from_pretrained(tiny_llama(), tmp_path / "whole")
     alone = greedy_accuracy(model, tokenizer(), tested, early_letters, max_new_tokens=6)
     assert saved["accuracy_after"] == pytest.approx(alone)
+
+
+def test_what_is_left_of_a_run_is_json_for_every_reader() -> None:
+    history = [{"step": 1, "loss": float("nan"), "kl": float("inf"), "reward": 0.5}]
+    record = Record("expert", recipe={}, base_model="base", trainable=1, history=history)
+    assert json.loads(json.dumps(record.to_dict(), allow_nan=False))["history"] == [
+        {"step": 1, "loss": None, "kl": None, "reward": 0.5}
+    ]
 
 
 def test_the_command_line(base: Path, data: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -54,7 +55,7 @@ class Record:
     machine: Mapping[str, Any] = field(default_factory=lambda: machine())
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON."""
+        """Everything, as JSON, which knows no NaN: `None` stands for it in the history."""
         return {
             "name": self.name,
             "recipe": dict(self.recipe),
@@ -67,8 +68,12 @@ class Record:
             "best_step": self.best_step,
             "seconds": round(self.seconds, 1),
             "machine": dict(self.machine),
-            "history": list(self.history),
+            "history": [{name: _finite(value) for name, value in entry.items()} for entry in self.history],
         }
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def machine() -> dict[str, Any]:
