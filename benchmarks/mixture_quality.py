@@ -3,10 +3,11 @@
     python benchmarks/mixture_quality.py [--tasks NAME ...] [--seeds N] [--jobs N] [--only-report]
 
 For each task that no expert was trained on (benchmarks/unseen_tasks.py) and each seed, 12 examples are drawn, and on
-them a mixture of the shipped experts is searched with the defaults of `AdaptiveMixture.search`, by the reward, and by
-the log-likelihood of the answers (`--searches`); the best single expert and the best of all simple choices are chosen
-on the same examples. Everything is then scored on 200 other questions, with in-context prompting beside it: the base
-model with the 12 examples before the question.
+them a mixture of the shipped experts is searched in one or more ways (`--searches`): with the defaults of
+`AdaptiveMixture.search` by the reward, by the reward and a tenth of the log-likelihood of the right answers, by that
+alone, and by its gradient with weights for every layer; the best single expert and the best of all simple choices are
+chosen by the reward on the same examples. Everything is then scored on 200 other questions, with in-context prompting
+beside it: the base model with the 12 examples before the question.
 
 An hour and more on two cores. Each task leaves a JSON in `benchmarks/mixture_runs/`, to which a seed is added when it
 is done; what is there is not done again. `docs/mixtures.md` is made of them.
@@ -30,13 +31,13 @@ from common import load_model
 from compare import KEEP_MEMORY
 from unseen_tasks import TASKS, rows
 
-from peft_svf import AdaptiveMixture
+from peft_svf import AdaptiveMixture, SVFLayer
 from peft_svf._files import write_whole
 from peft_svf.adaptation import (
     Evaluator,
     LogLikelihoodObjective,
-    MixtureResult,
     RewardObjective,
+    WeightedObjective,
     WeightSpace,
     in_context_scores,
 )
@@ -45,7 +46,12 @@ ROOT = Path(__file__).parents[1]
 STORED = Path(__file__).parent / "mixture_runs"
 SHOTS, HELD_OUT, POOL = 12, 200, 60
 GENERATE = {"max_new_tokens": 16}
-SEARCHES = ("reward", "log-likelihood")
+SEARCHES: dict[str, dict[str, Any]] = {
+    "reward": {},
+    "reward and log-likelihood": {},
+    "log-likelihood": {},
+    "log-likelihood by layer": {"granularity": "layer", "optimizer": "gradient", "num_generations": 40},
+}  # beside the defaults
 SETTINGS = {"shots": SHOTS, "held_out": HELD_OUT, "generate": GENERATE}
 
 
@@ -58,27 +64,30 @@ class Bench:
         experts = {path.name: str(path) for path in sorted((ROOT / "examples" / "experts").iterdir()) if path.is_dir()}
         experts["classification"] = str(STORED / "classification")  # the one that the first runs were made with
         self.mixture = AdaptiveMixture.from_pretrained(base.eval(), experts, tokenizer=tokenizer)
-        self.space = WeightSpace(self.mixture.experts, [])
-        self.simple = self.space.simple()
+        self.simple = WeightSpace(self.mixture.experts, []).simple()
         questions = rows(task, HELD_OUT + POOL)
         self.held_out, self.pool = questions[:HELD_OUT], questions[HELD_OUT:]
         self.reward = TASKS[task][1]
         self.record: dict[str, Any] = stored(task) or {"task": task, "settings": SETTINGS, "simple": {}, "seeds": {}}
 
     def objective(self, examples: list[dict[str, Any]], name: str = "reward") -> Any:
-        if name == "log-likelihood":
-            return LogLikelihoodObjective(examples, self.mixture.tokenizer)
-        return RewardObjective(examples, self.reward, self.mixture.tokenizer, generation_kwargs=GENERATE)
+        likelihood = LogLikelihoodObjective(examples, self.mixture.tokenizer)
+        if name.startswith("log-likelihood"):
+            return likelihood
+        reward = RewardObjective(examples, self.reward, self.mixture.tokenizer, generation_kwargs=GENERATE)
+        return reward if name == "reward" else WeightedObjective([reward, likelihood], [1.0, 0.1])
 
-    def on_held_out(self, candidates: list[np.ndarray]) -> list[list[float]]:
-        evaluator = Evaluator(self.mixture.model, self.space, self.objective(self.held_out))
+    def on_held_out(self, candidates: list[np.ndarray], granularity: Any = "expert") -> list[list[float]]:
+        modules = [layer.module_name for layer in self.mixture.model.modules() if isinstance(layer, SVFLayer)]
+        space = WeightSpace(self.mixture.experts, modules, granularity)
+        evaluator = Evaluator(self.mixture.model, space, self.objective(self.held_out))
         return evaluator.scores(candidates, range(HELD_OUT)).tolist()
 
     def run(self, seeds: int, searches: list[str]) -> None:
         if not self.record["simple"]:
             self.record["simple"] = dict(zip(self.simple, self.on_held_out([*self.simple.values()]), strict=True))
             self.save()
-        for part in ("reward", "in-context", "log-likelihood"):
+        for part in ("reward", "in-context", *(name for name in SEARCHES if name != "reward")):
             if part != "in-context" and part not in searches:
                 continue
             for seed in range(seeds):
@@ -90,24 +99,26 @@ class Bench:
                     self.save()
 
     def prompted(self, shots: list[dict[str, Any]]) -> dict[str, Any]:
-        evaluator = Evaluator(self.mixture.model, self.space, self.objective([*self.held_out, *shots]))
+        space = WeightSpace(self.mixture.experts, [])
+        evaluator = Evaluator(self.mixture.model, space, self.objective([*self.held_out, *shots]))
         found = in_context_scores(evaluator, [(list(range(HELD_OUT)), list(range(HELD_OUT, HELD_OUT + SHOTS)))])
         assert found is not None
         return {"held_out": found.tolist()}
 
     def searched(self, shots: list[dict[str, Any]], name: str, seed: int) -> dict[str, Any]:
-        result = self.search(shots, name, seed)
-        alpha = self.space.vector([result.searched_weights[expert] for expert in self.mixture.experts])
+        options = {"validation": None, "in_context": False, "seed": seed, **SEARCHES[name]}
+        result = self.mixture.search(objective=self.objective(shots, name), **options)
+        weights = [result.searched_weights[expert] for expert in self.mixture.experts]
+        granularity = options.get("granularity", "expert")
+        if granularity != "expert":  # what was put in place: the searched mixture, or else where it began
+            weights = [weight for expert in self.mixture.experts for weight in result.alpha[expert]]
         return {
             "on_shots": result.scores,
             "weights": result.searched_weights,
-            "held_out": self.on_held_out([alpha])[0],
+            "held_out": self.on_held_out([np.array(weights)], granularity)[0],
             "usage": vars(result.usage),
             "best": [entry["best"] for entry in result.history],
         }
-
-    def search(self, shots: list[dict[str, Any]], name: str, seed: int) -> MixtureResult:
-        return self.mixture.search(objective=self.objective(shots, name), validation=None, in_context=False, seed=seed)
 
     def save(self) -> None:
         STORED.mkdir(exist_ok=True)
