@@ -451,6 +451,30 @@ def test_the_gradient_is_that_of_the_score(mixture: AdaptiveMixture, tokenizer: 
         assert gradient[i] == pytest.approx((high - low) / 2e-2, abs=2e-3)
 
 
+def test_the_gradient_goes_through_what_all_prompts_begin_with(
+    mixture: AdaptiveMixture, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objective, read = of_led("log-likelihood", tokenizer), []
+    forward = type(mixture.model).forward
+
+    def counting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        read.append(kwargs["input_ids"].numel())
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(mixture.model), "forward", counting)
+    space = WeightSpace(mixture.experts, modules(mixture), "layer")
+    x = np.random.default_rng(0).uniform(0.2, 0.8, space.dim)
+    value, gradient = Evaluator(mixture.model, space, objective).value_and_gradient(x, range(len(LED)))
+    shared = sum(read)
+    begin, objective.prefix_ids = len(objective.prefix_ids), []
+    read.clear()
+    expected, slope = Evaluator(mixture.model, space, objective).value_and_gradient(x, range(len(LED)))
+    assert sum(read) - shared == (len(LED) - 1) * begin
+    assert value == pytest.approx(expected, abs=1e-5)
+    assert gradient == pytest.approx(slope, abs=1e-5)
+    assert np.abs(slope).max() > 1e-3
+
+
 def test_gradient_descent_minimises_a_quadratic_within_bounds() -> None:
     optimizer = GradientDescent(np.array([0.5, 0.5]), bounds=np.array([[0.0, 1.0]] * 2))
     target = np.array([0.8, 1.5])

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -209,9 +209,14 @@ class Evaluator:
     def _slope(self, x: np.ndarray, batch: list[int]) -> tuple[float, np.ndarray]:
         """Sum of the scores of these examples, and its gradient."""
         variables = torch.tensor(self.space.weights(x), dtype=torch.float32, requires_grad=True)
-        objective: Any = self.objective
-        with self._mixtures(variables.to(self.model.device).expand(len(batch), -1, -1)):
-            score = objective.differentiable(self.model, batch).sum()
+        alpha, objective = variables.to(self.model.device), cast(Any, self.objective)
+        prefix = None
+        if self._prefix_ids and len(batch) > 1:
+            with self._mixtures(alpha[None]):
+                prefix = read_prefix(self.model, self._prefix_ids, 1)
+        given = {} if prefix is None else {"prefix": prefix.rows([0] * len(batch))}
+        with self._mixtures(alpha.expand(len(batch), -1, -1)):
+            score = objective.differentiable(self.model, batch, **given).sum()
         (found,) = torch.autograd.grad(score, variables)
         return score.item(), found.flatten().double().numpy()
 
@@ -224,7 +229,7 @@ class Evaluator:
         if len(self._prefix_rows.keys() | distinct.keys()) > self.batch_size:
             self._forget_prefixes()
         if new := [key for key in distinct if key not in self._prefix_rows]:
-            with self._mixtures([distinct[key] for key in new]):
+            with torch.no_grad(), self._mixtures([distinct[key] for key in new]):
                 found = read_prefix(self.model, self._prefix_ids, len(new))
             if found is None:
                 self._prefix_ids = []  # this model cannot share them

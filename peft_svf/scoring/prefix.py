@@ -78,7 +78,6 @@ def takes(model: Any, name: str) -> bool:
     return name in inspect.signature(inner.forward).parameters
 
 
-@torch.no_grad()
 def read_prefix(model: Any, ids: list[int], rows: int, **kwargs: Any) -> Prefix | None:
     """Let a model read these tokens, in as many rows as it has mixtures.
 
