@@ -159,6 +159,9 @@ def search(
         )
         function = None if reward == "loglik" else find_reward(reward)
         experts = _named(expert)
+        for name, path in experts.items():
+            if output_dir.resolve() == Path(path).resolve():
+                raise ValueError(f"--output_dir {output_dir} is the folder of expert {name!r}; take another one.")
         mixture = AdaptiveMixture.from_pretrained(
             model_name_or_path,
             experts,

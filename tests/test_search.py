@@ -855,8 +855,8 @@ def test_validation_as_a_dataset_or_a_number_of_numpy() -> None:
         ({"seed": -1}, "`seed`"),
         ({"seed": None}, "`seed`"),
         ({"seed": 0.5}, "`seed`"),
-        ({"population_size": 1}, "`population_size` must be at least 2"),
-        ({"population_size": 0, "optimizer": "cma-es"}, "`population_size` must be at least 2"),
+        ({"population_size": 1}, "`population_size` must be .*at least 2"),
+        ({"population_size": 0, "optimizer": "cma-es"}, "`population_size` must be .*at least 2"),
     ],
 )
 def test_settings_that_make_no_sense(options: dict[str, Any], message: str, mixture: AdaptiveMixture) -> None:
@@ -1230,8 +1230,8 @@ def test_tokens_are_counted(mixture: AdaptiveMixture, tokenizer: Any) -> None:
     [
         ({"examples": None}, "needs `examples`, or an `objective`"),
         ({"objective": Distance(TARGET)}, "not all of them"),
-        ({"batch_size": 0}, "`batch_size` must be at least 1"),
-        ({"patience": 0}, "`patience` must be at least 1"),
+        ({"batch_size": 0}, "`batch_size` must be .*at least 1"),
+        ({"patience": 0}, "`patience` must be .*at least 1"),
         ({"validation": 99}, "number of folds from 2 to 4"),
     ],
 )

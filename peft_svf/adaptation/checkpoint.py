@@ -36,19 +36,29 @@ class Checkpoint:
         """
         content = by_main_process(self._read)  # the file may be there in one process only
         if content is not None:
-            evaluator.load_state_dict(content["scores"])
-            evaluator.usage.seconds = content["seconds"]
+            try:
+                evaluator.load_state_dict(content["scores"])
+                evaluator.usage.seconds = float(content["seconds"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise self._damaged(error) from error
+
+    def _damaged(self, error: Exception) -> ValueError:
+        return ValueError(f"{self.path} is no checkpoint of a search: {error!r}.")
 
     def _read(self) -> dict[str, Any] | None:
         if not self.path.exists():
             return None
+        if self.path.is_dir():
+            raise ValueError(f"{self.path} is a folder; `checkpoint` must be the path of a JSON file.")
         if not self.resume:
             raise ValueError(f"{self.path} exists. Pass `resume=True` to go on with that search, or another path.")
         try:
             content = json.loads(self.path.read_text())
             identity, _, _ = content["identity"], content["scores"], content["seconds"]
+            if not isinstance(identity, dict):
+                raise TypeError("its identity is no mapping")
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.path} is no checkpoint of a search: {error!r}.") from error
+            raise self._damaged(error) from error
         for name, value in self.identity.items():
             if identity.get(name) != value:
                 raise ValueError(

@@ -121,13 +121,7 @@ class Evaluator:
         Raises:
             ValueError: The objective cannot be differentiated.
         """
-        if not hasattr(self.objective, "differentiable"):
-            raise ValueError(
-                f"The objective {self.objective.name!r} has no gradient, which only the log-likelihood has. Take "
-                "another optimizer, such as 'cem'."
-            )
-        if self.space.normalize:
-            raise ValueError("`normalize` cannot be differentiated; take another optimizer, such as 'cem'.")
+        check_differentiable(self.objective, self.space)
         left = sorted(examples, key=lambda i: -self._lengths[i])
         total, gradient, before = 0.0, np.zeros_like(x), self.objective.tokens
         with self._timed():
@@ -306,13 +300,35 @@ class Evaluator:
         ]
 
     def load_state_dict(self, state: Sequence[dict[str, Any]]) -> None:
-        """Know the scores of a `state_dict` when they are asked for."""
+        """Know the scores of a `state_dict` when they are asked for.
+
+        Raises:
+            ValueError: A score that is not finite, or other than as many of everything.
+        """
+        if not all(math.isfinite(score) for entry in state for score in entry["scores"]):
+            raise ValueError("some scores are not finite")
+        if not all(len(entry["weights"]) == len(self.space.experts) * len(self.space.groups) for entry in state):
+            raise ValueError(f"some candidates have other than {self.space.dim} weights")
         self._stored = {
             (entry["round"], np.array(entry["weights"], dtype=np.float64).tobytes()): dict(
                 zip(entry["examples"], zip(entry["scores"], entry["tokens"], strict=True), strict=True)
             )
             for entry in state
         }
+
+
+def check_differentiable(objective: Objective, space: WeightSpace) -> None:
+    """
+    Raises:
+        ValueError: There is no gradient.
+    """
+    if not hasattr(objective, "differentiable"):
+        raise ValueError(
+            f"The objective {objective.name!r} has no gradient, which only the log-likelihood has. Take another "
+            "optimizer, such as 'cem'."
+        )
+    if space.normalize:
+        raise ValueError("`normalize` cannot be differentiated; take another optimizer, such as 'cem'.")
 
 
 def _nothing(rows: int) -> None:

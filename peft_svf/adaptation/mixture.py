@@ -21,8 +21,8 @@ from ..scoring import LogLikelihoodObjective, Objective, RewardFunc, RewardObjec
 from ..tuner import SVFConfig, SVFLayer, SVFModel, SVFRuntimeConfig
 from .card import is_mixture_card, mixture_card
 from .checkpoint import Checkpoint
-from .evaluator import Evaluator
-from .identity import description_of, digest_of_experts, digest_of_rows
+from .evaluator import Evaluator, check_differentiable
+from .identity import description_of, digest_of_base, digest_of_experts, digest_of_rows
 from .optimizers import make_optimizer
 from .procedure import Procedure, split_examples
 from .result import IN_CONTEXT, SEARCHED, MixtureResult
@@ -180,6 +180,7 @@ class AdaptiveMixture:
 
     def _put_groups(self, alpha: np.ndarray, group_of: Mapping[str, int] | None) -> None:
         """α `[experts, groups]`."""
+        self._check_present()
         layers = self._mixed_layers(self.adapter_name)
         if any(layer.merged for layer in layers):
             raise ValueError(
@@ -193,6 +194,14 @@ class AdaptiveMixture:
         for layer in self._mixed_layers(adapter_name):
             group = 0 if self._group_of is None else self._group_of[layer.module_name]
             layer.mix(adapter_name, zip(self.experts, self._alpha[:, group].tolist(), strict=True))
+
+    def _check_present(self) -> None:
+        for name in (*self.experts, self.adapter_name):
+            if name not in self.model.peft_config:
+                raise ValueError(
+                    f"{name!r} was deleted from the model, so that its mixture cannot change any more; make a new "
+                    "`AdaptiveMixture` of the experts that are there."
+                )
 
     def _mixed_layers(self, adapter_name: str) -> list[SVFLayer]:
         return [m for m in self.model.modules() if isinstance(m, SVFLayer) and adapter_name in m.svf_delta]
@@ -279,6 +288,24 @@ class AdaptiveMixture:
             ValueError: No examples, a missing column, no tokenizer, an argument out of range, a checkpoint of another
                 search, or a reward function that does not return one finite number (or `None`) per completion.
         """
+        self._check_present()
+        num_generations = _whole("num_generations", num_generations, 1)
+        one_is_enough = optimizer == "gradient" or not isinstance(optimizer, str)  # which has a number of its own
+        population_size = _whole("population_size", population_size, 1 if one_is_enough else 2)
+        seed = _whole("seed", seed, 0)
+        batch_size, patience, max_rows, max_tokens = (
+            None if value is None else _whole(name, value, least)
+            for name, value, least in (
+                ("batch_size", batch_size, 1),
+                ("patience", patience, 1),
+                ("max_rows", max_rows, 0),
+                ("max_tokens", max_tokens, 0),
+            )
+        )
+        l1, l2 = _positive("l1", l1), _positive("l2", l2)
+        max_seconds = None if max_seconds is None else _positive("max_seconds", max_seconds)
+        if isinstance(validation, Real):  # numpy's, too
+            validation = int(validation) if isinstance(validation, Integral) else float(validation)
         space = WeightSpace(
             self.experts,
             [layer.module_name for layer in self._mixed_layers(self.adapter_name)],
@@ -288,12 +315,11 @@ class AdaptiveMixture:
         )
         if getattr(self.model.config, "is_encoder_decoder", False):
             raise ValueError("A search needs a decoder-only model; this one is an encoder-decoder model.")
-        for name, value in {"num_generations": num_generations, "batch_size": batch_size, "patience": patience}.items():
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
-        for name, least, kind in (("l1", l1, Real), ("l2", l2, Real), ("seed", seed, Integral)):
-            if not isinstance(least, kind) or not least >= 0:
-                raise ValueError(f"`{name}` must be a number of at least 0, got {least!r}.")
+        if any(layer.disable_adapters for layer in self._mixed_layers(self.adapter_name)):
+            raise ValueError(
+                "The adapters are disabled, so that every mixture would be the base model; search outside of "
+                "`disable_adapter()`, or after `enable_adapter_layers()`."
+            )
         for name in () if isinstance(optimizer, str) else ("ask", "tell", "population_size"):
             if not hasattr(optimizer, name):
                 raise TypeError(f"The optimizer {type(optimizer).__name__} has no `{name}`; see `Optimizer`.")
@@ -302,18 +328,25 @@ class AdaptiveMixture:
         elif examples is not None or reward_funcs is not None:
             raise ValueError("Pass `examples` and `reward_funcs`, or an `objective`, which has both; not all of them.")
         objective, split = split_examples(objective, validation, seed)
+        trial = (
+            make_optimizer(optimizer, space, population_size=population_size, seed=seed)
+            if isinstance(optimizer, str)
+            else optimizer
+        )
+        if getattr(trial, "uses_gradient", False):
+            check_differentiable(objective, space)
         evaluator = Evaluator(self.model, space, objective, batch_size=batch_size, seed=seed)
         settings = {
             "optimizer": optimizer if isinstance(optimizer, str) else type(optimizer).__name__,
             "population_size": population_size if isinstance(optimizer, str) else optimizer.population_size,
-            "bounds": list(bounds),
+            "bounds": [space.low, space.high],
             "normalize": normalize,
             "l1": l1,
             "l2": l2,
             "racing": racing,
             "one_standard_error": one_standard_error,
             "examples": len(objective.examples),
-            "seed": int(seed),
+            "seed": seed,
         }
         budget = {
             "num_generations": num_generations,
@@ -333,7 +366,7 @@ class AdaptiveMixture:
             l2,
             one_standard_error,
             limits=Limits(max_rows, max_tokens, max_seconds),
-            seed=int(seed),
+            seed=seed,
         )
         procedure = Procedure(
             evaluator,
@@ -349,10 +382,15 @@ class AdaptiveMixture:
             in_context,
             None if checkpoint is None else Checkpoint(checkpoint, resume, self._identity(objective, space, settings)),
         )
-        before = self._alpha, self._group_of
+        trained = self.model.training
         self.model.eval()
         try:
             result, chosen = procedure(settings | budget)
+        except BaseException:
+            self.model.train(trained)
+            raise
+        before = self._alpha, self._group_of
+        try:
             self._put_groups(space.weights(chosen), space.group_of)
         except BaseException:
             self._put_groups(*before)
@@ -378,7 +416,7 @@ class AdaptiveMixture:
             list(examples),
             reward_funcs,
             self.tokenizer,
-            reward_weights=reward_weights,
+            reward_weights=None if reward_weights is None else [float(weight) for weight in reward_weights],
             generation_kwargs=generation_kwargs,
         )
 
@@ -388,6 +426,7 @@ class AdaptiveMixture:
             **settings,
             "experts": self.experts,
             "values of the experts": digest_of_experts(self.model, self.experts),
+            "values of the base model": digest_of_base(self.model),
             "groups": space.groups,
             "group of each module": space.group_of,
             "objective": description_of(objective),
@@ -414,6 +453,7 @@ class AdaptiveMixture:
         Raises:
             ValueError: The name is taken, or has a dot.
         """
+        self._check_present()
         _check_names([name], self.adapter_name)
         self.model.base_model.add_weighted_adapter(self.experts, [0.0] * len(self.experts), name)
         self._mix(name)
@@ -428,6 +468,9 @@ class AdaptiveMixture:
         folder = Path(save_directory)
         if folder.is_file():
             raise ValueError(f"{folder} is a file; expected a folder to save the mixture in.")
+        for expert, source in self.sources.items():
+            if folder.resolve() == Path(source).resolve():
+                raise ValueError(f"{folder} is where expert {expert!r} came from; save the mixture in another folder.")
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as scratch:
             # PEFT puts an adapter that is not called "default" into a subfolder
@@ -458,15 +501,29 @@ def _generation_kwargs(objective: Any) -> dict[str, Any] | None:
     return json.loads(json.dumps(found[0], default=str)) if found else None
 
 
+def _whole(name: str, value: Any, least: int) -> int:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
+    return int(value)
+
+
+def _positive(name: str, value: Any) -> float:
+    if not isinstance(value, Real) or isinstance(value, bool) or not float(value) >= 0:
+        raise ValueError(f"`{name}` must be a number of at least 0, got {value!r}.")
+    return float(value)
+
+
 def _check_names(experts: Sequence[str], adapter_name: str) -> None:
     if not experts:
         raise ValueError("No experts: a mixture needs at least one.")
     if "." in adapter_name or not adapter_name:
         raise ValueError(f"The mixture cannot be called {adapter_name!r}: PEFT's names have no dots.")
+    if repeated := [name for name in experts if list(experts).count(name) > 1]:
+        raise ValueError(f"Expert {repeated[0]!r} is given twice.")
     if adapter_name in experts:
         raise ValueError(f"An expert is called {adapter_name!r} as the mixture is; pass another `adapter_name`.")
     for name in experts:
-        if name in (BASE, UNIFORM, SEARCHED, IN_CONTEXT) or "." in name or not name:
+        if not isinstance(name, str) or not name or "." in name or name in (BASE, UNIFORM, SEARCHED, IN_CONTEXT):
             raise ValueError(
                 f"An expert cannot be called {name!r}: PEFT's names have no dots, and {BASE!r}, {UNIFORM!r} and "
                 f"{SEARCHED!r} stand for weights in a `MixtureResult`."

@@ -14,9 +14,12 @@ if TYPE_CHECKING:
     from .result import MixtureResult
 
 
-def plot_result(result: MixtureResult, path: str | Path) -> None:
+def plot_result(result: MixtureResult, path: str | Path | None = None) -> Any:
     """
     Draw the progress of a search, all scores with their intervals, and α per expert and group.
+
+    Returns:
+        The figure, which is also saved if there is a path.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -26,7 +29,9 @@ def plot_result(result: MixtureResult, path: str | Path) -> None:
     _progress(progress, result)
     _scores(scores, result)
     _alpha(picture, alpha, result)
-    picture.savefig(path, dpi=110)
+    if path is not None:
+        picture.savefig(path, dpi=110)
+    return picture
 
 
 def _progress(axes: Any, result: MixtureResult) -> None:

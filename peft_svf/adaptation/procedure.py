@@ -16,7 +16,7 @@ from .checkpoint import Checkpoint
 from .evaluator import Evaluator
 from .in_context import in_context_scores
 from .result import IN_CONTEXT, SEARCHED, MixtureResult, compared, interval
-from .search import Outcome, Plan, run_search
+from .search import Outcome, Plan, per_question, run_search
 from .space import BASE, UNIFORM
 
 FOLDS, FEW, MANY = 3, 6, 24
@@ -144,8 +144,16 @@ class Procedure:
             scores = dict(zip(simple, evaluator.scores(list(simple.values()), judged), strict=True))
             if self.checkpoint is not None:
                 self.checkpoint.save(evaluator)
-            prompted = in_context_scores(evaluator, self.split.groups()) if self.in_context else None
+            prompted, interrupted = None, False
+            try:
+                prompted = in_context_scores(evaluator, self.split.groups()) if self.in_context else None
+            except KeyboardInterrupt:
+                if processes().num_processes > 1:
+                    raise
+                interrupted = True
             plan = replace(self.plan, limits=self.plan.limits.left(evaluator.usage, 1 + len(self.split.folds)))
+            if interrupted:
+                plan = replace(plan, num_generations=0)
 
             def on_generation(entry: dict[str, Any]) -> None:
                 elites = float(np.mean(entry["elites"]))
@@ -154,11 +162,14 @@ class Procedure:
                     self.checkpoint.save(evaluator)
 
             main = run_search(evaluator, optimizer, self.split.search, plan, on_generation, start)
+            if interrupted:
+                main.stopped = "interrupted"
             found, scores[SEARCHED], judged_on = self._judge(main, plan, on_generation)
-        choice, difference = compared(scores, list(simple))
-        chosen = found if choice == SEARCHED else simple[choice]
         if prompted is not None:
             scores[IN_CONTEXT] = prompted
+        scores = {name: per_question(evaluator.objective, judged, values) for name, values in scores.items()}
+        choice, difference = compared(scores, list(simple))
+        chosen = found if choice == SEARCHED else simple[choice]
         alpha = space.weights(chosen)
         result = MixtureResult(
             weights=_per_expert(space.experts, alpha),
@@ -168,7 +179,7 @@ class Procedure:
             intervals={name: interval(values) for name, values in scores.items()},
             difference=difference,
             judged_on=judged_on,
-            judged=len(judged),
+            judged=len(scores[choice]),
             searched_weights=_per_expert(space.experts, space.weights(found)),
             groups=space.groups,
             alpha=dict(zip(space.experts, alpha.tolist(), strict=True)),
@@ -186,7 +197,9 @@ class Procedure:
     ) -> tuple[np.ndarray, np.ndarray, str]:
         """The candidate that was found, its score of each example that is judged on, and what those are."""
         evaluator, split = self.evaluator, self.split
-        found = main.finalists[0] if main.finalists else evaluator.space.simple()[UNIFORM]  # stopped at once
+        space = evaluator.space
+        # without any, it was stopped at once
+        found = main.finalists[0] if main.finalists else np.clip(space.simple()[UNIFORM], space.low, space.high)
 
         def score(examples: list[int]) -> np.ndarray:
             # anew if the objective samples, and one only: the best of several would be a lucky one
@@ -205,14 +218,14 @@ class Procedure:
             out_of_fold = np.empty(len(split.search))
             for number, fold in enumerate(split.folds, start=1):
                 rest = [i for i in split.search if i not in fold]
-                start = self._start(rest)
-                optimizer = self.make_optimizer(plan.seed + number, start)
-                outcome = run_search(evaluator, optimizer, rest, plan, on_generation, start)
-                if not outcome.finalists or outcome.stopped == "interrupted":
-                    main.stopped = "interrupted"
-                    break
-                evaluator.new_round()
                 try:
+                    start = self._start(rest)
+                    optimizer = self.make_optimizer(plan.seed + number, start)
+                    outcome = run_search(evaluator, optimizer, rest, plan, on_generation, start)
+                    if not outcome.finalists or outcome.stopped == "interrupted":
+                        main.stopped = "interrupted"
+                        break
+                    evaluator.new_round()
                     out_of_fold[fold] = evaluator.scores(outcome.finalists[:1], fold)[0]
                 except KeyboardInterrupt:
                     if processes().num_processes > 1:
@@ -225,11 +238,13 @@ class Procedure:
 
     def _start(self, examples: list[int]) -> np.ndarray:
         """The best simple choice for these examples, of equals the first expert; if none is better than another, the
-        uniform mixture, from which all are as near."""
-        simple = self.evaluator.space.simple()
+        uniform mixture, from which all are as near. Within the bounds."""
+        space = self.evaluator.space
+        simple = space.simple()
         names = sorted(simple, key=lambda name: (name == BASE, name == UNIFORM))
         scores = self.evaluator.scores([simple[name] for name in names], examples).mean(axis=1)
-        return simple[UNIFORM if scores.min() == scores.max() else names[int(scores.argmax())]]
+        best = simple[UNIFORM if scores.min() == scores.max() else names[int(scores.argmax())]]
+        return np.clip(best, space.low, space.high)
 
     def _rows(self, optimizer: Any) -> int:
         """At most so many pairs of a candidate and an example."""

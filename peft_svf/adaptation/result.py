@@ -98,15 +98,18 @@ class MixtureResult:
         """JSON-serialisable."""
         return asdict(self)
 
-    def plot(self, path: str | Path) -> None:
+    def plot(self, path: str | Path | None = None) -> Any:
         """Draw the progress of the search, the scores with their intervals, and α.
+
+        Returns:
+            The figure (`matplotlib.figure.Figure`), which notebooks show; it is also saved if there is a path.
 
         Raises:
             ImportError: matplotlib is not installed.
         """
         from .plots import plot_result
 
-        plot_result(self, path)
+        return plot_result(self, path)
 
     def __str__(self) -> str:
         weights = ", ".join(f"{name} {weight:.2f}" for name, weight in self.weights.items())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -164,6 +165,7 @@ def chosen_first(
     scores = evaluator.scores(candidates, examples)
     gains = scores - np.array([[_penalty(evaluator, x, plan)] for x in candidates])
     means = gains.mean(axis=1)
+    gains = per_question(evaluator.objective, examples, gains)
     chosen = 0
     for challenger in [*range(1, len(simple)), *([len(simple) + int(means[len(simple) :].argmax())] if best else [])]:
         difference = gains[challenger] - gains[chosen]
@@ -173,6 +175,18 @@ def chosen_first(
             chosen = challenger
     rest = [i for i in np.argsort(-means, kind="stable").tolist() if i != chosen]
     return [candidates[i] for i in (chosen, *rest)]
+
+
+def per_question(objective: Any, examples: Sequence[int], scores: np.ndarray) -> np.ndarray:
+    """`[..., examples]` → `[..., questions]`: examples with the same prompt are no independent evidence, so their mean
+    is taken."""
+    rows = [objective.examples[i] for i in examples]
+    prompts = [json.dumps(row.get("prompt"), default=str) if isinstance(row, Mapping) else repr(row) for row in rows]
+    _, question = np.unique(prompts, return_inverse=True)
+    order = list(dict.fromkeys(question.tolist()))
+    if len(order) == len(rows):
+        return scores
+    return np.stack([scores[..., question == number].mean(axis=-1) for number in order], axis=-1)
 
 
 def _generation(

@@ -1,0 +1,228 @@
+"""`AdaptiveMixture.search` in the hands of users: odd settings, interruptions, what was deleted or changed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_adaptation import EXAMPLES, base_model, count_letters
+from test_adaptation import experts as experts
+from test_adaptation import mixture as mixture
+from test_adaptation import tokenizer as tokenizer
+
+from peft_svf import AdaptiveMixture, SVFLayer
+
+QUICK: dict[str, Any] = {"num_generations": 2, "population_size": 3}
+SHORT = {"max_new_tokens": 3}
+
+
+def deltas(mixture: AdaptiveMixture) -> list[torch.Tensor]:
+    layers = (module for module in mixture.model.modules() if isinstance(module, SVFLayer))
+    return [layer.svf_delta["mixture"]().detach().clone() for layer in layers if "mixture" in layer.svf_delta]
+
+
+def test_a_deleted_expert_is_missed_and_nothing_changes(mixture: AdaptiveMixture) -> None:
+    mixture.set_weights([0.5] * len(mixture.experts))
+    before, gone = deltas(mixture), mixture.experts[0]
+    mixture.model.delete_adapter(gone)
+    for attempt in (
+        lambda: mixture.search(EXAMPLES, **QUICK),
+        lambda: mixture.set_weights([1.0] * len(mixture.experts)),
+        lambda: mixture.apply("mine"),
+    ):
+        with pytest.raises(ValueError, match=f"'{gone}' was deleted from the model"):
+            attempt()
+    assert all(torch.equal(a, b) for a, b in zip(before, deltas(mixture), strict=True))
+
+
+def test_disabled_adapters_are_not_searched(mixture: AdaptiveMixture) -> None:
+    mixture.set_weights([0.2, 0.5, 0.9])
+    with mixture.model.disable_adapter(), pytest.raises(ValueError, match="adapters are disabled"):
+        mixture.search(EXAMPLES, **QUICK)
+    assert list(mixture.weights.values()) == pytest.approx([0.2, 0.5, 0.9])
+
+
+def test_a_refused_search_leaves_the_mode_of_the_model(mixture: AdaptiveMixture) -> None:
+    def failing(**kwargs: Any) -> list[float]:
+        raise RuntimeError("no reward today")
+
+    mixture.model.train()
+    with pytest.raises(RuntimeError, match="no reward today"):
+        mixture.search(EXAMPLES, failing, generation_kwargs=SHORT, **QUICK)
+    assert mixture.model.training
+
+
+def test_another_reward_of_the_same_name_does_not_take_the_scores(mixture: AdaptiveMixture, tmp_path: Path) -> None:
+    path, options = tmp_path / "search.json", {"generation_kwargs": SHORT, "in_context": False, **QUICK}
+    mixture.search(EXAMPLES, lambda completions, **k: [float(len(c)) for c in completions], checkpoint=path, **options)
+    with pytest.raises(ValueError, match="another search: objective"):
+        mixture.search(
+            EXAMPLES,
+            lambda completions, **k: [-float(len(c)) for c in completions],
+            checkpoint=path,
+            resume=True,
+            **options,
+        )
+
+
+def test_another_chat_template_or_base_does_not_take_the_scores(
+    mixture: AdaptiveMixture, experts: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "search.json"
+    mixture.search(EXAMPLES, checkpoint=path, **QUICK)
+    before = mixture.tokenizer.chat_template
+    mixture.tokenizer.chat_template = "{{ messages }}"
+    with pytest.raises(ValueError, match="another search: objective"):
+        mixture.search(EXAMPLES, checkpoint=path, resume=True, **QUICK)
+    mixture.tokenizer.chat_template = before
+    layer = next(module for module in mixture.model.modules() if isinstance(module, SVFLayer))
+    with torch.no_grad():
+        layer.get_base_layer().weight.mul_(1.5)
+    with pytest.raises(ValueError, match="another search: values of the base model"):
+        mixture.search(EXAMPLES, checkpoint=path, resume=True, **QUICK)
+
+
+def test_copies_of_a_question_are_no_more_evidence(mixture: AdaptiveMixture) -> None:
+    rows = [
+        {"prompt": prompt, "completion": answer} for prompt, answer in (("1+1=", "2"), ("ab", "ba"), ("what", "cat"))
+    ]
+    result = mixture.search(rows * 8, validation=3, num_generations=4, population_size=16)
+    assert result.judged == 3
+    assert not result.certain
+
+
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_ctrl_c_while_prompting_is_scored_keeps_what_is_known(
+    call: int, mixture: AdaptiveMixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("peft_svf.adaptation.procedure.in_context_scores", interrupted)
+    result = mixture.search(EXAMPLES, validation=[None, 2, 0.4][call - 1], **QUICK)
+    assert result.stopped == "interrupted"
+    assert set(mixture.experts) < set(result.scores)
+    assert result.history == []
+
+
+def test_ctrl_c_between_folds_keeps_the_search(mixture: AdaptiveMixture) -> None:
+    calls = 0
+
+    def reward(completions: list[str], **kwargs: Any) -> list[float]:
+        nonlocal calls
+        calls += 1
+        if calls == stop_at:
+            raise KeyboardInterrupt
+        return count_letters(completions, **kwargs)
+
+    options: dict[str, Any] = {
+        "validation": 2,
+        "generation_kwargs": {**SHORT, "do_sample": True},
+        "in_context": False,
+        "num_generations": 1,
+        "population_size": 3,
+    }
+    stop_at = 0
+    mixture.search(EXAMPLES, reward, **options)
+    whole = calls
+    # of the first ones, the simple choices are scored, without which there is nothing to keep
+    for stop_at in range(5, whole + 1):  # noqa: B007
+        calls = 0
+        result = mixture.search(EXAMPLES, reward, **options)
+        assert result.stopped == "interrupted"
+
+
+def test_settings_of_numpy_are_settings(mixture: AdaptiveMixture, tmp_path: Path) -> None:
+    result = mixture.search(
+        EXAMPLES,
+        count_letters,
+        reward_weights=torch.tensor([1.0]),
+        generation_kwargs=SHORT,
+        num_generations=np.int64(2),
+        population_size=np.int64(3),
+        validation=np.int64(2),
+        bounds=np.array([0, 1], dtype=np.float32),
+        l1=np.float32(0.01),
+        max_rows=np.int64(10_000),
+        seed=np.int64(1),
+        checkpoint=tmp_path / "search.json",
+    )
+    assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["settings"]["validation"] == 2
+    mixture.save_pretrained(tmp_path / "mine")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimizer": "cemm"}, "no optimizer 'cemm'"),
+        ({"population_size": 1}, "`population_size` must be .*at least 2"),
+        ({"optimizer": "gradient"}, "has no gradient"),
+        ({"max_rows": "10"}, "`max_rows` must be an integer of at least 0, got '10'"),
+        ({"max_rows": -3}, "`max_rows` must be an integer of at least 0, got -3"),
+        ({"max_seconds": float("nan")}, "`max_seconds` must be a number of at least 0, got nan"),
+        ({"num_generations": 2.5}, "`num_generations` must be an integer"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_generated(
+    options: dict[str, Any], message: str, mixture: AdaptiveMixture
+) -> None:
+    def never(**kwargs: Any) -> list[float]:
+        raise AssertionError("too late")
+
+    with pytest.raises(ValueError, match=message):
+        mixture.search(EXAMPLES, never, generation_kwargs=SHORT, **options)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content | {"scores": [{}]},
+        lambda content: content | {"scores": None},
+        lambda content: content | {"identity": []},
+        lambda content: content | {"seconds": "a"},
+        lambda content: content | {"scores": [{**content["scores"][0], "weights": [0.0]}]},
+        lambda content: content | {"scores": [{**content["scores"][0], "scores": [float("nan")]}]},
+    ],
+)
+def test_a_damaged_checkpoint_is_none(change: Any, mixture: AdaptiveMixture, tmp_path: Path) -> None:
+    path = tmp_path / "search.json"
+    mixture.search(EXAMPLES, checkpoint=path, **QUICK)
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    with pytest.raises(ValueError, match="is no checkpoint of a search"):
+        mixture.search(EXAMPLES, checkpoint=path, resume=True, **QUICK)
+
+
+def test_a_folder_is_no_checkpoint(mixture: AdaptiveMixture, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is a folder"):
+        mixture.search(EXAMPLES, checkpoint=tmp_path, resume=True, **QUICK)
+
+
+def test_what_is_found_is_within_the_bounds(mixture: AdaptiveMixture) -> None:
+    result = mixture.search(EXAMPLES, bounds=(0, 0.3), validation=None, **QUICK)
+    assert max(result.searched_weights.values()) <= 0.3
+
+
+def test_a_plot_is_a_figure(mixture: AdaptiveMixture, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    figure = mixture.search(EXAMPLES, **QUICK).plot()
+    assert len(figure.axes) >= 3
+
+
+def test_the_source_of_an_expert_is_not_overwritten(experts: Any, tokenizer: Any, tmp_path: Path) -> None:
+    mixture = AdaptiveMixture.from_pretrained(base_model(), experts, tokenizer=tokenizer)
+    name, folder = next(iter(experts.items()))
+    before = (Path(folder) / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=f"expert '{name}' came from"):
+        mixture.save_pretrained(folder)
+    assert (Path(folder) / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_names_are_checked(mixture: AdaptiveMixture) -> None:
+    with pytest.raises(ValueError, match="is given twice"):
+        AdaptiveMixture(mixture.model, [mixture.experts[0]] * 2, adapter_name="another")
+    with pytest.raises(ValueError, match="cannot be called None"):
+        mixture.apply(None)  # type: ignore[arg-type]
