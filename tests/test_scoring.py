@@ -223,7 +223,7 @@ def test_looking_for_the_sample_has_an_end(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("bad", [None, ["a", "b"], {}])
 def test_a_reference_that_is_no_text(bad: Any) -> None:
-    with pytest.raises(ValueError, match=r"Expected text, a number or messages, got"):
+    with pytest.raises(ValueError, match=r"Expected text, a number or messages with text, got"):
         REWARDS["exact"](completions=["a"], answer=[bad])
 
 

@@ -132,8 +132,13 @@ def _as_expected(
         prompt = messages
     found = {name: value for name, value in row.items() if name not in (prompt_column, "completion")}
     found["prompt"] = prompt
-    if answer is not None:
-        text = text_of(answer)
-        found["answer"] = text
-        found["completion"] = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+    if isinstance(answer, list) and not isinstance(prompt, str):  # messages, of which a tool may have some
+        found["completion"] = answer
+        if answer and isinstance(answer[-1], dict) and answer[-1].get("content"):
+            found["answer"] = text_of(answer)
+    elif answer is not None:
+        found["answer"] = text_of(answer)
+        found["completion"] = (
+            found["answer"] if isinstance(prompt, str) else [{"role": "assistant", "content": found["answer"]}]
+        )
     return found

@@ -11,7 +11,7 @@ import numpy as np
 from accelerate.utils.memory import should_reduce_batch_size
 
 from ..scoring import text_of
-from ..scoring.objectives import prompt_ids
+from ..scoring.objectives import joined, prompt_ids
 from ..scoring.rewards import REFERENCE_COLUMNS
 from .evaluator import Evaluator
 from .space import BASE
@@ -24,7 +24,7 @@ def answer_of(row: dict[str, Any]) -> str | None:
         value = row.get(name)
         if isinstance(value, (str, int, float)) and value != "":
             return str(value)
-        if isinstance(value, list) and value and isinstance(value[-1], dict) and "content" in value[-1]:
+        if isinstance(value, list) and value and isinstance(value[-1], dict) and value[-1].get("content"):
             return text_of(value)
     return None
 
@@ -57,9 +57,9 @@ def _led(prompt: Any, demonstrations: Sequence[dict[str, Any]]) -> Any:
     turns = [
         message
         for row in demonstrations
-        for message in (
-            *(message for message in row["prompt"] if message["role"] != "system"),
-            {"role": "assistant", "content": answer_of(row)},
+        for message in joined(
+            [message for message in row["prompt"] if message["role"] != "system"],
+            [{"role": "assistant", "content": answer_of(row)}],
         )
     ]
     return [*system, *turns, *prompt[len(system) :]]

@@ -1,10 +1,20 @@
 """How answers are scored: reward functions, and objectives that apply them to a model. Knows models and tokenizers, no
 adapters; training and adaptation stand on it."""
 
-from .categories import classification_prompt, content_text, named_category, readable, right_category
+from .categories import classification_prompt, named_category, readable, right_category
 from .objectives import LogLikelihoodObjective, Objective, RewardObjective, WeightedObjective
 from .prefix import Prefix, read_prefix
-from .rewards import ANSWERS, REWARDS, RewardFunc, check_rewards, checked, find_reward, reward_name, text_of
+from .rewards import (
+    ANSWERS,
+    REWARDS,
+    RewardFunc,
+    check_rewards,
+    checked,
+    content_text,
+    find_reward,
+    reward_name,
+    text_of,
+)
 
 __all__ = [
     "ANSWERS",

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .rewards import text_of
+from .rewards import content_text, text_of
 
 
 def classification_prompt(
@@ -56,13 +56,6 @@ def readable(messages: Sequence[dict[str, str]], tokenizer: Any) -> Any:
         rest = [message for message in messages if message["role"] == "assistant"]
         return [{"role": "user", "content": "\n\n".join(asked)}, *rest]
     return list(messages)
-
-
-def content_text(content: Any) -> str:
-    """The text of a message, which may come in parts."""
-    if isinstance(content, str):
-        return content
-    return "".join(part["text"] for part in content if part.get("type") == "text")
 
 
 def named_category(text: str, categories: Sequence[str]) -> str | None:

@@ -116,7 +116,13 @@ class RewardObjective(_Batched):
             )
         self.tokenizer = with_pad_token(tokenizer)
         self.batch_size = batch_size
-        self.generation_kwargs = {"max_new_tokens": 256, "do_sample": False, **(generation_kwargs or {})}
+        given = generation_kwargs or {}
+        config = given.get("generation_config")
+        said = {**({} if config is None else config.to_diff_dict()), **given}
+        if given.get("max_length") is not None:
+            raise ValueError("`max_length` counts the prompt, and prompts differ; pass `max_new_tokens`.")
+        defaults = {"max_new_tokens": said.get("max_new_tokens", 256), "do_sample": said.get("do_sample", False)}
+        self.generation_kwargs = {**defaults, **given}
         if (self.generation_kwargs.get("num_return_sequences") or 1) > 1:
             raise ValueError("`num_return_sequences` must be 1: an example has one score.")
         self.deterministic = not self.generation_kwargs["do_sample"] if deterministic is None else deterministic
@@ -124,6 +130,11 @@ class RewardObjective(_Batched):
 
     def _take(self, examples: Sequence[dict[str, Any]]) -> None:
         self.examples = check_examples(examples, ["prompt"])
+        if taken := [name for name in ("prompts", "completions", "completion_ids") if name in self.examples[0]]:
+            raise ValueError(
+                f"The examples have a column {taken[0]!r}, which is what reward functions get from the model; "
+                "give the column another name."
+            )
         self._prompts = [prompt_ids(row["prompt"], self.tokenizer) for row in self.examples]
         self.prefix_ids = common_prefix(self._prompts) if generates_from_prefix(self.generation_kwargs) else []
 
@@ -137,11 +148,13 @@ class RewardObjective(_Batched):
         if not generates_from_prefix(self.generation_kwargs, getattr(model, "generation_config", None)):
             prefix = None
         inputs = padded([self._prompts[i] for i in indices], "left", prefix, self.tokenizer, model.device)
-        output = model.generate(**inputs, pad_token_id=self.tokenizer.pad_token_id, **self.generation_kwargs)
+        options = {**self.generation_kwargs, "return_dict_in_generate": False}
+        output = model.generate(**inputs, pad_token_id=self.tokenizer.pad_token_id, **options)
         if len(output) != len(rows):
             raise ValueError("`num_return_sequences` must be 1: an example has one score.")
         ends = _end_tokens(model, self.tokenizer, self.generation_kwargs)
-        completion_ids = [_until_end(ids, ends) for ids in output[:, inputs["input_ids"].shape[1] :].tolist()]
+        pad = self.tokenizer.pad_token_id
+        completion_ids = [_until_end(ids, ends, pad) for ids in output[:, inputs["input_ids"].shape[1] :].tolist()]
         self.tokens += sum(len(self._prompts[i]) for i in indices) + sum(map(len, completion_ids))
         texts = self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
         completions = [
@@ -244,8 +257,15 @@ class WeightedObjective(_Batched):
             raise ValueError(f"Expected as many weights as objectives, got {len(objectives)} and {len(weights)}.")
         if len({len(objective.examples) for objective in objectives}) > 1:
             raise ValueError("The objectives have different numbers of examples; give all of them the same rows.")
+        for i, rows in enumerate(zip(*(objective.examples for objective in objectives), strict=True)):
+            if any(row["prompt"] != rows[0]["prompt"] for row in rows):
+                raise ValueError(f"The objectives have different prompts in row {i}; give all of them the same rows.")
         self.objectives, self.weights = list(objectives), [float(weight) for weight in weights]
-        self.examples = objectives[0].examples
+        # with the columns of all, as these rows are what each is made of anew for others
+        self.examples = [
+            {name: value for row in rows for name, value in row.items()}
+            for rows in zip(*(objective.examples for objective in objectives), strict=True)
+        ]
         self.batch_size = getattr(objectives[0], "batch_size", 16)
         self.deterministic = all(objective.deterministic for objective in objectives)
 
@@ -294,21 +314,45 @@ def check_examples(examples: Sequence[dict[str, Any]], columns: Sequence[str]) -
             raise ValueError(
                 f"Example {i} is {row!r}; expected rows with a column {columns[0]!r}, such as a list of dicts."
             )
-    rows = [dict(row) for row in rows]
+    rows = [{name: _plain(value, name) for name, value in row.items()} for row in rows]
     if not rows:
         raise ValueError("The examples are empty; expected at least one.")
     for i, row in enumerate(rows):
         for column in [*columns, *(column for column in rows[0] if column != "completion")]:
             if column not in row:
                 raise ValueError(f"Example {i} has no {column!r}; it has {', '.join(map(repr, row))}.")
-            if column == "prompt" and not row[column]:
+            if column == "prompt" and isinstance(row[column], (str, list, tuple)) and not row[column]:
                 raise ValueError(f"Example {i} has an empty {column!r}: {row}.")
+        for column in columns:
+            if not isinstance(row[column], str) and not _are_messages(row[column]):
+                raise ValueError(
+                    f"Example {i} has the {column} {row[column]!r}; expected text, or messages with a 'role'."
+                )
+            if isinstance(row[column], str) != isinstance(row["prompt"], str):
+                kinds = {True: "text", False: "messages"}
+                raise ValueError(
+                    f"Example {i} has {kinds[isinstance(row['prompt'], str)]} as its prompt and "
+                    f"{kinds[isinstance(row[column], str)]} as its {column}; both must be of one kind."
+                )
     return rows
+
+
+def _are_messages(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(turn, Mapping) and "role" in turn for turn in value)
+
+
+def _plain(value: Any, column: str) -> Any:
+    """What numpy's and torch's kind of rows hold: scalars as Python's, and messages as lists."""
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        return value.item()
+    if column in ("prompt", "completion") and hasattr(value, "tolist"):
+        return value.tolist()
+    return value
 
 
 def joined(prompt: Sequence[Mapping[str, Any]], completion: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The messages of both; a completion goes on from an answer that the prompt has begun."""
-    if completion and prompt[-1]["role"] == "assistant" == completion[0]["role"]:
+    if completion and prompt and prompt[-1]["role"] == "assistant" == completion[0]["role"]:
         whole = {**completion[0], "content": prompt[-1]["content"] + completion[0]["content"]}
         return [*prompt[:-1], whole, *completion[1:]]
     return [*prompt, *completion]
@@ -403,12 +447,16 @@ def _result_of(awaitable: Any) -> Any:
 def _end_tokens(model: Any, tokenizer: Any, generation_kwargs: Mapping[str, Any]) -> set[int]:
     """All tokens on which `generate` ends a row: many models have several."""
     given = generation_kwargs.get("eos_token_id")
-    if given is None:
-        given = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    for config in (generation_kwargs.get("generation_config"), getattr(model, "generation_config", None)):
+        if given is None:
+            given = getattr(config, "eos_token_id", None)
     ends = given if isinstance(given, (list, tuple)) else [given]
     return {int(end) for end in (*ends, tokenizer.eos_token_id) if end is not None}
 
 
-def _until_end(ids: list[int], ends: set[int]) -> list[int]:
-    """Up to and with the first end token, without the padding that follows in a batch."""
-    return next((ids[: i + 1] for i, token in enumerate(ids) if token in ends), ids)
+def _until_end(ids: list[int], ends: set[int], pad: int) -> list[int]:
+    """Up to and with the first end token, or the end by `stop_strings`, without the padding that follows in a batch."""
+    ended = next((ids[: i + 1] for i, token in enumerate(ids) if token in ends), ids)
+    while ended and ended[-1] == pad and pad not in ends:
+        ended = ended[:-1]
+    return ended

@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from numbers import Number
 from typing import Any
 
 # TRL's protocol: keyword arguments `prompts`, `completions`, `completion_ids` and every other column, one reward each
@@ -28,14 +29,25 @@ RewardFunc = Callable[..., Sequence["float | None"]]
 REFERENCE_COLUMNS = ("answer", "solution")
 
 
+def content_text(content: Any) -> str:
+    """The text of a message, which may come in parts."""
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part.get("type") == "text")
+
+
 def text_of(completion: Any) -> str:
-    """The text of a completion or reference answer: a string, a number, or the last of some messages."""
-    if isinstance(completion, (str, int, float)):
+    """The text of a completion or reference answer: a string, a number, or the last of some messages.
+
+    Raises:
+        ValueError: It is something else, or a message without text, such as the call of a tool.
+    """
+    if isinstance(completion, (str, Number)):
         return str(completion)
     try:
-        return str(completion[-1]["content"])
-    except (TypeError, KeyError, IndexError):
-        raise ValueError(f"Expected text, a number or messages, got {completion!r}.") from None
+        return content_text(completion[-1]["content"])
+    except (TypeError, KeyError, IndexError, AttributeError):
+        raise ValueError(f"Expected text, a number or messages with text, got {completion!r}.") from None
 
 
 # ------------------------------------------------------------------------------------------- answers in a text
