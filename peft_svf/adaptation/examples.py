@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ..scoring.objectives import are_messages
 from ..scoring.rewards import REFERENCE_COLUMNS, text_of
 
 FILES = (".jsonl", ".json", ".csv")
@@ -125,6 +126,8 @@ def _as_expected(
     columns = (answer_column,) if answer_column else ("completion", *REFERENCE_COLUMNS)
     answer = next((row[name] for name in columns if row.get(name) is not None), None)
     prompt = row[prompt_column]
+    if not isinstance(prompt, str) and not are_messages(prompt):
+        raise ValueError(f"{place} has the {prompt_column!r} {prompt!r}; expected text, or messages with a 'role'.")
     if system_prompt is not None:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if not any(message["role"] == "system" for message in messages):
@@ -137,7 +140,10 @@ def _as_expected(
         if answer and isinstance(answer[-1], dict) and answer[-1].get("content"):
             found["answer"] = text_of(answer)
     elif answer is not None:
-        found["answer"] = text_of(answer)
+        try:
+            found["answer"] = text_of(answer)
+        except ValueError as error:
+            raise ValueError(f"{place} has no answer that can be read: {error}") from None
         found["completion"] = (
             found["answer"] if isinstance(prompt, str) else [{"role": "assistant", "content": found["answer"]}]
         )

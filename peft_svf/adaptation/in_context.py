@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import warnings
 from collections.abc import Sequence
+from numbers import Number
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ def answer_of(row: dict[str, Any]) -> str | None:
     where it is neither text, a number nor messages."""
     for name in ("completion", *REFERENCE_COLUMNS):
         value = row.get(name)
-        if isinstance(value, (str, int, float)) and value != "":
+        if isinstance(value, (str, Number)) and value != "":
             return str(value)
         if isinstance(value, list) and value and isinstance(value[-1], dict) and value[-1].get("content"):
             return text_of(value)

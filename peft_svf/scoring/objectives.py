@@ -119,7 +119,8 @@ class RewardObjective(_Batched):
         given = generation_kwargs or {}
         config = given.get("generation_config")
         said = {**({} if config is None else config.to_diff_dict()), **given}
-        if given.get("max_length") is not None:
+        in_config = said.get("max_length") is not None and said.get("max_new_tokens") is None
+        if given.get("max_length") is not None or in_config:
             raise ValueError("`max_length` counts the prompt, and prompts differ; pass `max_new_tokens`.")
         defaults = {"max_new_tokens": said.get("max_new_tokens", 256), "do_sample": said.get("do_sample", False)}
         self.generation_kwargs = {**defaults, **given}
@@ -130,9 +131,11 @@ class RewardObjective(_Batched):
 
     def _take(self, examples: Sequence[dict[str, Any]]) -> None:
         self.examples = check_examples(examples, ["prompt"])
-        if taken := [name for name in ("prompts", "completions", "completion_ids") if name in self.examples[0]]:
+        passed = ["prompts", "completions", "completion_ids"]
+        passed += [name for function in self.reward_funcs for name in _of_a_trainer(function)]
+        if taken := [name for name in passed if name in self.examples[0]]:
             raise ValueError(
-                f"The examples have a column {taken[0]!r}, which is what reward functions get from the model; "
+                f"The examples have a column {taken[0]!r}, which reward functions get from elsewhere; "
                 "give the column another name."
             )
         self._prompts = [prompt_ids(row["prompt"], self.tokenizer) for row in self.examples]
@@ -258,7 +261,8 @@ class WeightedObjective(_Batched):
         if len({len(objective.examples) for objective in objectives}) > 1:
             raise ValueError("The objectives have different numbers of examples; give all of them the same rows.")
         for i, rows in enumerate(zip(*(objective.examples for objective in objectives), strict=True)):
-            if any(row["prompt"] != rows[0]["prompt"] for row in rows):
+            prompts = [row["prompt"] for row in rows if "prompt" in row]  # an objective may do without
+            if any(prompt != prompts[0] for prompt in prompts):
                 raise ValueError(f"The objectives have different prompts in row {i}; give all of them the same rows.")
         self.objectives, self.weights = list(objectives), [float(weight) for weight in weights]
         # with the columns of all, as these rows are what each is made of anew for others
@@ -303,28 +307,31 @@ class WeightedObjective(_Batched):
 
 
 def check_examples(examples: Sequence[dict[str, Any]], columns: Sequence[str]) -> list[dict[str, Any]]:
-    """The examples as a list of rows, which all have these columns and those of the first row, and a prompt.
+    """The examples as a list of rows, which all have these columns and those of each other, and a prompt.
 
     Raises:
-        ValueError: There are none, one lacks a column, or its prompt is empty.
+        ValueError: There are none, one lacks a column, its prompt is empty, or it is neither text nor messages.
     """
     rows = list(examples)
     for i, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise ValueError(
-                f"Example {i} is {row!r}; expected rows with a column {columns[0]!r}, such as a list of dicts."
+                f"Example {i} is {row!r}; expected rows with a column {columns[0]!r}, such as a list of dicts, "
+                'or of a DataFrame, `.to_dict("records")`.'
             )
     rows = [{name: _plain(value, name) for name, value in row.items()} for row in rows]
     if not rows:
         raise ValueError("The examples are empty; expected at least one.")
+    wanted = dict.fromkeys([*columns, *(column for row in rows for column in row if column != "completion")])
     for i, row in enumerate(rows):
-        for column in [*columns, *(column for column in rows[0] if column != "completion")]:
+        for column in wanted:
             if column not in row:
-                raise ValueError(f"Example {i} has no {column!r}; it has {', '.join(map(repr, row))}.")
+                named = f"Example {i} has no {column!r}; it has {', '.join(map(repr, row))}."
+                raise ValueError(named if column in columns else f"{named} Others have it; give all the same columns.")
             if column == "prompt" and isinstance(row[column], (str, list, tuple)) and not row[column]:
                 raise ValueError(f"Example {i} has an empty {column!r}: {row}.")
         for column in columns:
-            if not isinstance(row[column], str) and not _are_messages(row[column]):
+            if not isinstance(row[column], str) and not are_messages(row[column]):
                 raise ValueError(
                     f"Example {i} has the {column} {row[column]!r}; expected text, or messages with a 'role'."
                 )
@@ -337,25 +344,48 @@ def check_examples(examples: Sequence[dict[str, Any]], columns: Sequence[str]) -
     return rows
 
 
-def _are_messages(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and all(isinstance(turn, Mapping) and "role" in turn for turn in value)
+def are_messages(value: Any) -> bool:
+    """Whether it is a list of messages, each with the name of a role."""
+    return isinstance(value, (list, tuple)) and all(
+        isinstance(turn, Mapping) and isinstance(turn.get("role"), str) for turn in value
+    )
 
 
 def _plain(value: Any, column: str) -> Any:
     """What numpy's and torch's kind of rows hold: scalars as Python's, and messages as lists."""
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         return value.item()
-    if column in ("prompt", "completion") and hasattr(value, "tolist"):
-        return value.tolist()
-    return value
+    return _as_lists(value) if column in ("prompt", "completion") else value
+
+
+def _as_lists(value: Any) -> Any:
+    """Messages, and the parts of their contents, without arrays."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {name: _as_lists(inner) for name, inner in value.items()}
+    return [_as_lists(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def joined(prompt: Sequence[Mapping[str, Any]], completion: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The messages of both; a completion goes on from an answer that the prompt has begun."""
     if completion and prompt and prompt[-1]["role"] == "assistant" == completion[0]["role"]:
-        whole = {**completion[0], "content": prompt[-1]["content"] + completion[0]["content"]}
+        whole = {**completion[0], "content": _one_content(prompt[-1].get("content"), completion[0].get("content"))}
         return [*prompt[:-1], whole, *completion[1:]]
     return [*prompt, *completion]
+
+
+def _one_content(begun: Any, rest: Any) -> Any:
+    """The contents of two messages, of which either may be text, parts, or nothing beside the call of a tool."""
+    if not begun or not rest:
+        return begun or rest
+    if isinstance(begun, str) and isinstance(rest, str):
+        return begun + rest
+    return [part for content in (begun, rest) for part in _parts(content)]
+
+
+def _parts(content: Any) -> Sequence[Any]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 def prompt_text(prompt: Any, tokenizer: Any) -> str:

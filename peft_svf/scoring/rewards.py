@@ -30,10 +30,10 @@ REFERENCE_COLUMNS = ("answer", "solution")
 
 
 def content_text(content: Any) -> str:
-    """The text of a message, which may come in parts."""
+    """The text of a message, which may come in parts, or be `None` beside the call of a tool."""
     if isinstance(content, str):
         return content
-    return "".join(part["text"] for part in content if part.get("type") == "text")
+    return "".join(part["text"] for part in content or () if part.get("type") == "text")
 
 
 def text_of(completion: Any) -> str:
@@ -45,9 +45,13 @@ def text_of(completion: Any) -> str:
     if isinstance(completion, (str, Number)):
         return str(completion)
     try:
-        return content_text(completion[-1]["content"])
+        content = completion[-1]["content"]
+        text = None if content is None else content_text(content)
     except (TypeError, KeyError, IndexError, AttributeError):
-        raise ValueError(f"Expected text, a number or messages with text, got {completion!r}.") from None
+        text = None
+    if text is None:
+        raise ValueError(f"Expected text, a number or messages with text, got {completion!r}.")
+    return text
 
 
 # ------------------------------------------------------------------------------------------- answers in a text
