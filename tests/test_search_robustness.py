@@ -70,15 +70,14 @@ def test_another_reward_of_the_same_name_does_not_take_the_scores(mixture: Adapt
 
 
 def test_another_chat_template_or_base_does_not_take_the_scores(
-    mixture: AdaptiveMixture, experts: Any, tokenizer: Any, tmp_path: Path
+    mixture: AdaptiveMixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "search.json"
     mixture.search(EXAMPLES, checkpoint=path, **QUICK)
-    before = mixture.tokenizer.chat_template
-    mixture.tokenizer.chat_template = "{{ messages }}"
+    monkeypatch.setattr(mixture.tokenizer, "chat_template", "{{ messages }}")
     with pytest.raises(ValueError, match="another search: objective"):
         mixture.search(EXAMPLES, checkpoint=path, resume=True, **QUICK)
-    mixture.tokenizer.chat_template = before
+    monkeypatch.undo()
     layer = next(module for module in mixture.model.modules() if isinstance(module, SVFLayer))
     with torch.no_grad():
         layer.get_base_layer().weight.mul_(1.5)
@@ -95,15 +94,15 @@ def test_copies_of_a_question_are_no_more_evidence(mixture: AdaptiveMixture) -> 
     assert not result.certain
 
 
-@pytest.mark.parametrize("call", [1, 2, 3])
+@pytest.mark.parametrize("validation", [None, 2, 0.4])
 def test_ctrl_c_while_prompting_is_scored_keeps_what_is_known(
-    call: int, mixture: AdaptiveMixture, monkeypatch: pytest.MonkeyPatch
+    validation: Any, mixture: AdaptiveMixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*args: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("peft_svf.adaptation.procedure.in_context_scores", interrupted)
-    result = mixture.search(EXAMPLES, validation=[None, 2, 0.4][call - 1], **QUICK)
+    result = mixture.search(EXAMPLES, validation=validation, **QUICK)
     assert result.stopped == "interrupted"
     assert set(mixture.experts) < set(result.scores)
     assert result.history == []
@@ -112,12 +111,15 @@ def test_ctrl_c_while_prompting_is_scored_keeps_what_is_known(
 def test_ctrl_c_between_folds_keeps_the_search(mixture: AdaptiveMixture) -> None:
     calls = 0
 
-    def reward(completions: list[str], **kwargs: Any) -> list[float]:
-        nonlocal calls
-        calls += 1
-        if calls == stop_at:
-            raise KeyboardInterrupt
-        return count_letters(completions, **kwargs)
+    def interrupted_at(call: int | None) -> Any:
+        def reward(completions: list[str], **kwargs: Any) -> list[float]:
+            nonlocal calls
+            calls += 1
+            if calls == call:
+                raise KeyboardInterrupt
+            return count_letters(completions, **kwargs)
+
+        return reward
 
     options: dict[str, Any] = {
         "validation": 2,
@@ -126,13 +128,12 @@ def test_ctrl_c_between_folds_keeps_the_search(mixture: AdaptiveMixture) -> None
         "num_generations": 1,
         "population_size": 3,
     }
-    stop_at = 0
-    mixture.search(EXAMPLES, reward, **options)
-    whole = calls
-    # of the first ones, the simple choices are scored, without which there is nothing to keep
-    for stop_at in range(5, whole + 1):  # noqa: B007
+    mixture.search(EXAMPLES, interrupted_at(None), **options)
+    whole, first = calls, 5  # before, the simple choices are scored, without which there is nothing to keep
+    assert whole > 2 * first
+    for call in range(first, whole + 1):
         calls = 0
-        result = mixture.search(EXAMPLES, reward, **options)
+        result = mixture.search(EXAMPLES, interrupted_at(call), **options)
         assert result.stopped == "interrupted"
 
 
@@ -224,5 +225,6 @@ def test_the_source_of_an_expert_is_not_overwritten(experts: Any, tokenizer: Any
 def test_names_are_checked(mixture: AdaptiveMixture) -> None:
     with pytest.raises(ValueError, match="is given twice"):
         AdaptiveMixture(mixture.model, [mixture.experts[0]] * 2, adapter_name="another")
+    nothing: Any = None
     with pytest.raises(ValueError, match="cannot be called None"):
-        mixture.apply(None)  # type: ignore[arg-type]
+        mixture.apply(nothing)

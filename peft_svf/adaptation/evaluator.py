@@ -208,6 +208,8 @@ class Evaluator:
         if self._prefix_ids and len(batch) > 1:
             with self._mixtures(alpha[None]):
                 prefix = read_prefix(self.model, self._prefix_ids, 1)
+            if prefix is None:
+                self._prefix_ids = []  # this model cannot share them
         given = {} if prefix is None else {"prefix": prefix.rows([0] * len(batch))}
         with self._mixtures(alpha.expand(len(batch), -1, -1)):
             score = objective.differentiable(self.model, batch, **given).sum()
@@ -307,7 +309,7 @@ class Evaluator:
         """
         if not all(math.isfinite(score) for entry in state for score in entry["scores"]):
             raise ValueError("some scores are not finite")
-        if not all(len(entry["weights"]) == len(self.space.experts) * len(self.space.groups) for entry in state):
+        if not all(len(entry["weights"]) == self.space.dim for entry in state):
             raise ValueError(f"some candidates have other than {self.space.dim} weights")
         self._stored = {
             (entry["round"], np.array(entry["weights"], dtype=np.float64).tobytes()): dict(

@@ -304,8 +304,6 @@ class AdaptiveMixture:
         )
         l1, l2 = _positive("l1", l1), _positive("l2", l2)
         max_seconds = None if max_seconds is None else _positive("max_seconds", max_seconds)
-        if isinstance(validation, Real):  # numpy's, too
-            validation = int(validation) if isinstance(validation, Integral) else float(validation)
         space = WeightSpace(
             self.experts,
             [layer.module_name for layer in self._mixed_layers(self.adapter_name)],
@@ -355,7 +353,11 @@ class AdaptiveMixture:
             "max_tokens": max_tokens,
             "max_seconds": max_seconds,
             "granularity": granularity if isinstance(granularity, str) else dict(granularity),
-            "validation": validation if isinstance(validation, (str, int, float, type(None))) else "rows",
+            "validation": (
+                getattr(validation, "item", lambda: validation)()  # of numpy's numbers
+                if isinstance(validation, (str, Real, type(None)))
+                else "rows"
+            ),
             "generation_kwargs": _generation_kwargs(objective),
         }
         plan = Plan(
