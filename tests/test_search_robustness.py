@@ -165,6 +165,7 @@ def test_settings_of_numpy_are_settings(mixture: AdaptiveMixture, tmp_path: Path
         ({"max_rows": "10"}, "`max_rows` must be an integer of at least 0, got '10'"),
         ({"max_rows": -3}, "`max_rows` must be an integer of at least 0, got -3"),
         ({"max_seconds": float("nan")}, "`max_seconds` must be a number of at least 0, got nan"),
+        ({"bounds": (0, 1, 2)}, "`bounds` must be a smallest and a largest weight, got"),
         ({"num_generations": 2.5}, "`num_generations` must be an integer"),
     ],
 )

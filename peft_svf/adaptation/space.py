@@ -42,6 +42,8 @@ class WeightSpace:
         bounds: tuple[float, float] = (0.0, 1.0),
         normalize: bool = False,
     ) -> None:
+        if len(bounds) != 2:
+            raise ValueError(f"`bounds` must be a smallest and a largest weight, got {bounds}.")
         low, high = bounds
         if not (np.isfinite(low) and np.isfinite(high) and low <= 0 <= high and low < high):
             raise ValueError(f"`bounds` must be a smallest and a largest weight, with 0 between them, got {bounds}.")
