@@ -4,9 +4,11 @@
 
 The tasks, examples and held-out questions of `benchmarks/mixture_quality.py`. For each of 12 examples the base model,
 every expert and the uniform mixture answer once greedily and four times at temperature 1; the answers that the reward
-takes, with the reference, are kept. Their summed probability, `Σ_y r(y) p_α(y|x)`, is a lower bound of the expected
-reward of a sampled answer, and differentiable where the reward itself is not. Adam climbs it from the best simple
-choice, 16 answers a step, and what it finds is scored on 200 other questions by greedy decoding.
+takes, with the reference, are kept. The sum of reward times probability, `Σ_y r(y) p_α(y|x)`, is what they give to the
+expected reward of a sampled answer, and differentiable where the reward itself is not. (Not exactly: the reference ends
+as in the chat template, with a newline behind the end, so that a sampled answer of the same words counts beside it.)
+Adam climbs it from the simple choice where it is highest, 16 answers a step, and what it finds is scored on 200 other
+questions by greedy decoding.
 
 Ten minutes and more for each task and seed on one core; what is known is kept in `benchmarks/mixture_runs/expected/`.
 """
@@ -23,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from mixture_quality import GENERATE, SHOTS, STORED, Bench
+from mixture_quality import GENERATE, SHOTS, STORED, Bench, stored
 from unseen_tasks import TASKS
 
 from peft_svf import SVFLayer
@@ -34,6 +36,7 @@ from peft_svf.scoring import Prefix
 
 FOLDER = STORED / "expected"
 SAMPLES, STEPS, BATCH, LEARNING_RATE = 4, 40, 16, 0.05
+SETTINGS = {"shots": SHOTS, "samples": SAMPLES, "steps": STEPS, "batch": BATCH, "learning_rate": LEARNING_RATE}
 
 Pool = list[dict[tuple[int, ...], float]]  # for each example, the tokens of answers with their rewards
 
@@ -59,7 +62,8 @@ class Listening(RewardObjective):
 
 
 class ExpectedReward(LogLikelihoodObjective):
-    """Reward times probability of each answer of a pool; their mean is the expected reward of a sampled answer."""
+    """Reward times probability of each answer of a pool, scaled so that the mean over answers is the mean over
+    questions of the sum over their answers. Adds the references to the pool."""
 
     name = "expected reward"
 
@@ -119,28 +123,33 @@ def searched(bench: Bench, seed: int, granularity: Any) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=[task for task in TASKS if stored(task)])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--granularity", choices=("expert", "layer"), default="layer")
     parser.add_argument("--only-report", action="store_true")
     arguments = parser.parse_args()
     FOLDER.mkdir(exist_ok=True)
-    print("| task, seed | expected reward at the start, found | accuracy: best expert by reward, start, found | s |")
+    print("| task, seed | sum at the start, found | accuracy: best expert by reward, start, found | s |")
     print("|---|---|---|---|")
     for task in arguments.tasks:
+        quality = stored(task)
+        if quality is None:
+            raise SystemExit(f"{task} has no runs of mixture_quality.py to compare with; run those first.")
         path = FOLDER / f"{task}-{arguments.granularity}.json"
-        known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        record = json.loads(path.read_text()) if path.exists() else {"settings": SETTINGS, "seeds": {}}
+        if record["settings"] != SETTINGS:
+            raise SystemExit(f"{path} was run with {record['settings']}, not {SETTINGS}; move it away first.")
+        known: dict[str, Any] = record["seeds"]
         if not arguments.only_report:
             bench = Bench(task)
             for seed in map(str, range(arguments.seeds)):
                 if seed not in known:
                     torch.manual_seed(0)
                     known[seed] = searched(bench, int(seed), arguments.granularity)
-                    write_whole(path, json.dumps(known) + "\n")
-        stored = json.loads((STORED / f"{task}.json").read_text())
-        simple = {name: np.mean(values) for name, values in stored["simple"].items()}
+                    write_whole(path, json.dumps(record) + "\n")
+        simple = {name: np.mean(values) for name, values in quality["simple"].items()}
         for seed, run in known.items():
-            shots = stored["seeds"][seed]["reward"]["on_shots"] if seed in stored["seeds"] else {}
+            shots = quality["seeds"].get(seed, {}).get("reward", {}).get("on_shots", {})
             rivals = [name for name in simple if name in shots and name not in ("base", "uniform")]
             best = f"{simple[max(rivals, key=lambda name: shots[name])]:.3f}" if rivals else "-"
             print(
