@@ -51,6 +51,7 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "reward and log-likelihood": {},
     "log-likelihood": {},
     "log-likelihood by layer": {"granularity": "layer", "optimizer": "gradient", "num_generations": 40},
+    "expected reward by layer": {"granularity": "layer", "optimizer": "gradient"},
 }  # beside the defaults
 SETTINGS = {"shots": SHOTS, "held_out": HELD_OUT, "generate": GENERATE}
 
@@ -75,7 +76,11 @@ class Bench:
         if name.startswith("log-likelihood"):
             return likelihood
         reward = RewardObjective(examples, self.reward, self.mixture.tokenizer, generation_kwargs=GENERATE)
-        return reward if name == "reward" else WeightedObjective([reward, likelihood], [1.0, 0.1])
+        return (
+            reward
+            if name in ("reward", "expected reward by layer")
+            else WeightedObjective([reward, likelihood], [1.0, 0.1])
+        )
 
     def on_held_out(self, candidates: list[np.ndarray], granularity: Any = "expert") -> list[list[float]]:
         modules = [layer.module_name for layer in self.mixture.model.modules() if isinstance(layer, SVFLayer)]
@@ -113,6 +118,7 @@ class Bench:
         if granularity != "expert":  # what was put in place: the searched mixture, or else where it began
             weights = [weight for expert in self.mixture.experts for weight in result.alpha[expert]]
         return {
+            "choice": result.choice,
             "on_shots": result.scores,
             "weights": result.searched_weights,
             "held_out": self.on_held_out([np.array(weights)], granularity)[0],

@@ -98,7 +98,7 @@ def search(
         typer.Option("--validation", help="auto, none, a share (0.3), a number of folds (3), or a file of examples."),
     ] = "auto",
     optimizer: Annotated[
-        str, typer.Option("--optimizer", help="cem, cem-paper, cma-es, sep-cma-es, random, or gradient (loglik).")
+        str, typer.Option("--optimizer", help="cem, cem-paper, cma-es, sep-cma-es, random, or gradient.")
     ] = "cem",
     granularity: Annotated[
         str, typer.Option("--granularity", help="Weights per expert, or per expert and layer or module.")
@@ -107,7 +107,9 @@ def search(
     normalize: Annotated[bool, typer.Option("--normalize", help="Scale weights down to a sum of 1.")] = False,
     l1: Annotated[float, typer.Option("--l1", help="Penalty on the sum of |weights|.")] = 0.0,
     l2: Annotated[float, typer.Option("--l2", help="Penalty on the sum of squared weights.")] = 0.0,
-    num_generations: Annotated[int, typer.Option("--num_generations")] = 6,
+    num_generations: Annotated[
+        Optional[int], typer.Option("--num_generations", help="At most. Default: 6, or 24 steps of the gradient.")
+    ] = None,
     population_size: Annotated[int, typer.Option("--population_size")] = 32,
     racing: Annotated[bool, typer.Option("--racing/--no_racing", help="Drop bad candidates early.")] = True,
     one_standard_error: Annotated[

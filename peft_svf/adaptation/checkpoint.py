@@ -9,6 +9,7 @@ from typing import Any
 
 from .._files import write_whole
 from .._processes import by_main_process
+from .answers import Answers
 from .evaluator import Evaluator
 
 
@@ -27,6 +28,7 @@ class Checkpoint:
 
     def __init__(self, path: str | os.PathLike[str], resume: bool, identity: dict[str, Any]) -> None:
         self.path, self.resume, self.identity = Path(path), resume, json.loads(json.dumps(identity))
+        self.answers: Answers | None = None  # that the gradient of a reward was made of
 
     def load(self, evaluator: Evaluator) -> None:
         """Tell an evaluator what is known.
@@ -39,6 +41,7 @@ class Checkpoint:
             try:
                 evaluator.load_state_dict(content["scores"])
                 evaluator.usage.seconds = float(content["seconds"])
+                self.answers = Answers.from_state_dict(content["answers"]) if content.get("answers") else None
             except (ValueError, KeyError, TypeError) as error:
                 raise self._damaged(error) from error
 
@@ -64,7 +67,7 @@ class Checkpoint:
                 raise ValueError(
                     f"{self.path} is of another search: {name} was {identity.get(name)!r}, and is now {value!r}."
                 )
-        return {"scores": content["scores"], "seconds": content["seconds"]}
+        return {name: content.get(name) for name in ("scores", "seconds", "answers")}
 
     def save(self, evaluator: Evaluator) -> None:
         """Write all that an evaluator knows."""
@@ -76,5 +79,6 @@ class Checkpoint:
             "identity": self.identity,
             "seconds": evaluator.usage.seconds,
             "scores": evaluator.state_dict(),
+            "answers": None if self.answers is None else self.answers.state_dict(),
         }
         write_whole(self.path, json.dumps(content) + "\n")

@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from .._processes import processes
-from ..scoring import Objective, Prefix, read_prefix
+from ..scoring import ExpectedRewardObjective, Objective, Prefix, read_prefix
 from .space import WeightSpace
 
 # Rows that a batch starts with: enough to be bound by arithmetic, and lowered where memory does not last.
@@ -74,7 +74,7 @@ class Evaluator:
         self._known: dict[tuple[int, bytes], dict[int, tuple[float, int]]] = {}
         self._stored: dict[tuple[int, bytes], dict[int, tuple[float, int]]] = {}  # the same, from a checkpoint
         self._round = self._call = self._dealt = 0
-        takes_prefix = "prefix" in inspect.signature(objective.score).parameters
+        takes_prefix = hasattr(objective, "read") or "prefix" in inspect.signature(objective.score).parameters
         self._prefix_ids: list[int] = getattr(objective, "prefix_ids", []) if takes_prefix else []
         self._prefix: Prefix | None = None  # a row for each candidate that was met lately
         self._prefix_rows: dict[bytes, int] = {}
@@ -126,13 +126,13 @@ class Evaluator:
         total, gradient, before = 0.0, np.zeros_like(x), self.objective.tokens
         with self._timed():
             while left:
-                batch = left[: self.batch_size]
+                batch = self._first_batch(left)
                 try:
                     score, found = self._slope(x, batch)
                 except Exception as error:
                     if not should_reduce_batch_size(error) or len(batch) == 1:
                         raise
-                    self.batch_size = len(batch) // 2
+                    self.batch_size = max(1, min(self.batch_size, sum(map(self._rows_of, batch))) // 2)
                     clear_device_cache()
                     continue
                 total, gradient, left = total + score, gradient + found, left[len(batch) :]
@@ -140,6 +140,12 @@ class Evaluator:
                 self.on_rows(len(batch))
         self.usage.tokens += self.objective.tokens - before
         return total / len(examples), gradient / len(examples)
+
+    def asking(self, objective: Objective) -> Evaluator:
+        """The same of another objective, which counts to the same usage."""
+        other = Evaluator(self.model, self.space, objective, batch_size=self.batch_size, seed=self.seed)
+        other.usage, other.on_rows, other._stored = self.usage, self.on_rows, self._stored
+        return other
 
     # ------------------------------------------------------------------------------------------------ batches
 
@@ -184,9 +190,9 @@ class Evaluator:
         alphas = [self.space.weights(x) for _, x, _ in batch]
         indices = [example for _, _, example in batch]
         prefix = self._read_prefixes(alphas)
-        given = {} if prefix is None else {"prefix": prefix}
-        with self._mixtures(alphas), self._seeded(number):
-            scores = [float(score) for score in self.objective.score(self.model, indices, **given)]
+        with self._seeded(number):
+            found = self._apply(self.objective.score, self._tensor(alphas), indices, prefix)
+        scores = [float(score) for score in found]
         if len(scores) != len(indices):
             raise ValueError(
                 f"The objective {self.objective.name!r} returned {len(scores)} scores for {len(indices)} examples."
@@ -203,18 +209,44 @@ class Evaluator:
     def _slope(self, x: np.ndarray, batch: list[int]) -> tuple[float, np.ndarray]:
         """Sum of the scores of these examples, and its gradient."""
         variables = torch.tensor(self.space.weights(x), dtype=torch.float32, requires_grad=True)
-        alpha, objective = variables.to(self.model.device), cast(Any, self.objective)
+        alpha = variables.to(self.model.device)
         prefix = None
         if self._prefix_ids and len(batch) > 1:
             with self._mixtures(alpha[None]):
                 prefix = read_prefix(self.model, self._prefix_ids, 1)
             if prefix is None:
                 self._prefix_ids = []  # this model cannot share them
-        given = {} if prefix is None else {"prefix": prefix.rows([0] * len(batch))}
-        with self._mixtures(alpha.expand(len(batch), -1, -1)):
-            score = objective.differentiable(self.model, batch, **given).sum()
+        differentiable = cast(Any, self.objective).differentiable
+        prefix = None if prefix is None else prefix.rows([0] * len(batch))
+        score = self._apply(differentiable, alpha.expand(len(batch), -1, -1), batch, prefix).sum()
+        if not score.requires_grad:  # the mixture has no part in it
+            return score.item(), np.zeros_like(x)
         (found,) = torch.autograd.grad(score, variables)
         return score.item(), found.flatten().double().numpy()
+
+    def _apply(
+        self, method: Callable[..., Any], alphas: torch.Tensor, indices: list[int], prefix: Prefix | None
+    ) -> Any:
+        """A method of the objective for these examples, each with a mixture of its own."""
+        objective, given = self.objective, {} if prefix is None else {"prefix": prefix}
+        if not isinstance(objective, ExpectedRewardObjective):
+            with self._mixtures(alphas):
+                return method(self.model, indices, **given)
+        rows = torch.tensor([objective.count(i) for i in indices], device=alphas.device)
+        if not rows.any():
+            return method(self.model, indices)
+        with self._mixtures(alphas):
+            prompts = objective.read(self.model, indices, **given)
+        with self._mixtures(alphas.repeat_interleave(rows, dim=0)):
+            return method(self.model, indices, prompts)
+
+    def _rows_of(self, example: int) -> int:
+        return self.objective.count(example) if isinstance(self.objective, ExpectedRewardObjective) else 1
+
+    def _first_batch(self, examples: list[int]) -> list[int]:
+        """The first of these examples, as many as one batch takes."""
+        rows = np.cumsum([self._rows_of(i) for i in examples])
+        return examples[: max(1, int((rows <= self.batch_size).sum()))]
 
     def _read_prefixes(self, alphas: list[np.ndarray]) -> Prefix | None:
         """What the prompts begin with, as read with the mixture of each row; `None` if they have nothing in common."""
@@ -225,7 +257,7 @@ class Evaluator:
         if len(self._prefix_rows.keys() | distinct.keys()) > self.batch_size:
             self._forget_prefixes()
         if new := [key for key in distinct if key not in self._prefix_rows]:
-            with torch.no_grad(), self._mixtures([distinct[key] for key in new]):
+            with torch.no_grad(), self._mixtures(self._tensor([distinct[key] for key in new])):
                 found = read_prefix(self.model, self._prefix_ids, len(new))
             if found is None:
                 self._prefix_ids = []  # this model cannot share them
@@ -239,15 +271,14 @@ class Evaluator:
         self._prefix, self._prefix_rows = None, {}
 
     @contextmanager
-    def _mixtures(self, alphas: torch.Tensor | list[np.ndarray]) -> Iterator[None]:
+    def _mixtures(self, alphas: torch.Tensor) -> Iterator[None]:
         """Rows with these α, `[rows, experts, groups]`."""
-        if not isinstance(alphas, torch.Tensor):
-            alphas = torch.tensor(np.array(alphas), dtype=torch.float32, device=self.model.device)
-        weights = alphas
-        if self.space.group_of is None:
-            weights = weights[..., 0]
+        weights = alphas if self.space.group_of is not None else alphas[..., 0]
         with self.model.base_model.row_mixture(weights, self.space.experts, self.space.group_of):
             yield
+
+    def _tensor(self, alphas: list[np.ndarray]) -> torch.Tensor:
+        return torch.tensor(np.array(alphas), dtype=torch.float32, device=self.model.device)
 
     @contextmanager
     def _seeded(self, number: int) -> Iterator[None]:
@@ -326,8 +357,8 @@ def check_differentiable(objective: Objective, space: WeightSpace) -> None:
     """
     if not hasattr(objective, "differentiable"):
         raise ValueError(
-            f"The objective {objective.name!r} has no gradient, which only the log-likelihood has. Take another "
-            "optimizer, such as 'cem'."
+            f"The objective {objective.name!r} has no gradient, which rewards and the log-likelihood have, each alone. "
+            "Take another optimizer, such as 'cem'."
         )
     if space.normalize:
         raise ValueError("`normalize` cannot be differentiated; take another optimizer, such as 'cem'.")

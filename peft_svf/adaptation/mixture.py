@@ -17,7 +17,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from ..scoring import LogLikelihoodObjective, Objective, RewardFunc, RewardObjective
+from ..scoring import ExpectedRewardObjective, LogLikelihoodObjective, Objective, RewardFunc, RewardObjective
 from ..tuner import SVFConfig, SVFLayer, SVFModel, SVFRuntimeConfig
 from .card import is_mixture_card, mixture_card
 from .checkpoint import Checkpoint
@@ -28,6 +28,8 @@ from .procedure import Procedure, split_examples
 from .result import IN_CONTEXT, SEARCHED, MixtureResult
 from .search import Limits, Plan
 from .space import BASE, UNIFORM, Granularity, WeightSpace
+
+GENERATIONS, STEPS = 6, 24  # by default, and of the gradient
 
 
 class AdaptiveMixture:
@@ -223,7 +225,7 @@ class AdaptiveMixture:
         l1: float = 0.0,
         l2: float = 0.0,
         optimizer: Any = "cem",
-        num_generations: int = 6,
+        num_generations: int | None = None,
         population_size: int = 32,
         racing: bool = True,
         one_standard_error: bool = True,
@@ -267,9 +269,14 @@ class AdaptiveMixture:
             normalize (`bool`): Scale α down where `Σ_k |α_k| > 1`.
             l1, l2 (`float`): Penalties on `Σ_k |α_k|` and `Σ_k α_k²`, in units of the score.
             optimizer (`str` or [`Optimizer`]): `"cem"`, `"cem-paper"`, `"cma-es"`, `"sep-cma-es"`, `"random"`,
-                `"gradient"` (log-likelihood only), see [`make_optimizer`]; or an object with `ask()`, `tell()` and
-                `population_size` as in the `cmaes` package, over experts × groups variables, which are minimised.
-            num_generations (`int`): Generations of a search, at most.
+                `"gradient"`, see [`make_optimizer`]; or an object with `ask()`, `tell()` and `population_size` as in
+                the `cmaes` package, over experts × groups variables, which are minimised. The gradient is that of the
+                log-likelihood, or with reward functions that of the expected reward: base model, experts and uniform
+                mixture answer the examples first, five times each, and what is climbed is the probability of the
+                answers that were rewarded, see [`ExpectedRewardObjective`], by which the result is judged, too.
+                For answers of some tens of tokens at most. Made for `granularity="layer"`.
+            num_generations (`int`, *optional*): Generations of a search, at most. By default 6, and of the gradient,
+                which has one candidate in each, 24.
             population_size (`int`): Candidates per generation, unless `optimizer` is an object.
             racing (`bool`): Drop candidates that do badly on a part of the examples. About half the work.
             one_standard_error (`bool`): Keep the simple choice that the search began with unless what it found is
@@ -289,6 +296,8 @@ class AdaptiveMixture:
                 search, or a reward function that does not return one finite number (or `None`) per completion.
         """
         self._check_present()
+        if num_generations is None:
+            num_generations = STEPS if optimizer == "gradient" else GENERATIONS
         num_generations = _whole("num_generations", num_generations, 1)
         one_is_enough = optimizer == "gradient" or not isinstance(optimizer, str)  # which has a number of its own
         population_size = _whole("population_size", population_size, 1 if one_is_enough else 2)
@@ -332,7 +341,8 @@ class AdaptiveMixture:
             else optimizer
         )
         if getattr(trial, "uses_gradient", False):
-            check_differentiable(objective, space)
+            climbed: Any = ExpectedRewardObjective if isinstance(objective, RewardObjective) else objective
+            check_differentiable(climbed, space)
         evaluator = Evaluator(self.model, space, objective, batch_size=batch_size, seed=seed)
         settings = {
             "optimizer": optimizer if isinstance(optimizer, str) else type(optimizer).__name__,

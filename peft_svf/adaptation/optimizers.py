@@ -100,7 +100,7 @@ class GradientDescent:
             gradients: The gradient of the value with respect to the candidate, `[dim]`.
         """
         if gradients is None:
-            raise ValueError("Gradient descent needs gradients: take the log-likelihood as the objective.")
+            raise ValueError("Gradient descent needs gradients, one for each solution; `tell` got none.")
         self.generation += 1
         (gradient,), (beta1, beta2) = gradients, self.betas
         self._first = beta1 * self._first + (1 - beta1) * gradient
@@ -164,7 +164,7 @@ def make_optimizer(
         name (`str`): `"cem"`, the cross-entropy method with a floor of 0.05 of the box's width under the standard
             deviation; `"cem-paper"`, as in the paper's code: without it, and always from the uniform mixture, with half
             the width; `"cma-es"` and `"sep-cma-es"` of the
-            package `cmaes`; `"random"`; `"gradient"`, for the log-likelihood.
+            package `cmaes`; `"random"`; `"gradient"`, for the log-likelihood and the expected reward.
         space ([`WeightSpace`]): The space.
         population_size (`int`): Candidates per generation.
         seed (`int`): Seed of the random numbers.

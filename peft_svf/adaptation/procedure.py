@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from .._processes import processes
 from .._progress import progress_bar
+from ..scoring import ExpectedRewardObjective
+from .answers import SAMPLES, collect_answers
 from .checkpoint import Checkpoint
 from .evaluator import Evaluator
 from .in_context import in_context_scores
@@ -132,15 +135,19 @@ class Procedure:
 
     def __call__(self, settings: dict[str, Any]) -> tuple[MixtureResult, np.ndarray]:
         """The result and the candidate to put in place."""
-        evaluator, space, judged = self.evaluator, self.evaluator.space, self.split.judged
+        space, judged = self.evaluator.space, self.split.judged
         simple = space.simple()
         if self.checkpoint is not None:
-            self.checkpoint.load(evaluator)
-        with progress_bar(desc=f"Searching ({evaluator.objective.name})", unit="row") as bar:
-            evaluator.on_rows = bar.update
+            self.checkpoint.load(self.evaluator)
+        with progress_bar(desc=f"Searching ({self.evaluator.objective.name})", unit="row") as bar:
+            self.evaluator.on_rows = bar.update
+            optimizer = self.make_optimizer(self.plan.seed, simple[UNIFORM])
+            bar.total = self._rows(optimizer)
+            if self._needs_answers(optimizer):
+                self._learn_answers(list(simple.values()))
+            evaluator = self.evaluator
             start = self._start(self.split.search)
             optimizer = self.make_optimizer(self.plan.seed, start)
-            bar.total = self._rows(optimizer)
             scores = dict(zip(simple, evaluator.scores(list(simple.values()), judged), strict=True))
             if self.checkpoint is not None:
                 self.checkpoint.save(evaluator)
@@ -236,6 +243,33 @@ class Procedure:
                 return found, out_of_fold, "cross-validation"
         return found, score(split.search), "search"
 
+    def _needs_answers(self, optimizer: Any) -> bool:
+        return getattr(optimizer, "uses_gradient", False) and not hasattr(self.evaluator.objective, "differentiable")
+
+    def _learn_answers(self, candidates: list[np.ndarray]) -> None:
+        """Let these candidates answer the examples, or take the answers of a checkpoint, and go on with the expected
+        reward, which has a gradient, in the place of the reward."""
+        rewarded, answers = self.evaluator, None if self.checkpoint is None else self.checkpoint.answers
+        if answers is None:
+            answers = collect_answers(rewarded, candidates)
+            if self.checkpoint is not None:
+                self.checkpoint.answers = answers
+                self.checkpoint.save(rewarded)
+        else:
+            rewarded.on_rows(answers.usage.rows)
+            rewarded.usage.add(answers.usage)
+        rows = [
+            {**row, "answers": pairs} for row, pairs in zip(rewarded.objective.examples, answers.means(), strict=True)
+        ]
+        objective = ExpectedRewardObjective(rows, cast(Any, rewarded.objective).tokenizer)
+        if not any(objective.count(i) for i in self.split.search):
+            warnings.warn(
+                "No answer to the examples got a reward, whether of the base model, an expert or the uniform mixture, "
+                "so that there is no gradient and the search stays where it begins.",
+                stacklevel=4,
+            )
+        self.evaluator = rewarded.asking(objective)
+
     def _start(self, examples: list[int]) -> np.ndarray:
         """The best simple choice for these examples, of equals the first expert; if none is better than another, the
         uniform mixture, from which all are as near. Within the bounds."""
@@ -254,7 +288,9 @@ class Procedure:
         simple = (len(self.evaluator.space.experts) + 3) * (
             len(self.split.judged) + bool(self.split.held_out) * searched
         )
-        return simple + candidates * (searched + folds)
+        answered = (1 + SAMPLES) * (len(self.evaluator.space.experts) + 2) * len(self.evaluator.objective.examples)
+        answered *= self._needs_answers(optimizer)
+        return simple + answered + candidates * (searched + folds)
 
 
 def _per_expert(experts: list[str], alpha: np.ndarray) -> dict[str, float]:

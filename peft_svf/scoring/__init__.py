@@ -2,6 +2,7 @@
 adapters; training and adaptation stand on it."""
 
 from .categories import classification_prompt, named_category, readable, right_category
+from .expected_reward import ExpectedRewardObjective
 from .objectives import LogLikelihoodObjective, Objective, RewardObjective, WeightedObjective
 from .prefix import Prefix, read_prefix
 from .rewards import (
@@ -19,6 +20,7 @@ from .rewards import (
 __all__ = [
     "ANSWERS",
     "REWARDS",
+    "ExpectedRewardObjective",
     "LogLikelihoodObjective",
     "Objective",
     "Prefix",

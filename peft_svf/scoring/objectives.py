@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -17,6 +17,9 @@ import torch
 
 from .prefix import Prefix, common_prefix, generates_from_prefix, takes
 from .rewards import RewardFunc, check_rewards
+
+# gets indices of examples, the tokens of the answers, and their rewards
+Heard = Callable[[Sequence[int], list[list[int]], list[float]], None]
 
 
 class Objective(Protocol):
@@ -43,7 +46,7 @@ class Objective(Protocol):
         ...
 
 
-class _Batched:
+class Batched:
     """What objectives have in common."""
 
     examples: list[dict[str, Any]]
@@ -72,7 +75,7 @@ class _Batched:
         return other
 
 
-class RewardObjective(_Batched):
+class RewardObjective(Batched):
     """
     Rewards of generated answers, the paper's objective. Decoding is greedy unless `generation_kwargs` say otherwise.
 
@@ -127,6 +130,7 @@ class RewardObjective(_Batched):
         if (self.generation_kwargs.get("num_return_sequences") or 1) > 1:
             raise ValueError("`num_return_sequences` must be 1: an example has one score.")
         self.deterministic = not self.generation_kwargs["do_sample"] if deterministic is None else deterministic
+        self._hear: Heard | None = None
         self._take(examples)
 
     def _take(self, examples: Sequence[dict[str, Any]]) -> None:
@@ -138,27 +142,63 @@ class RewardObjective(_Batched):
                 f"The examples have a column {taken[0]!r}, which reward functions get from elsewhere; "
                 "give the column another name."
             )
-        self._prompts = [prompt_ids(row["prompt"], self.tokenizer) for row in self.examples]
-        self.prefix_ids = common_prefix(self._prompts) if generates_from_prefix(self.generation_kwargs) else []
+        self.prompts = [prompt_ids(row["prompt"], self.tokenizer) for row in self.examples]
+        self.prefix_ids = common_prefix(self.prompts) if generates_from_prefix(self.generation_kwargs) else []
 
     def lengths(self) -> list[int]:
-        return [len(ids) for ids in self._prompts]
+        return [len(ids) for ids in self.prompts]
+
+    def score(self, model: Any, indices: Sequence[int], prefix: Prefix | None = None) -> list[float]:
+        answers = self.answers(model, indices, prefix)
+        rewards = self.rewards(indices, answers)
+        if self._hear is not None:
+            self._hear(indices, answers, rewards)
+        return rewards
+
+    def heard_by(self, function: Heard) -> Any:
+        """The same objective, which tells a function the answers: indices of examples, tokens, rewards."""
+        return self._changed(_hear=function)
+
+    def sampling(self) -> Any:
+        """The same objective, but for answers that are sampled from the model's own distribution."""
+        plain = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "num_beams": 1}
+        return self._changed(generation_kwargs={**self.generation_kwargs, **plain}, deterministic=False)
+
+    def _changed(self, **attributes: Any) -> Any:
+        other = copy.copy(self)
+        other.__dict__.pop("tokens", None)  # counted anew
+        other.__dict__.update(attributes)
+        return other
 
     @torch.no_grad()
-    def score(self, model: Any, indices: Sequence[int], prefix: Prefix | None = None) -> list[float]:
-        rows = [self.examples[i] for i in indices]
-        prompts = [row["prompt"] for row in rows]
+    def answers(self, model: Any, indices: Sequence[int], prefix: Prefix | None = None) -> list[list[int]]:
+        """Tokens of the model's answers to these examples, each with its end if it came to one."""
         if not generates_from_prefix(self.generation_kwargs, getattr(model, "generation_config", None)):
             prefix = None
-        inputs = padded([self._prompts[i] for i in indices], "left", prefix, self.tokenizer, model.device)
+        inputs = padded([self.prompts[i] for i in indices], "left", prefix, self.tokenizer, model.device)
         options = {**self.generation_kwargs, "return_dict_in_generate": False}
         output = model.generate(**inputs, pad_token_id=self.tokenizer.pad_token_id, **options)
-        if len(output) != len(rows):
+        if len(output) != len(indices):
             raise ValueError("`num_return_sequences` must be 1: an example has one score.")
         ends = _end_tokens(model, self.tokenizer, self.generation_kwargs)
         pad = self.tokenizer.pad_token_id
-        completion_ids = [_until_end(ids, ends, pad) for ids in output[:, inputs["input_ids"].shape[1] :].tolist()]
-        self.tokens += sum(len(self._prompts[i]) for i in indices) + sum(map(len, completion_ids))
+        found = [_until_end(ids, ends, pad) for ids in output[:, inputs["input_ids"].shape[1] :].tolist()]
+        self.tokens += sum(len(self.prompts[i]) for i in indices) + sum(map(len, found))
+        return found
+
+    def reference(self, model: Any, index: int) -> list[int] | None:
+        """Tokens of the `"completion"` of an example as the model would answer it, if there is one."""
+        row = self.examples[index]
+        if "completion" not in row:
+            return None
+        check_examples([row], ["prompt", "completion"])
+        ids = answer_ids(row, self.tokenizer)[: self.generation_kwargs["max_new_tokens"]]
+        return _until_end(ids, _end_tokens(model, self.tokenizer, self.generation_kwargs), self.tokenizer.pad_token_id)
+
+    def rewards(self, indices: Sequence[int], completion_ids: list[list[int]]) -> list[float]:
+        """The weighted sum of the rewards of an answer to each of these examples."""
+        rows = [self.examples[i] for i in indices]
+        prompts = [row["prompt"] for row in rows]
         texts = self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
         completions = [
             text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
@@ -181,7 +221,7 @@ class RewardObjective(_Batched):
         return totals
 
 
-class LogLikelihoodObjective(_Batched):
+class LogLikelihoodObjective(Batched):
     """
     Mean log-probability per token of the reference answers, including the end of the answer. Needs no decoding, is
     never tied, and can be differentiated.
@@ -207,16 +247,8 @@ class LogLikelihoodObjective(_Batched):
 
     def _encode(self, row: dict[str, Any]) -> tuple[list[int], int]:
         """Token ids of prompt and answer, and the length of the prompt."""
-        prompt = prompt_text(row["prompt"], self.tokenizer)
-        if isinstance(row["prompt"], str):
-            answer = row["completion"] + (self.tokenizer.eos_token or "")
-        else:
-            whole = self.tokenizer.apply_chat_template(joined(row["prompt"], row["completion"]), tokenize=False)
-            if not whole.startswith(prompt):
-                raise ValueError(f"The chat template does not continue this prompt with its completion: {row}")
-            answer = whole[len(prompt) :]
         before = prompt_ids(row["prompt"], self.tokenizer)
-        return before + continuation_ids(row["prompt"], answer, self.tokenizer), len(before)
+        return before + answer_ids(row, self.tokenizer), len(before)
 
     def lengths(self) -> list[int]:
         return [len(ids) for ids, _ in self._rows]
@@ -229,21 +261,11 @@ class LogLikelihoodObjective(_Batched):
     def differentiable(self, model: Any, indices: Sequence[int], prefix: Prefix | None = None) -> torch.Tensor:
         """As `score`, with a graph: `[rows]`."""
         rows = [self._rows[i] for i in indices]
-        batch = padded([ids for ids, _ in rows], "right", prefix, self.tokenizer, model.device)
         self.tokens += sum(len(ids) for ids, _ in rows)
-        length = batch["input_ids"].shape[1]
-        first = min(prompt_length for _, prompt_length in rows) - 1
-        # logits of the answers only, for there is a large vocabulary of them at each place
-        kept = {"logits_to_keep": length - first} if takes(model, "logits_to_keep") else {}
-        read = {"input_ids": batch["input_ids"][:, 0 if prefix is None else len(prefix) :]}
-        logits = model(**{**batch, **read}, **kept).logits
-        offset = length - logits.shape[1]
-        targets = batch["input_ids"][:, offset + 1 :].unsqueeze(-1)
-        logps = logits[:, :-1].float().log_softmax(-1).gather(-1, targets).squeeze(-1)
-        return torch.stack([logps[i, n - 1 - offset : len(ids) - 1 - offset].mean() for i, (ids, n) in enumerate(rows)])
+        return torch.stack([logps.mean() for logps in answer_logps(model, rows, self.tokenizer, prefix)])
 
 
-class WeightedObjective(_Batched):
+class WeightedObjective(Batched):
     """
     A weighted sum of objectives of the same examples.
 
@@ -423,6 +445,46 @@ def continuation_ids(prompt: Any, answer: str, tokenizer: Any) -> list[int]:
     if whole[: len(before)] == before:
         return list(whole[len(before) :])
     return list(tokenizer(answer, add_special_tokens=False)["input_ids"])
+
+
+def answer_ids(row: Mapping[str, Any], tokenizer: Any) -> list[int]:
+    """The tokens of the `"completion"` of a row, after its `"prompt"`: text with the end token, messages as in the chat
+    template.
+
+    Raises:
+        ValueError: The chat template does not go on from the prompt.
+    """
+    if isinstance(row["prompt"], str):
+        return continuation_ids(row["prompt"], row["completion"] + (tokenizer.eos_token or ""), tokenizer)
+    prompt = prompt_text(row["prompt"], tokenizer)
+    whole = tokenizer.apply_chat_template(joined(row["prompt"], row["completion"]), tokenize=False)
+    if not whole.startswith(prompt):
+        raise ValueError(f"The chat template does not continue this prompt with its completion: {row}")
+    return continuation_ids(row["prompt"], whole[len(prompt) :], tokenizer)
+
+
+def answer_logps(
+    model: Any, rows: Sequence[tuple[list[int], int]], tokenizer: Any, prefix: Prefix | None = None
+) -> list[torch.Tensor]:
+    """Log-probabilities of the tokens of answers, `[tokens]` for each row.
+
+    Args:
+        model: The model.
+        rows: Tokens of prompt and answer, and how many of them are the prompt's.
+        tokenizer: With a pad token.
+        prefix: What all rows begin with.
+    """
+    batch = padded([ids for ids, _ in rows], "right", prefix, tokenizer, model.device)
+    length = batch["input_ids"].shape[1]
+    first = min(prompt_length for _, prompt_length in rows) - 1
+    # logits of the answers only, for there is a large vocabulary of them at each place
+    kept = {"logits_to_keep": length - first} if takes(model, "logits_to_keep") else {}
+    read = {"input_ids": batch["input_ids"][:, 0 if prefix is None else len(prefix) :]}
+    logits = model(**{**batch, **read}, **kept).logits
+    offset = length - logits.shape[1]
+    targets = batch["input_ids"][:, offset + 1 :].unsqueeze(-1)
+    logps = logits[:, :-1].float().log_softmax(-1).gather(-1, targets).squeeze(-1)
+    return [logps[i, n - 1 - offset : len(ids) - 1 - offset] for i, (ids, n) in enumerate(rows)]
 
 
 def padded(

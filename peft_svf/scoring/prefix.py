@@ -78,6 +78,11 @@ def takes(model: Any, name: str) -> bool:
     return name in inspect.signature(inner.forward).parameters
 
 
+def padding_may_be_inside(model: Any) -> bool:
+    """Whether padding may stand between what a model has read and what comes: it tells distances by `position_ids`."""
+    return takes(model, "position_ids") and not any(hasattr(model.config, name) for name in LOCAL_ATTENTION)
+
+
 def read_prefix(model: Any, ids: list[int], rows: int, **kwargs: Any) -> Prefix | None:
     """Let a model read these tokens, in as many rows as it has mixtures.
 
@@ -92,16 +97,21 @@ def read_prefix(model: Any, ids: list[int], rows: int, **kwargs: Any) -> Prefix 
         values of the tokens, such as those of a window or a state, or it tells distances by places and not by
         `position_ids`.
     """
-    if not takes(model, "position_ids") or any(hasattr(model.config, name) for name in LOCAL_ATTENTION):
+    if not padding_may_be_inside(model):
         return None
     inputs = torch.tensor(ids, device=model.device).expand(rows, -1)
     if takes(model, "logits_to_keep"):
         kwargs["logits_to_keep"] = 1
     output = model(input_ids=inputs, attention_mask=torch.ones_like(inputs), use_cache=True, **kwargs)
+    return kept_of(output, len(ids))
+
+
+def kept_of(output: Any, tokens: int) -> Prefix | None:
+    """The keys and values that a model keeps of what it has read, if it keeps those of all tokens and nothing else."""
     kept = getattr(output, "past_key_values", None)
     layers = getattr(kept, "layers", [])
     if type(kept) is not DynamicCache or not layers or any(type(layer) is not DynamicLayer for layer in layers):
         return None
-    if any(not layer.is_initialized or layer.keys.shape[-2] != len(ids) for layer in layers):
+    if any(not layer.is_initialized or layer.keys.shape[-2] != tokens for layer in layers):
         return None
     return Prefix(tuple((layer.keys, layer.values) for layer in layers))

@@ -1,0 +1,96 @@
+"""Answers that are known to be worth something: the gradient of an expected reward is made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from accelerate.utils import gather_object
+
+from .._processes import by_main_process, processes
+from .evaluator import Evaluator, Usage
+
+SAMPLES = 4
+
+
+@dataclass
+class Answers:
+    """
+    Answers to examples, with every reward that each of them got.
+
+    Attributes:
+        rewards: For each example, the tokens of an answer → its rewards; the most frequent answers first.
+        usage: What it cost to get them, in rows and tokens.
+    """
+
+    rewards: list[dict[tuple[int, ...], list[float]]]
+    usage: Usage = field(default_factory=Usage)
+
+    def means(self) -> list[list[tuple[list[int], float]]]:
+        """The answers to each example with the mean of their rewards."""
+        return [[(list(ids), float(np.mean(its))) for ids, its in answers.items()] for answers in self.rewards]
+
+    def state_dict(self) -> dict[str, Any]:
+        """As JSON-serialisable values."""
+        rewards = [[[list(ids), its] for ids, its in answers.items()] for answers in self.rewards]
+        return {"rewards": rewards, "rows": self.usage.rows, "tokens": self.usage.tokens}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> Answers:
+        """What a `state_dict` is of."""
+        rewards = [
+            {tuple(map(int, ids)): [float(reward) for reward in its] for ids, its in answers}
+            for answers in state["rewards"]
+        ]
+        return cls(rewards, Usage(int(state["rows"]), int(state["tokens"])))
+
+
+def collect_answers(evaluator: Evaluator, candidates: Sequence[np.ndarray], samples: int = SAMPLES) -> Answers:
+    """
+    Let candidates answer all examples, once as the objective decodes and then by sampling at temperature 1, and see
+    what the rewards say. Reference answers, the `"completion"` of an example, are looked at, too.
+
+    With several processes, each gets the answers of all.
+
+    Args:
+        evaluator ([`Evaluator`]): Has the model and a [`RewardObjective`]; the cost is counted to it.
+        candidates (`Sequence[np.ndarray]`): Who answers.
+        samples (`int`): How often each candidate answers by sampling.
+    """
+    objective: Any = evaluator.objective
+    examples = range(len(objective.examples))
+    heard: list[tuple[int, tuple[int, ...], float]] = []
+
+    def hear(indices: Sequence[int], answers: list[list[int]], rewards: list[float]) -> None:
+        heard.extend(zip(indices, map(tuple, answers), rewards, strict=True))
+
+    usage = Usage()
+    for asking, rounds in ((objective, 1), (objective.sampling(), samples)):
+        answering = Evaluator(
+            evaluator.model,
+            evaluator.space,
+            asking.heard_by(hear),
+            batch_size=evaluator.batch_size,
+            seed=evaluator.seed,
+        )
+        answering.on_rows = evaluator.on_rows
+        for _ in range(rounds):
+            answering.new_round()
+            answering.scores(candidates, examples)
+        usage.add(answering.usage)
+
+    def of_references() -> list[tuple[int, tuple[int, ...], float]]:
+        known = {i: objective.reference(evaluator.model, i) for i in examples}
+        known = {i: ids for i, ids in known.items() if ids}
+        rewards = objective.rewards(list(known), list(known.values())) if known else []
+        return [(i, tuple(ids), reward) for (i, ids), reward in zip(known.items(), rewards, strict=True)]
+
+    everything = gather_object(heard) if processes().num_processes > 1 else heard
+    rewards: list[dict[tuple[int, ...], list[float]]] = [{} for _ in examples]
+    for i, ids, reward in sorted([*everything, *by_main_process(of_references)]):
+        rewards[i].setdefault(ids, []).append(reward)
+    frequent = [dict(sorted(answers.items(), key=lambda pair: -len(pair[1]))) for answers in rewards]
+    evaluator.usage.add(usage)
+    return Answers(frequent, usage)

@@ -1,0 +1,144 @@
+"""The expected reward of a sampled answer, as far as known answers tell: with a gradient, where the reward has none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .objectives import Batched, answer_logps, check_examples, padded, prompt_ids, with_pad_token
+from .prefix import Prefix, common_prefix, kept_of, padding_may_be_inside, takes
+
+MOST = 8  # answers to an example
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Keys and values of prompts that were read, all but the last token of each, and their mask, `[rows, tokens]`."""
+
+    kept: Prefix
+    mask: torch.Tensor
+
+
+class ExpectedRewardObjective(Batched):
+    """
+    `Σ_y r(y) p(y | x)` over known answers y to each example x. Needs no decoding, is hardly ever tied, and can be
+    differentiated.
+
+    With rewards of at least 0 that is a lower bound of the expected reward of an answer sampled at temperature 1, and
+    the nearer to it the more of the likely answers are known. Where some rewards are negative, all are counted from the
+    lowest on, and it is a bound again. Nothing can be told of answers that are so long that none has a probability to
+    speak of.
+
+    Args:
+        examples (`Sequence[dict]`): Rows with a `"prompt"` (text or messages) and `"answers"`, pairs of tokens, ends
+            included, and their reward, all of them different.
+        tokenizer: The model's tokenizer.
+        batch_size (`int`): Examples at once, when the objective is called for all of them.
+        most (`int`): Of more answers to an example, those with the highest rewards count, the first ones of equals.
+
+    Attributes:
+        lowest (`float`): What rewards are counted from: 0, or the lowest one if that is negative.
+    """
+
+    name = "expected reward"
+    deterministic = True
+
+    def __init__(
+        self, examples: Sequence[dict[str, Any]], tokenizer: Any, *, batch_size: int = 16, most: int = MOST
+    ) -> None:
+        self.tokenizer, self.batch_size, self.most = with_pad_token(tokenizer), batch_size, most
+        self.lowest = min([0.0, *(reward for row in examples for _, reward in row["answers"])])
+        self._take(examples)
+
+    def _take(self, examples: Sequence[dict[str, Any]]) -> None:
+        self.examples = check_examples(examples, ["prompt"])
+        self._prompts = [prompt_ids(row["prompt"], self.tokenizer) for row in self.examples]
+        self._answers = [
+            [(list(ids), reward - self.lowest) for ids, reward in best if reward > self.lowest]
+            for best in (sorted(row["answers"], key=lambda pair: -pair[1])[: self.most] for row in self.examples)
+        ]
+        self.prefix_ids = common_prefix(self._prompts)
+
+    def lengths(self) -> list[int]:
+        return [
+            len(prompt) + sum(len(ids) for ids, _ in answers)
+            for prompt, answers in zip(self._prompts, self._answers, strict=True)
+        ]
+
+    def count(self, index: int) -> int:
+        """How many answers to an example count; as many rows it takes."""
+        return len(self._answers[index])
+
+    def read(self, model: Any, indices: Sequence[int], prefix: Prefix | None = None) -> Prompts | None:
+        """
+        Let a model read the prompts of these examples, one row each, for all answers to them.
+
+        Returns:
+            `None` if it cannot go on from them: see [`read_prefix`].
+        """
+        start = 0 if prefix is None else len(prefix)
+        begun = [self._prompts[i][:-1] for i in indices]
+        if not padding_may_be_inside(model) or max(map(len, begun)) == start:
+            return None
+        batch = padded(begun, "left", prefix, self.tokenizer, model.device)
+        mask = batch["attention_mask"]
+        read = {"input_ids": batch["input_ids"][:, start:], "position_ids": _positions(mask)[:, start:]}
+        fewer = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
+        kept = kept_of(model(**{**batch, **read}, use_cache=True, **fewer), mask.shape[1])
+        if kept is None:
+            return None
+        self.tokens += sum(map(len, begun))
+        return Prompts(kept, mask)
+
+    @torch.no_grad()
+    def score(self, model: Any, indices: Sequence[int], prompts: Prompts | None = None) -> list[float]:
+        scores: list[float] = self.differentiable(model, indices, prompts).tolist()
+        return scores
+
+    def differentiable(self, model: Any, indices: Sequence[int], prompts: Prompts | None = None) -> torch.Tensor:
+        """
+        As `score`, with a graph: `[examples]`.
+
+        Args:
+            model: Gets one row for each of the answers, in their order.
+            indices: The examples.
+            prompts: Their prompts as the model has read them; without, it reads them with each answer.
+        """
+        places = [place for place, i in enumerate(indices) for _ in self._answers[i]]
+        sums = torch.full([len(indices)], self.lowest, device=model.device)
+        if not places:
+            return sums
+        answers = [ids for i in indices for ids, _ in self._answers[i]]
+        asked = [self._prompts[indices[place]] for place in places]
+        if prompts is None:
+            whole = [(prompt + ids, len(prompt)) for prompt, ids in zip(asked, answers, strict=True)]
+            self.tokens += sum(len(ids) for ids, _ in whole)
+            logps = torch.stack([each.sum() for each in answer_logps(model, whole, self.tokenizer)])
+        else:
+            self.tokens += sum(map(len, answers))
+            # the last token of the prompt is read here, as it is the one that the answer's first follows
+            rest = [[prompt[-1], *ids] for prompt, ids in zip(asked, answers, strict=True)]
+            logps = self._logps(model, rest, prompts.kept.rows(places), prompts.mask[places])
+        rewards = torch.tensor([reward for i in indices for _, reward in self._answers[i]], device=logps.device)
+        return sums.index_add(0, torch.tensor(places, device=logps.device), rewards * logps.exp())
+
+    def _logps(self, model: Any, rows: list[list[int]], kept: Prefix, before: torch.Tensor) -> torch.Tensor:
+        """Log-probability of each row but for its first token, `[rows]`, after what is kept."""
+        batch = self.tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt").to(model.device)
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        whole = torch.cat([before, mask[:, :-1]], dim=1)
+        logits = model(
+            input_ids=ids[:, :-1],
+            attention_mask=whole,
+            position_ids=_positions(whole)[:, before.shape[1] :],
+            past_key_values=kept.cache(),
+        ).logits
+        logps = logits.float().log_softmax(-1).gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1)
+        return logps.where(mask[:, 1:].bool(), 0.0).sum(dim=1)
+
+
+def _positions(mask: torch.Tensor) -> torch.Tensor:
+    return (mask.cumsum(dim=1) - 1).clamp(min=0)

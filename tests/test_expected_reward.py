@@ -1,0 +1,373 @@
+"""The gradient of a reward: what sampled answers give to the expected one, and searches that climb it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_adaptation import EXAMPLES, base_model, count_letters
+from test_adaptation import experts as experts
+from test_adaptation import mixture as mixture
+from test_adaptation import tokenizer as tokenizer
+from test_search import LED, ROWS, modules
+from transformers import GPTNeoConfig, GPTNeoForCausalLM
+
+from peft_svf import AdaptiveMixture
+from peft_svf.adaptation import (
+    Evaluator,
+    LogLikelihoodObjective,
+    RewardObjective,
+    WeightedObjective,
+    WeightSpace,
+)
+from peft_svf.adaptation.answers import Answers, collect_answers
+from peft_svf.scoring import ExpectedRewardObjective
+from peft_svf.scoring.objectives import prompt_ids
+
+SHORT = {"max_new_tokens": 3}
+
+
+def probability(model: Any, prompt: list[int], answer: Sequence[int]) -> float:
+    """One by one, in fp64."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([prompt + list(answer)])).logits[0].double()
+    logps = logits.log_softmax(-1)
+    return float(sum(logps[len(prompt) - 1 + i, token] for i, token in enumerate(answer)).exp())
+
+
+Answered = list[list[tuple[list[int], float]]]
+
+
+def some_answers(count: Sequence[int], seed: int = 0) -> Answered:
+    """So many random answers to each example, of 1 to 5 tokens."""
+    rng = np.random.default_rng(seed)
+    return [
+        [(rng.integers(4, 30, rng.integers(1, 6)).tolist(), float(rng.uniform(0.1, 2))) for _ in range(number)]
+        for number in count
+    ]
+
+
+def expected_of(
+    rows: list[dict[str, Any]], answers: Answered, tokenizer: Any, **kwargs: Any
+) -> ExpectedRewardObjective:
+    rows = [{**row, "answers": its} for row, its in zip(rows, answers, strict=True)]
+    return ExpectedRewardObjective(rows, tokenizer, **kwargs)
+
+
+def by_hand(model: Any, objective: ExpectedRewardObjective) -> list[float]:
+    return [
+        sum(
+            reward * probability(model, prompt_ids(row["prompt"], objective.tokenizer), ids)
+            for ids, reward in row["answers"]
+        )
+        for row in objective.examples
+    ]
+
+
+# ------------------------------------------------------------------------------------------------ mathematics
+
+
+@pytest.mark.parametrize("rows", [ROWS, LED[:4]], ids=["nothing in common", "a common beginning"])
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+@pytest.mark.parametrize("granularity", ["expert", "layer"])
+def test_the_value_is_the_sum_of_reward_times_probability(
+    granularity: Any, batch_size: int, rows: list[dict[str, Any]], mixture: AdaptiveMixture, tokenizer: Any
+) -> None:
+    objective = expected_of(rows, some_answers([3, 0, 1, 5]), tokenizer)
+    space = WeightSpace(mixture.experts, modules(mixture), granularity)
+    evaluator = Evaluator(mixture.model, space, objective, batch_size=batch_size)
+    x = np.random.default_rng(1).uniform(0.2, 0.8, space.dim)
+
+    def reference(x: np.ndarray) -> float:
+        mixture._put_groups(space.weights(x), space.group_of)
+        return float(np.mean(by_hand(mixture.model, objective)))
+
+    value, gradient = evaluator.value_and_gradient(x, range(4))
+    assert value == pytest.approx(reference(x), rel=1e-5)
+    rng = np.random.default_rng(2)
+    for _ in range(3):
+        along = rng.standard_normal(space.dim) / np.sqrt(space.dim)
+        slopes = [(reference(x + h * along) - reference(x - h * along)) / (2 * h) for h in (0.01, 0.02)]
+        slope = (4 * slopes[0] - slopes[1]) / 3  # without the error in h²
+        assert gradient @ along == pytest.approx(slope, rel=2e-3, abs=1e-4 * np.abs(gradient).max())
+    assert np.abs(gradient).max() > 1e-5
+
+
+@pytest.mark.parametrize("rows", [ROWS, LED[:4]], ids=["nothing in common", "a common beginning"])
+def test_candidates_share_batches(rows: list[dict[str, Any]], mixture: AdaptiveMixture, tokenizer: Any) -> None:
+    """Each with as many rows as the example has answers."""
+    objective = expected_of(rows, some_answers([3, 0, 1, 5]), tokenizer)
+    space = WeightSpace(mixture.experts, modules(mixture))
+    candidates = [*np.random.default_rng(3).uniform(0, 1, (3, space.dim)), np.zeros(space.dim)]
+    found = Evaluator(mixture.model, space, objective, batch_size=7).scores(candidates, range(4))
+    for x, scores in zip(candidates, found, strict=True):
+        mixture.set_weights(x)
+        assert scores == pytest.approx(by_hand(mixture.model, objective), rel=1e-4)
+        assert scores == pytest.approx(objective(mixture.model), rel=1e-4)
+    assert found[:, 1].tolist() == [0.0] * 4
+
+
+def test_over_all_answers_it_is_the_expected_reward(mixture: AdaptiveMixture, tokenizer: Any) -> None:
+    """And a part of it over some, so that it never promises more than there is."""
+    rng, size = np.random.default_rng(0), mixture.model.config.vocab_size
+    rewards = rng.uniform(-1, 1, size)
+    prompt = torch.tensor([prompt_ids(ROWS[0]["prompt"], tokenizer)])
+    with torch.no_grad():
+        logits = mixture.model(input_ids=prompt).logits[0, -1].double()
+    truth = float((logits.softmax(-1) * torch.tensor(rewards)).sum())
+    found = []
+    for known in (4, 12, size):
+        best = np.argsort(rewards)[-known:].tolist()
+        answers = [([token], float(rewards[token])) for token in {*best, int(rewards.argmin())}]
+        objective = expected_of(ROWS[:1], [answers], tokenizer, most=size)
+        found += objective.score(mixture.model, [0])
+    assert found[0] < found[1] < found[2]
+    assert found[1] < truth
+    assert found[2] == pytest.approx(truth, abs=1e-5)
+
+
+def test_prompts_read_once_change_nothing_but_the_cost(mixture: AdaptiveMixture, tokenizer: Any) -> None:
+    objective = expected_of(LED[:4], some_answers([3, 2, 1, 5]), tokenizer)
+    mixture.set_weights([0.3, 0.5, 0.7])
+    with torch.no_grad():
+        apart = objective.score(mixture.model, range(4))
+        cost, objective.tokens = objective.tokens, 0
+        together = objective.score(mixture.model, range(4), objective.read(mixture.model, range(4)))
+    assert together == pytest.approx(apart, rel=1e-5)
+    lengths = [len(prompt_ids(row["prompt"], tokenizer)) for row in LED[:4]]
+    saved = sum((count - 1) * length for count, length in zip([3, 2, 1, 5], lengths, strict=True))
+    assert cost - objective.tokens == saved + 4  # the last token of a prompt is counted with none
+
+
+def test_a_model_that_tells_distances_by_places_reads_prompts_with_each_answer(tokenizer: Any) -> None:
+    torch.manual_seed(0)
+    config = GPTNeoConfig(
+        vocab_size=64,
+        hidden_size=16,
+        num_layers=2,
+        num_heads=2,
+        attention_types=[[["global", "local"], 1]],
+        window_size=4,
+        max_position_embeddings=64,
+    )
+    model = GPTNeoForCausalLM(config).eval()
+    objective = expected_of(ROWS, some_answers([2, 1, 0, 3]), tokenizer)
+    assert objective.read(model, range(4)) is None
+    assert objective(model) == pytest.approx(by_hand(model, objective), rel=1e-4)
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_short_and_equal_prompts(length: int, mixture: AdaptiveMixture, tokenizer: Any) -> None:
+    objective = expected_of([{"prompt": "a" * length}, {"prompt": "b"}], some_answers([2, 2]), tokenizer)
+    mixture.set_weights([0.3, 0.5, 0.7])
+    with torch.no_grad():
+        prompts = objective.read(mixture.model, range(2))
+    found = objective.score(mixture.model, range(2), prompts)
+    assert found == pytest.approx(by_hand(mixture.model, objective), rel=1e-4)
+
+
+def test_a_model_that_keeps_nothing_by_default_is_asked_to(tokenizer: Any) -> None:
+    model = base_model()
+    model.config.use_cache = False
+    with torch.no_grad():
+        assert expected_of(ROWS, some_answers([1, 1, 1, 1]), tokenizer).read(model, range(4)) is not None
+
+
+def test_of_many_answers_the_best_count(tokenizer: Any) -> None:
+    answers = [([token], float(token % 7)) for token in range(4, 60)]
+    objective = expected_of(ROWS[:1], [answers], tokenizer, most=10)
+    assert objective.count(0) == 10
+    assert [reward for _, reward in objective._answers[0]] == [6.0] * 8 + [5.0] * 2
+    assert [ids for ids, _ in objective._answers[0]][:3] == [[6], [13], [20]]  # in the order given
+
+
+def test_rewards_count_from_the_lowest_if_that_is_negative(mixture: AdaptiveMixture, tokenizer: Any) -> None:
+    objective = expected_of(ROWS[:3], [[([4], 1.0), ([5], -1.0)], [([4], 0.0)], []], tokenizer)
+    assert objective.lowest == -1.0
+    assert [objective.count(i) for i in range(3)] == [1, 1, 0]
+    with torch.no_grad():
+        ones = [
+            -1 + r * probability(mixture.model, prompt_ids(ROWS[i]["prompt"], tokenizer), [4])
+            for i, r in ((0, 2), (1, 1))
+        ]
+    assert objective(mixture.model) == pytest.approx([*ones, -1.0], rel=1e-5)
+    other = objective.with_examples(objective.examples[1:])
+    assert other(mixture.model) == pytest.approx([ones[1], -1.0], rel=1e-5)  # the same scale
+
+
+# ------------------------------------------------------------------------------------------------ answers
+
+
+def test_the_answers_are_those_of_the_candidates_with_their_rewards(mixture: AdaptiveMixture, tokenizer: Any) -> None:
+    objective = RewardObjective(ROWS, count_letters, tokenizer, generation_kwargs=SHORT)
+    space = WeightSpace(mixture.experts, modules(mixture))
+    evaluator = Evaluator(mixture.model, space, objective)
+    candidates = [*space.simple().values()]
+    found = collect_answers(evaluator, candidates, samples=3)
+    greedy: list[set[tuple[int, ...]]] = [set() for _ in ROWS]
+    for x in candidates:
+        mixture.set_weights(x)
+        for i, ids in enumerate(objective.answers(mixture.model, range(4))):
+            greedy[i].add(tuple(ids))
+    for i, known in enumerate(found.rewards):
+        assert greedy[i] < set(known)  # and sampled ones
+        texts = tokenizer.batch_decode([list(ids) for ids in known], skip_special_tokens=True)
+        assert [reward for _, reward in found.means()[i]] == pytest.approx(count_letters(texts))
+        reference = tuple(tokenizer(ROWS[i]["completion"])["input_ids"][: SHORT["max_new_tokens"]])
+        assert reference in known
+        assert sum(map(len, known.values())) == len(candidates) * 4 + 1
+        times = [len(rewards) for rewards in known.values()]
+        assert times == sorted(times, reverse=True)
+    assert found.usage.rows == evaluator.usage.rows == 4 * len(candidates) * 4
+    assert found.usage.tokens == evaluator.usage.tokens > 0
+    again = collect_answers(Evaluator(mixture.model, space, objective), candidates, samples=3)
+    assert again.rewards == found.rewards
+    assert Answers.from_state_dict(found.state_dict()).rewards == found.rewards
+
+
+def test_the_reference_ends_where_an_answer_does(mixture: AdaptiveMixture, tokenizer: Any) -> None:
+    """Chat templates put a line break behind the end, which no answer has."""
+    tokenizer.chat_template = "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + '</s>\n' }}{% endfor %}"
+    tokenizer.chat_template += "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
+    row = {
+        "prompt": [{"role": "user", "content": "x"}],
+        "completion": [{"role": "assistant", "content": "abc"}],
+    }
+    objective = RewardObjective([row], count_letters, tokenizer)
+    ids = objective.reference(mixture.model, 0)
+    assert tokenizer.decode(ids) == "abc</s>"
+    objective = RewardObjective([{"prompt": "x"}], count_letters, tokenizer)
+    assert objective.reference(mixture.model, 0) is None
+
+
+def test_sampling_ignores_how_the_objective_decodes(tokenizer: Any) -> None:
+    given = {"do_sample": True, "temperature": 0.1, "top_p": 0.5, "top_k": 3, "max_new_tokens": 7}
+    objective = RewardObjective(ROWS, count_letters, tokenizer, generation_kwargs=given)
+    plain = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "num_beams": 1, "max_new_tokens": 7}
+    assert objective.sampling().generation_kwargs == plain
+    assert objective.generation_kwargs == given
+    assert not objective.sampling().deterministic
+
+
+# ------------------------------------------------------------------------------------------------ searches
+
+CLIMB: dict[str, Any] = {"optimizer": "gradient", "generation_kwargs": SHORT, "in_context": False}
+
+
+def test_a_search_climbs_the_expected_reward(mixture: AdaptiveMixture, tokenizer: Any) -> None:
+    options = {**CLIMB, "validation": None, "granularity": "layer", "num_generations": 15}
+    result = mixture.search(ROWS, count_letters, **options)
+    best = [entry["best"] for entry in result.history]
+    assert len(best) == 15
+    assert best[0] == pytest.approx(max(score for name, score in result.scores.items() if name != "searched"))
+    assert best[-1] > best[0] * 1.2
+    assert result.improved
+    assert (result.objective, result.score) == ("expected reward", pytest.approx(max(best), rel=0.1))
+    assert len(result.alpha["all"]) == len(result.groups) > 1
+    assert mixture.search(ROWS, count_letters, **options).alpha == result.alpha
+    # what it promises is there: sampled answers get that reward, or more
+    sampled = {**SHORT, "do_sample": True, "top_k": 0}
+    objective = RewardObjective(ROWS, count_letters, tokenizer, generation_kwargs=sampled)
+    torch.manual_seed(0)
+    assert np.mean([objective(mixture.model) for _ in range(100)]) > result.score
+
+
+def test_gradients_take_24_steps_by_default(mixture: AdaptiveMixture) -> None:
+    assert len(mixture.search(ROWS, count_letters, validation=None, **CLIMB).history) == 24
+    assert len(mixture.search(ROWS, optimizer="gradient", validation=None, in_context=False).history) == 24
+
+
+def test_folds_climb_on_their_own_examples(mixture: AdaptiveMixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    climbed: list[tuple[int, ...]] = []
+    plain = Evaluator.value_and_gradient
+
+    def spy(self: Evaluator, x: np.ndarray, examples: Sequence[int]) -> tuple[float, np.ndarray]:
+        climbed.append(tuple(examples))
+        return plain(self, x, examples)
+
+    monkeypatch.setattr(Evaluator, "value_and_gradient", spy)
+    result = mixture.search(EXAMPLES[:6], count_letters, validation=3, num_generations=2, **CLIMB)
+    assert result.judged_on == "cross-validation"
+    assert [len(examples) for examples in dict.fromkeys(climbed)] == [6, 4, 4, 4]
+    climbed.clear()
+    result = mixture.search(EXAMPLES[:4], count_letters, validation=EXAMPLES[4:6], num_generations=2, **CLIMB)
+    assert set(climbed) == {(0, 1, 2, 3)}
+    assert (result.judged_on, result.judged) == ("validation", 2)
+
+
+def test_in_context_prompting_is_scored_alike(mixture: AdaptiveMixture) -> None:
+    result = mixture.search(
+        ROWS, count_letters, optimizer="gradient", generation_kwargs=SHORT, validation=None, num_generations=1
+    )
+    assert 0 < result.scores["in-context"] != result.scores["base"]
+
+
+@pytest.mark.parametrize("killed_at", [1, 2, 3, 6])
+def test_a_search_that_was_killed_goes_on_with_the_same_answers(
+    killed_at: int, mixture: AdaptiveMixture, tmp_path: Path
+) -> None:
+    calls = 0
+
+    def reward(completions: list[str], **columns: Any) -> list[float]:
+        nonlocal calls
+        calls += 1
+        if calls == killed_at:
+            raise MemoryError("killed")
+        return count_letters(completions)
+
+    options = {**CLIMB, "validation": None, "num_generations": 4, "max_rows": 10**6}
+    whole = mixture.search(ROWS, count_letters, checkpoint=tmp_path / "whole.json", **options)
+    path = tmp_path / "killed.json"
+    with contextlib.suppress(MemoryError):  # there may be fewer calls
+        mixture.search(ROWS, reward, checkpoint=path, **options)
+    resumed = mixture.search(ROWS, reward, checkpoint=path, resume=True, **options)
+    assert resumed.alpha == whole.alpha
+    assert resumed.scores == whole.scores
+    assert (resumed.usage.rows, resumed.usage.tokens) == (whole.usage.rows, whole.usage.tokens)
+    before = calls
+    mixture.search(ROWS, reward, checkpoint=path, resume=True, **options)
+    assert calls == before  # nobody was asked again
+
+
+def test_without_a_reward_it_stays_where_it_begins(mixture: AdaptiveMixture) -> None:
+    def nothing(completions: list[str], **columns: Any) -> list[float]:
+        return [0.0] * len(completions)
+
+    with pytest.warns(UserWarning, match="No answer to the examples got a reward"):
+        result = mixture.search(ROWS, nothing, validation=None, num_generations=3, **CLIMB)
+    assert not result.improved
+    assert result.choice == "base"
+
+
+def test_batches_that_do_not_fit_are_halved(mixture: AdaptiveMixture, tokenizer: Any) -> None:
+    rows = [{**row, "answers": its} for row, its in zip(ROWS, some_answers([3, 2, 4, 1]), strict=True)]
+    space, x = WeightSpace(mixture.experts, modules(mixture)), np.array([0.3, 0.5, 0.7])
+
+    class Large(ExpectedRewardObjective):
+        def differentiable(self, model: Any, indices: Sequence[int], prompts: Any = None) -> torch.Tensor:
+            if sum(map(self.count, indices)) > 4:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return super().differentiable(model, indices, prompts)
+
+    value, gradient = Evaluator(mixture.model, space, ExpectedRewardObjective(rows, tokenizer)).value_and_gradient(
+        x, range(4)
+    )
+    small = Evaluator(mixture.model, space, Large(rows, tokenizer))
+    found, slope = small.value_and_gradient(x, range(4))
+    assert found == pytest.approx(value, rel=1e-5)
+    assert slope == pytest.approx(gradient, abs=1e-6)
+    assert small.batch_size <= 5
+
+
+def test_what_has_no_gradient(mixture: AdaptiveMixture, tokenizer: Any) -> None:
+    reward = RewardObjective(ROWS, count_letters, tokenizer)
+    both = WeightedObjective([reward, LogLikelihoodObjective(ROWS, tokenizer)], [1.0, 0.1])
+    with pytest.raises(ValueError, match=r"'reward \+ 0.1 log-likelihood' has no gradient"):
+        mixture.search(objective=both, optimizer="gradient")
+    with pytest.raises(ValueError, match="`normalize` cannot be differentiated"):
+        mixture.search(ROWS, count_letters, normalize=True, **CLIMB)
