@@ -76,11 +76,8 @@ class Bench:
         if name.startswith("log-likelihood"):
             return likelihood
         reward = RewardObjective(examples, self.reward, self.mixture.tokenizer, generation_kwargs=GENERATE)
-        return (
-            reward
-            if name in ("reward", "expected reward by layer")
-            else WeightedObjective([reward, likelihood], [1.0, 0.1])
-        )
+        both = name == "reward and log-likelihood"
+        return WeightedObjective([reward, likelihood], [1.0, 0.1]) if both else reward
 
     def on_held_out(self, candidates: list[np.ndarray], granularity: Any = "expert") -> list[list[float]]:
         modules = [layer.module_name for layer in self.mixture.model.modules() if isinstance(layer, SVFLayer)]

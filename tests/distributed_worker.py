@@ -260,11 +260,14 @@ def search(folder: Path, only: int | None = None) -> dict[str, Any]:
             EXAMPLES[:4], reward, validation=2, generation_kwargs=sampled, checkpoint=folder / "search.json", **options
         ).to_dict()
         unseeded = CrossEntropyMethod(np.full(2, 0.5), 0.5, population_size=4)
+        climbed = mixture.search(
+            EXAMPLES[:4], reward, optimizer="gradient", generation_kwargs=sampled, validation=None, batch_size=8
+        )
         loose = mixture.search(EXAMPLES[:4], optimizer=unseeded, num_generations=3, validation=None)
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
     del result["usage"]["seconds"]
-    return {"result": result, "calls": calls, "unseeded": loose.alpha}
+    return {"result": result, "calls": calls, "unseeded": loose.alpha, "climbed": climbed.alpha}
 
 
 def search_with_files_of_one_process(folder: Path) -> dict[str, Any]:

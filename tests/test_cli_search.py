@@ -116,6 +116,19 @@ def test_two_processes_leave_one_mixture(world: Path, tmp_path: Path) -> None:
     assert names == {path.name for path in (tmp_path / "alone").iterdir()}
 
 
+def test_the_gradient_of_a_reward(world: Path, tmp_path: Path) -> None:
+    """By default it takes 24 steps."""
+    options = {"reward": "test_adaptation.count_letters", "optimizer": "gradient", "granularity": "layer"}
+    result = search(world, tmp_path / "mine", "--json", **options, num_generations=None, validation="none")
+    assert result.exit_code == 0, result.output
+    content = json.loads(result.stdout)
+    assert content["objective"] == "expected reward"
+    assert len(content["history"]) == 24
+    assert content["settings"]["generation_kwargs"]["max_new_tokens"] == 3
+    with_ties = search(world, tmp_path / "other", **options, tie_break=0.1)
+    assert "'reward + 0.1 log-likelihood' has no gradient" in one_line(with_ties)
+
+
 def test_options_reach_the_search(world: Path, tmp_path: Path) -> None:
     options = {"granularity": "layer", "tie_break": 0.01, "l1": 0.1, "seed": 3, "limit": 3}
     more = ("--bounds", "-1", "1", "--no_racing", "--json", "--normalize")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ def test_the_value_is_the_sum_of_reward_times_probability(
         along = rng.standard_normal(space.dim) / np.sqrt(space.dim)
         slopes = [(reference(x + h * along) - reference(x - h * along)) / (2 * h) for h in (0.01, 0.02)]
         slope = (4 * slopes[0] - slopes[1]) / 3  # without the error in h²
-        assert gradient @ along == pytest.approx(slope, rel=2e-3, abs=1e-4 * np.abs(gradient).max())
+        assert gradient @ along == pytest.approx(slope, rel=1e-2, abs=1e-2 * np.abs(gradient).max())
     assert np.abs(gradient).max() > 1e-5
 
 
@@ -218,8 +219,8 @@ def test_the_answers_are_those_of_the_candidates_with_their_rewards(mixture: Ada
         assert greedy[i] < set(known)  # and sampled ones
         texts = tokenizer.batch_decode([list(ids) for ids in known], skip_special_tokens=True)
         assert [reward for _, reward in found.means()[i]] == pytest.approx(count_letters(texts))
-        reference = tuple(tokenizer(ROWS[i]["completion"])["input_ids"][: SHORT["max_new_tokens"]])
-        assert reference in known
+        reference = [*tokenizer(ROWS[i]["completion"])["input_ids"], tokenizer.eos_token_id]
+        assert tuple(reference[: SHORT["max_new_tokens"]]) in known
         assert sum(map(len, known.values())) == len(candidates) * 4 + 1
         times = [len(rewards) for rewards in known.values()]
         assert times == sorted(times, reverse=True)
@@ -232,6 +233,7 @@ def test_the_answers_are_those_of_the_candidates_with_their_rewards(mixture: Ada
 
 def test_the_reference_ends_where_an_answer_does(mixture: AdaptiveMixture, tokenizer: Any) -> None:
     """Chat templates put a line break behind the end, which no answer has."""
+    tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + '</s>\n' }}{% endfor %}"
     tokenizer.chat_template += "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
     row = {
@@ -261,11 +263,12 @@ CLIMB: dict[str, Any] = {"optimizer": "gradient", "generation_kwargs": SHORT, "i
 
 def test_a_search_climbs_the_expected_reward(mixture: AdaptiveMixture, tokenizer: Any) -> None:
     options = {**CLIMB, "validation": None, "granularity": "layer", "num_generations": 15}
+    options |= {"bounds": (-2, 2), "one_standard_error": False}
     result = mixture.search(ROWS, count_letters, **options)
     best = [entry["best"] for entry in result.history]
     assert len(best) == 15
     assert best[0] == pytest.approx(max(score for name, score in result.scores.items() if name != "searched"))
-    assert best[-1] > best[0] * 1.2
+    assert best[-1] > best[0] * 1.05
     assert result.improved
     assert (result.objective, result.score) == ("expected reward", pytest.approx(max(best), rel=0.1))
     assert len(result.alpha["all"]) == len(result.groups) > 1
@@ -291,12 +294,12 @@ def test_folds_climb_on_their_own_examples(mixture: AdaptiveMixture, monkeypatch
         return plain(self, x, examples)
 
     monkeypatch.setattr(Evaluator, "value_and_gradient", spy)
-    result = mixture.search(EXAMPLES[:6], count_letters, validation=3, num_generations=2, **CLIMB)
+    result = mixture.search(EXAMPLES, count_letters, validation=3, num_generations=2, **CLIMB)
     assert result.judged_on == "cross-validation"
-    assert [len(examples) for examples in dict.fromkeys(climbed)] == [6, 4, 4, 4]
+    assert [len(examples) for examples in dict.fromkeys(climbed)] == [5, 3, 3, 4]
     climbed.clear()
-    result = mixture.search(EXAMPLES[:4], count_letters, validation=EXAMPLES[4:6], num_generations=2, **CLIMB)
-    assert set(climbed) == {(0, 1, 2, 3)}
+    result = mixture.search(EXAMPLES[:3], count_letters, validation=EXAMPLES[3:], num_generations=2, **CLIMB)
+    assert set(climbed) == {(0, 1, 2)}
     assert (result.judged_on, result.judged) == ("validation", 2)
 
 
@@ -305,6 +308,27 @@ def test_in_context_prompting_is_scored_alike(mixture: AdaptiveMixture) -> None:
         ROWS, count_letters, optimizer="gradient", generation_kwargs=SHORT, validation=None, num_generations=1
     )
     assert 0 < result.scores["in-context"] != result.scores["base"]
+
+
+def test_a_search_that_was_killed_at_a_step_goes_on(
+    mixture: AdaptiveMixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**CLIMB, "validation": None, "num_generations": 4, "checkpoint": tmp_path / "search.json"}
+    whole = mixture.search(ROWS, count_letters, **options | {"checkpoint": None})
+    with monkeypatch.context() as patched:
+        slope, steps = Evaluator._slope, iter([False, False, True])
+
+        def deadly(self: Evaluator, *args: Any) -> Any:
+            if next(steps):
+                raise MemoryError("killed")
+            return slope(self, *args)
+
+        patched.setattr(Evaluator, "_slope", deadly)
+        with pytest.raises(MemoryError):
+            mixture.search(ROWS, count_letters, **options)
+    resumed = mixture.search(ROWS, count_letters, **options, resume=True)
+    assert (resumed.alpha, resumed.scores, resumed.history) == (whole.alpha, whole.scores, whole.history)
+    assert resumed.usage.tokens == whole.usage.tokens
 
 
 @pytest.mark.parametrize("killed_at", [1, 2, 3, 6])

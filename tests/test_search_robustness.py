@@ -161,7 +161,7 @@ def test_settings_of_numpy_are_settings(mixture: AdaptiveMixture, tmp_path: Path
     [
         ({"optimizer": "cemm"}, "no optimizer 'cemm'"),
         ({"population_size": 1}, "`population_size` must be .*at least 2"),
-        ({"optimizer": "gradient"}, "has no gradient"),
+        ({"optimizer": "gradient", "normalize": True}, "`normalize` cannot be differentiated"),
         ({"max_rows": "10"}, "`max_rows` must be an integer of at least 0, got '10'"),
         ({"max_rows": -3}, "`max_rows` must be an integer of at least 0, got -3"),
         ({"max_seconds": float("nan")}, "`max_seconds` must be a number of at least 0, got nan"),
