@@ -5,8 +5,8 @@
 For each task that no expert was trained on (benchmarks/unseen_tasks.py) and each seed, 12 examples are drawn, and on
 them a mixture of the shipped experts is searched in one or more ways (`--searches`): with the defaults of
 `AdaptiveMixture.search` by the reward, by the reward and a tenth of the log-likelihood of the right answers, by that
-alone, and by its gradient with weights for every layer; the best single expert and the best of all simple choices are
-chosen by the reward on the same examples. Everything is then scored on 200 other questions, with in-context prompting
+alone, and by the gradient of that or of the expected reward with weights for every layer; the best single expert and the
+best of all simple choices are chosen by the reward on the same examples. Everything is then scored on 200 other questions, with in-context prompting
 beside it: the base model with the 12 examples before the question.
 
 An hour and more on two cores. Each task leaves a JSON in `benchmarks/mixture_runs/`, to which a seed is added when it
@@ -116,6 +116,7 @@ class Bench:
             weights = [weight for expert in self.mixture.experts for weight in result.alpha[expert]]
         return {
             "choice": result.choice,
+            "alpha": {expert: np.round(values, 4).tolist() for expert, values in result.alpha.items()},
             "on_shots": result.scores,
             "weights": result.searched_weights,
             "held_out": self.on_held_out([np.array(weights)], granularity)[0],
@@ -146,10 +147,10 @@ def stored(task: str) -> dict[str, Any] | None:
 # ---------------------------------------------------------------------------------------------------- report
 
 
-def scores_by_seed(record: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Name → `[seeds, questions]`, of what is compared, for the seeds that have a search by reward."""
+def scores_by_seed(record: dict[str, Any], search: str) -> dict[str, np.ndarray]:
+    """Name → `[seeds, questions]`, of what is compared, for the seeds that have this search."""
     simple = record["simple"]
-    seeds = [record["seeds"][seed] for seed in sorted(record["seeds"], key=int) if "reward" in record["seeds"][seed]]
+    seeds = [seed for _, seed in sorted(record["seeds"].items(), key=lambda pair: int(pair[0])) if search in seed]
     experts = [name for name in simple if name not in ("base", "uniform")]
 
     def best(names: list[str]) -> np.ndarray:
@@ -162,11 +163,8 @@ def scores_by_seed(record: dict[str, Any]) -> dict[str, np.ndarray]:
         "uniform": np.array([simple["uniform"]] * len(seeds)),
         "best expert": best(experts),
         "best simple": best(list(simple)),
-        **{
-            label: np.array([seed[part]["held_out"] for seed in seeds])
-            for part, label in {"in-context": "in-context", **{n: f"searched, {n}" for n in SEARCHES}}.items()
-            if all(part in seed for seed in seeds)
-        },
+        "in-context": np.array([seed["in-context"]["held_out"] for seed in seeds]),
+        "searched": np.array([seed[search]["held_out"] for seed in seeds]),
     }
 
 
@@ -186,46 +184,40 @@ def report(tasks: list[str]) -> None:
     records = [record for record in found if any("reward" in seed for seed in record["seeds"].values())]
     if not records:
         raise SystemExit(f"There is no search in {STORED}.")
-    names = [name for name in scores_by_seed(records[0]) if all(name in scores_by_seed(record) for record in records)]
+    searches = [name for name in SEARCHES if all(any(name in s for s in r["seeds"].values()) for r in records)]
     lines = [
         "# Searched mixtures on unseen tasks",
         "",
         "Written by `benchmarks/mixture_quality.py` from the runs in `benchmarks/mixture_runs/`; do not edit.",
         f"SmolLM2-135M-Instruct and the experts in `examples/experts`; {SHOTS} examples, {HELD_OUT} other questions,",
-        f"greedy answers of at most {GENERATE['max_new_tokens']} tokens, the defaults of `AdaptiveMixture.search`. "
-        "*Best expert* and *best simple* (of base,",
-        "experts and uniform) are chosen by the reward on the same examples. 95 % intervals by bootstrap over seeds",
-        "and questions.",
+        f"greedy answers of at most {GENERATE['max_new_tokens']} tokens, the defaults of `AdaptiveMixture.search`",
+        "(*reward*), or what else is said; without held-out examples or folds. *Best expert* and *best simple* (of base, experts and uniform) are chosen by",
+        "the reward on the same examples. 95 % intervals by bootstrap over seeds and questions.",
         "",
-        "## Accuracy",
-        "",
-        "| task (seeds) | " + " | ".join(names) + " |",
-        "|" + "---|" * (1 + len(names)),
     ]
-    for record in records:
-        scores = scores_by_seed(record)
-        cells = ["{:.3f} ({:.3f} to {:.3f})".format(*spread(scores[name])) for name in names]
-        lines.append(f"| {record['task']} ({len(scores['base'])}) | " + " | ".join(cells) + " |")
-    lines += ["", "## Searched less its rivals", ""]
-    rivals = [name for name in names if not name.startswith("searched")]
-    searches = [search for search in SEARCHES if f"searched, {search}" in names]
+    names = list(scores_by_seed(records[0], "reward"))
     for search in searches:
-        lines += ["| by the " + search + " | " + " | ".join(rivals) + " |", "|" + "---|" * (1 + len(rivals))]
+        lines += [f"## Searched by the {search}", ""]
+        lines += ["| accuracy on (seeds) | " + " | ".join(names) + " |", "|" + "---|" * (1 + len(names))]
+        compared = ["", "| searched less | " + " | ".join(names[:-1]) + " |", "|" + "---|" * len(names)]
         for record in records:
-            scores = scores_by_seed(record)
+            scores = scores_by_seed(record, search)
+            cells = ["{:.3f} ({:.3f} to {:.3f})".format(*spread(scores[name])) for name in names]
+            lines.append(f"| {record['task']} ({len(scores['base'])}) | " + " | ".join(cells) + " |")
             cells = []
-            for rival in rivals:
-                mean, low, high = spread(scores[f"searched, {search}"] - scores[rival])
+            for rival in names[:-1]:
+                mean, low, high = spread(scores["searched"] - scores[rival])
                 text = f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
                 cells.append(f"**{text}**" if low > 0 or high < 0 else text)
-            lines.append(f"| {record['task']} | " + " | ".join(cells) + " |")
-        lines.append("")
+            compared.append(f"| {record['task']} | " + " | ".join(cells) + " |")
+        lines += [*compared, ""]
     lines += [
         "Bold: 0 is outside.",
         "",
         "## What was found",
         "",
-        "| task | by | on the 12 examples: best simple, searched | mean weights | pairs | tokens | s |",
+        "| task | by | what was searched for, on the 12 examples: best simple, searched | mean weights | pairs | tokens "
+        "| s |",
         "|---|---|---|---|---|---|---|",
     ]
     for record in records:
