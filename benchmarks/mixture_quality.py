@@ -5,11 +5,11 @@
 For each task that no expert was trained on (benchmarks/unseen_tasks.py) and each seed, 12 examples are drawn, and on
 them a mixture of the shipped experts is searched in one or more ways (`--searches`): with the defaults of
 `AdaptiveMixture.search` by the reward, by the reward and a tenth of the log-likelihood of the right answers, by that
-alone, and by the gradient of that or of the expected reward with weights for every layer; the best single expert and the
-best of all simple choices are chosen by the reward on the same examples. Everything is then scored on 200 other questions, with in-context prompting
-beside it: the base model with the 12 examples before the question.
+alone, and by the gradient of that or of the expected reward with weights for every layer; the best single expert and
+the best of all simple choices are chosen by the reward on the same examples. Everything is then scored on 200 other
+questions, with in-context prompting beside it: the base model with the 12 examples before the question.
 
-An hour and more on two cores. Each task leaves a JSON in `benchmarks/mixture_runs/`, to which a seed is added when it
+Ten minutes and more for each task, seed and search on one core. Each task leaves a JSON in `benchmarks/mixture_runs/`, to which a seed is added when it
 is done; what is there is not done again. `docs/mixtures.md` is made of them.
 """
 
@@ -191,8 +191,9 @@ def report(tasks: list[str]) -> None:
         "Written by `benchmarks/mixture_quality.py` from the runs in `benchmarks/mixture_runs/`; do not edit.",
         f"SmolLM2-135M-Instruct and the experts in `examples/experts`; {SHOTS} examples, {HELD_OUT} other questions,",
         f"greedy answers of at most {GENERATE['max_new_tokens']} tokens, the defaults of `AdaptiveMixture.search`",
-        "(*reward*), or what else is said; without held-out examples or folds. *Best expert* and *best simple* (of base, experts and uniform) are chosen by",
-        "the reward on the same examples. 95 % intervals by bootstrap over seeds and questions.",
+        "(*reward*), or what else is said; without held-out examples or folds. *Best expert* and *best simple* (of",
+        "base, experts and uniform) are chosen by the reward on the same examples. 95 % intervals by bootstrap over",
+        "seeds and questions.",
         "",
     ]
     names = list(scores_by_seed(records[0], "reward"))
@@ -216,8 +217,7 @@ def report(tasks: list[str]) -> None:
         "",
         "## What was found",
         "",
-        "| task | by | what was searched for, on the 12 examples: best simple, searched | mean weights | pairs | tokens "
-        "| s |",
+        "| task | by | that on the 12 examples: best simple, searched | mean weights | pairs | tokens | s |",
         "|---|---|---|---|---|---|---|",
     ]
     for record in records:
