@@ -9,8 +9,8 @@ alone, and by the gradient of that or of the expected reward with weights for ev
 the best of all simple choices are chosen by the reward on the same examples. Everything is then scored on 200 other
 questions, with in-context prompting beside it: the base model with the 12 examples before the question.
 
-Ten minutes and more for each task, seed and search on one core. Each task leaves a JSON in `benchmarks/mixture_runs/`, to which a seed is added when it
-is done; what is there is not done again. `docs/mixtures.md` is made of them.
+Ten minutes and more for each task, seed and search on one core. Each task leaves a JSON in `benchmarks/mixture_runs/`,
+to which a seed is added when it is done; what is there is not done again. `docs/mixtures.md` is made of them.
 """
 
 from __future__ import annotations
