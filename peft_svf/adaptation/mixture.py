@@ -340,8 +340,10 @@ class AdaptiveMixture:
             if isinstance(optimizer, str)
             else optimizer
         )
-        if getattr(trial, "uses_gradient", False):
-            climbed: Any = ExpectedRewardObjective if isinstance(objective, RewardObjective) else objective
+        by_gradient = getattr(trial, "uses_gradient", False)
+        by_answers = by_gradient and isinstance(objective, RewardObjective) and not hasattr(objective, "differentiable")
+        if by_gradient:
+            climbed: Any = ExpectedRewardObjective if by_answers else objective
             check_differentiable(climbed, space)
         evaluator = Evaluator(self.model, space, objective, batch_size=batch_size, seed=seed)
         settings = {
@@ -393,6 +395,7 @@ class AdaptiveMixture:
             else (lambda seed, start: copy.deepcopy(optimizer) if split.folds else optimizer),
             in_context,
             None if checkpoint is None else Checkpoint(checkpoint, resume, self._identity(objective, space, settings)),
+            by_answers,
         )
         trained = self.model.training
         self.model.eval()

@@ -124,6 +124,8 @@ class Procedure:
             search.
         in_context (`bool`): Whether to score in-context prompting.
         checkpoint ([`Checkpoint`], *optional*): Where to keep the scores.
+        by_answers (`bool`): Whether the objective is a reward, in whose place the expected one is to be searched for,
+            as it has a gradient.
     """
 
     evaluator: Evaluator
@@ -132,6 +134,7 @@ class Procedure:
     make_optimizer: Callable[[int, np.ndarray], Any]
     in_context: bool = True
     checkpoint: Checkpoint | None = None
+    by_answers: bool = False
 
     def __call__(self, settings: dict[str, Any]) -> tuple[MixtureResult, np.ndarray]:
         """The result and the candidate to put in place."""
@@ -141,13 +144,13 @@ class Procedure:
             self.checkpoint.load(self.evaluator)
         with progress_bar(desc=f"Searching ({self.evaluator.objective.name})", unit="row") as bar:
             self.evaluator.on_rows = bar.update
-            optimizer = self.make_optimizer(self.plan.seed, simple[UNIFORM])
-            bar.total = self._rows(optimizer)
-            if self._needs_answers(optimizer):
+            if self.by_answers:
+                bar.total = self._answered()
                 self._learn_answers(list(simple.values()))
             evaluator = self.evaluator
             start = self._start(self.split.search)
             optimizer = self.make_optimizer(self.plan.seed, start)
+            bar.total = self._rows(optimizer)
             scores = dict(zip(simple, evaluator.scores(list(simple.values()), judged), strict=True))
             if self.checkpoint is not None:
                 self.checkpoint.save(evaluator)
@@ -243,9 +246,6 @@ class Procedure:
                 return found, out_of_fold, "cross-validation"
         return found, score(split.search), "search"
 
-    def _needs_answers(self, optimizer: Any) -> bool:
-        return getattr(optimizer, "uses_gradient", False) and not hasattr(self.evaluator.objective, "differentiable")
-
     def _learn_answers(self, candidates: list[np.ndarray]) -> None:
         """Let these candidates answer the examples, or take the answers of a checkpoint, and go on with the expected
         reward, which has a gradient, in the place of the reward."""
@@ -288,9 +288,12 @@ class Procedure:
         simple = (len(self.evaluator.space.experts) + 3) * (
             len(self.split.judged) + bool(self.split.held_out) * searched
         )
-        answered = (1 + SAMPLES) * (len(self.evaluator.space.experts) + 2) * len(self.evaluator.objective.examples)
-        answered *= self._needs_answers(optimizer)
-        return simple + answered + candidates * (searched + folds)
+        return simple + self._answered() + candidates * (searched + folds)
+
+    def _answered(self) -> int:
+        """How many answers are collected."""
+        candidates = len(self.evaluator.space.experts) + 2
+        return self.by_answers * (1 + SAMPLES) * candidates * len(self.evaluator.objective.examples)
 
 
 def _per_expert(experts: list[str], alpha: np.ndarray) -> dict[str, float]:
