@@ -243,8 +243,11 @@ def test_the_reference_ends_where_an_answer_does(mixture: AdaptiveMixture, token
     objective = RewardObjective([row], count_letters, tokenizer)
     ids = objective.reference(mixture.model, 0)
     assert tokenizer.decode(ids) == "abc</s>"
-    objective = RewardObjective([{"prompt": "x"}], count_letters, tokenizer)
-    assert objective.reference(mixture.model, 0) is None
+    objective = RewardObjective([row | {"completion": "abc"}], count_letters, tokenizer)
+    assert objective.reference(mixture.model, 0) == ids
+    for none in ({}, {"completion": None}, {"completion": 3}, {"completion": row["completion"]}, {"completion": []}):
+        objective = RewardObjective([{"prompt": "x", **none}], count_letters, tokenizer)
+        assert objective.reference(mixture.model, 0) is None
 
 
 def test_sampling_ignores_how_the_objective_decodes(tokenizer: Any) -> None:

@@ -90,7 +90,8 @@ def collect_answers(evaluator: Evaluator, candidates: Sequence[np.ndarray], samp
     everything = gather_object(heard) if processes().num_processes > 1 else heard
     rewards: list[dict[tuple[int, ...], list[float]]] = [{} for _ in examples]
     for i, ids, reward in sorted([*everything, *by_main_process(of_references)]):
-        rewards[i].setdefault(ids, []).append(reward)
+        if ids:  # nothing but padding tells nothing
+            rewards[i].setdefault(ids, []).append(reward)
     frequent = [dict(sorted(answers.items(), key=lambda pair: -len(pair[1]))) for answers in rewards]
     evaluator.usage.add(usage)
     return Answers(frequent, usage)

@@ -235,7 +235,7 @@ class Evaluator:
         rows = torch.tensor([objective.count(i) for i in indices], device=alphas.device)
         if not rows.any():
             return method(self.model, indices)
-        with self._mixtures(alphas):
+        with self._mixtures(alphas), torch.set_grad_enabled(alphas.requires_grad):
             prompts = objective.read(self.model, indices, **given)
         with self._mixtures(alphas.repeat_interleave(rows, dim=0)):
             return method(self.model, indices, prompts)

@@ -187,11 +187,14 @@ class RewardObjective(Batched):
         return found
 
     def reference(self, model: Any, index: int) -> list[int] | None:
-        """Tokens of the `"completion"` of an example as the model would answer it, if there is one."""
-        row = self.examples[index]
-        if "completion" not in row:
+        """Tokens of the `"completion"` of an example as the model would answer it, if it has one that is text, or
+        messages after messages."""
+        row, as_text = self.examples[index], isinstance(self.examples[index]["prompt"], str)
+        completion = row.get("completion")
+        if isinstance(completion, str) and not as_text:
+            row = {**row, "completion": [{"role": "assistant", "content": completion}]}
+        elif not isinstance(completion, str) and (as_text or not completion or not are_messages(completion)):
             return None
-        check_examples([row], ["prompt", "completion"])
         ids = answer_ids(row, self.tokenizer)[: self.generation_kwargs["max_new_tokens"]]
         return _until_end(ids, _end_tokens(model, self.tokenizer, self.generation_kwargs), self.tokenizer.pad_token_id)
 
