@@ -45,10 +45,13 @@ Answered = list[list[tuple[list[int], float]]]
 
 
 def some_answers(count: Sequence[int], seed: int = 0) -> Answered:
-    """So many random answers to each example, of 1 to 5 tokens."""
+    """So many random answers to each example, of 1 to 5 tokens, none of which begins with another."""
     rng = np.random.default_rng(seed)
     return [
-        [(rng.integers(4, 30, rng.integers(1, 6)).tolist(), float(rng.uniform(0.1, 2))) for _ in range(number)]
+        [
+            ([first, *rng.integers(4, 30, rng.integers(0, 5)).tolist()], float(rng.uniform(0.1, 2)))
+            for first in rng.permutation(np.arange(4, 30))[:number].tolist()
+        ]
         for number in count
     ]
 
@@ -188,17 +191,19 @@ def test_of_many_answers_the_best_count(tokenizer: Any) -> None:
 
 
 def test_rewards_count_from_the_lowest_if_that_is_negative(mixture: AdaptiveMixture, tokenizer: Any) -> None:
-    objective = expected_of(ROWS[:3], [[([4], 1.0), ([5], -1.0)], [([4], 0.0)], []], tokenizer)
-    assert objective.lowest == -1.0
+    """Of an example by itself."""
+    answers = [[([4], 1.0), ([5], -1.0)], [([4], 0.5), ([5], 0.0)], []]
+    objective = expected_of(ROWS[:3], answers, tokenizer)
     assert [objective.count(i) for i in range(3)] == [1, 1, 0]
-    with torch.no_grad():
-        ones = [
-            -1 + r * probability(mixture.model, prompt_ids(ROWS[i]["prompt"], tokenizer), [4])
-            for i, r in ((0, 2), (1, 1))
-        ]
-    assert objective(mixture.model) == pytest.approx([*ones, -1.0], rel=1e-5)
-    other = objective.with_examples(objective.examples[1:])
-    assert other(mixture.model) == pytest.approx([ones[1], -1.0], rel=1e-5)  # the same scale
+    of_four = [probability(mixture.model, prompt_ids(row["prompt"], tokenizer), [4]) for row in ROWS[:2]]
+    assert objective(mixture.model) == pytest.approx([-1 + 2 * of_four[0], 0.5 * of_four[1], 0.0], rel=1e-5)
+
+
+def test_an_answer_that_begins_with_another_does_not_count(tokenizer: Any) -> None:
+    """What is sampled begins with the shorter one in either case."""
+    answers = [([4], 1.0), ([4, 5, 6], 1.0), ([5, 4], 0.5), ([], 3.0), ([5, 6], 0.25)]
+    objective = expected_of(ROWS[:1], [answers], tokenizer)
+    assert objective._answers == [[([4], 1.0), ([5, 4], 0.5), ([5, 6], 0.25)]]
 
 
 # ------------------------------------------------------------------------------------------------ answers
@@ -224,11 +229,14 @@ def test_the_answers_are_those_of_the_candidates_with_their_rewards(mixture: Ada
         assert sum(map(len, known.values())) == len(candidates) * 4 + 1
         times = [len(rewards) for rewards in known.values()]
         assert times == sorted(times, reverse=True)
-    assert found.usage.rows == evaluator.usage.rows == 4 * len(candidates) * 4
-    assert found.usage.tokens == evaluator.usage.tokens > 0
+    assert evaluator.usage.rows == 4 * len(candidates) * 4
+    assert found.usage.rows == 4 * len(candidates) * 3
+    assert evaluator.usage.tokens > found.usage.tokens > 0
     again = collect_answers(Evaluator(mixture.model, space, objective), candidates, samples=3)
     assert again.rewards == found.rewards
-    assert Answers.from_state_dict(found.state_dict()).rewards == found.rewards
+    assert Answers.from_state_dict(found.state_dict(), 4).rewards == found.rewards
+    with pytest.raises(ValueError, match="answers to 4 examples, not 5"):
+        Answers.from_state_dict(found.state_dict(), 5)
 
 
 def test_the_reference_ends_where_an_answer_does(mixture: AdaptiveMixture, tokenizer: Any) -> None:
@@ -254,7 +262,7 @@ def test_sampling_ignores_how_the_objective_decodes(tokenizer: Any) -> None:
     given = {"do_sample": True, "temperature": 0.1, "top_p": 0.5, "top_k": 3, "max_new_tokens": 7}
     objective = RewardObjective(ROWS, count_letters, tokenizer, generation_kwargs=given)
     plain = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "num_beams": 1, "max_new_tokens": 7}
-    assert objective.sampling().generation_kwargs == plain
+    assert plain.items() <= objective.sampling().generation_kwargs.items()
     assert objective.generation_kwargs == given
     assert not objective.sampling().deterministic
 
@@ -306,11 +314,28 @@ def test_folds_climb_on_their_own_examples(mixture: AdaptiveMixture, monkeypatch
     assert (result.judged_on, result.judged) == ("validation", 2)
 
 
-def test_in_context_prompting_is_scored_alike(mixture: AdaptiveMixture) -> None:
+@pytest.mark.parametrize("validation", [None, 2, "rows"])
+def test_the_rewards_themselves_are_told(validation: Any, mixture: AdaptiveMixture, tokenizer: Any) -> None:
+    rows = EXAMPLES[:3] if validation == "rows" else ROWS
+    judged = EXAMPLES[3:] if validation == "rows" else ROWS
     result = mixture.search(
-        ROWS, count_letters, optimizer="gradient", generation_kwargs=SHORT, validation=None, num_generations=1
+        rows,
+        count_letters,
+        optimizer="gradient",
+        generation_kwargs=SHORT,
+        validation=EXAMPLES[3:] if validation == "rows" else validation,
+        num_generations=3,
     )
-    assert 0 < result.scores["in-context"] != result.scores["base"]
+    assert list(result.rewards) == ["base", "all", "narrow", "last", "uniform", "searched", "in-context"]
+    assert "in-context" not in result.scores  # by answers of others it would be
+    objective = RewardObjective(judged, count_letters, tokenizer, generation_kwargs=SHORT)
+    for name, x in WeightSpace(mixture.experts, []).simple().items():
+        mixture.set_weights(x)
+        assert result.rewards[name] == pytest.approx(np.mean(objective(mixture.model)))
+    if validation != 2:
+        mixture.set_weights(result.searched_weights)
+        assert result.rewards["searched"] == pytest.approx(np.mean(objective(mixture.model)))
+    assert f"The rewards themselves: base {result.rewards['base']:.3f}, all" in str(result)
 
 
 def test_a_search_that_was_killed_at_a_step_goes_on(
@@ -389,6 +414,70 @@ def test_batches_that_do_not_fit_are_halved(mixture: AdaptiveMixture, tokenizer:
     assert found == pytest.approx(value, rel=1e-5)
     assert slope == pytest.approx(gradient, abs=1e-6)
     assert small.batch_size <= 5
+    assert small.scores([x], range(4)).mean() == pytest.approx(value, rel=1e-5)
+
+
+def test_memory_that_never_lasts_is_an_error(mixture: AdaptiveMixture, tokenizer: Any) -> None:
+    class Large(ExpectedRewardObjective):
+        def read(self, model: Any, indices: Sequence[int], prefix: Any = None) -> Any:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    rows = [{**row, "answers": its} for row, its in zip(ROWS, some_answers([0, 0, 2, 0]), strict=True)]
+    evaluator = Evaluator(mixture.model, WeightSpace(mixture.experts, []), Large(rows, tokenizer))
+    with pytest.raises(torch.OutOfMemoryError):
+        evaluator.value_and_gradient(np.ones(3), range(4))
+    with pytest.raises(torch.OutOfMemoryError):
+        evaluator.scores([np.ones(3)], range(4))
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_batches_have_as_many_rows_as_they_may(count: int, mixture: AdaptiveMixture, tokenizer: Any) -> None:
+    seen: list[int] = []
+
+    class Seen(ExpectedRewardObjective):
+        def differentiable(self, model: Any, indices: Sequence[int], prompts: Any = None) -> torch.Tensor:
+            seen.append(sum(map(self.count, indices)))
+            return super().differentiable(model, indices, prompts)
+
+    rows = [{**row, "answers": its} for row, its in zip(ROWS, some_answers([count] * 4), strict=True)]
+    evaluator = Evaluator(mixture.model, WeightSpace(mixture.experts, []), Seen(rows, tokenizer), batch_size=12)
+    evaluator.scores([np.zeros(3), np.ones(3)], range(4))
+    evaluator.value_and_gradient(np.ones(3), range(4))
+    assert seen == {1: [8, 4], 5: [10] * 4 + [10] * 2}[count]
+
+
+def test_answers_that_are_hardly_ever_given_are_told(mixture: AdaptiveMixture) -> None:
+    rows = [{**row, "completion": row["prompt"] * 9} for row in ROWS]
+
+    def exact(completions: list[str], prompts: list[str], **columns: Any) -> list[float]:
+        return [float(text == prompt * 9) for text, prompt in zip(completions, prompts, strict=True)]
+
+    options = {**CLIMB, "generation_kwargs": {"max_new_tokens": 100}, "num_generations": 1, "validation": None}
+    with pytest.warns(UserWarning, match="next to no probability"):
+        mixture.search(rows, exact, **options)
+
+
+def test_a_subclass_with_a_score_of_its_own_is_refused(mixture: AdaptiveMixture, tokenizer: Any) -> None:
+    class Mine(RewardObjective):
+        def score(self, model: Any, indices: Sequence[int], prefix: Any = None) -> list[float]:
+            return [0.5 * score for score in super().score(model, indices, prefix)]
+
+    with pytest.raises(ValueError, match="has no gradient"):
+        mixture.search(objective=Mine(ROWS, count_letters, tokenizer), optimizer="gradient")
+
+
+def test_padding_after_a_stop_string_is_no_end(mixture: AdaptiveMixture, tokenizer: Any) -> None:
+    """With a tokenizer whose pad token is its end token."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = tokenizer.eos_token
+    kwargs = {"max_new_tokens": 12, "stop_strings": ["a", "e", "i", "o"], "tokenizer": tokenizer}
+    objective = RewardObjective(EXAMPLES, count_letters, tokenizer, generation_kwargs=kwargs)
+    torch.manual_seed(0)
+    found = objective.sampling().answers(mixture.model, list(range(5)) * 8)
+    stopped = [text for text in map(tokenizer.decode, found) if set(text) & set("aeio")]
+    assert len(stopped) > 10
+    assert not any("</s>" in text for text in stopped)
+    assert objective.reference(mixture.model, 0) is None
 
 
 def test_what_has_no_gradient(mixture: AdaptiveMixture, tokenizer: Any) -> None:

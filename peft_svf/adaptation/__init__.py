@@ -1,6 +1,6 @@
 """Self-adaptation at inference: mixtures of experts, searched from a few examples, and an expert for each prompt."""
 
-from ..scoring import ExpectedRewardObjective, LogLikelihoodObjective, Objective, RewardObjective, WeightedObjective
+from ..scoring import LogLikelihoodObjective, Objective, RewardObjective, WeightedObjective
 from .cem import CrossEntropyMethod
 from .dispatch import Dispatch, Dispatcher, PromptDispatcher
 from .evaluation import Evaluation, EvaluationTask, evaluate
@@ -23,7 +23,6 @@ __all__ = [
     "Evaluation",
     "EvaluationTask",
     "Evaluator",
-    "ExpectedRewardObjective",
     "GradientDescent",
     "LogLikelihoodObjective",
     "MixtureResult",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,11 +23,13 @@ class Answers:
 
     Attributes:
         rewards: For each example, the tokens of an answer → its rewards; the most frequent answers first.
-        usage: What it cost to get them, in rows and tokens.
+        usage: What it cost to get them by sampling, in rows and tokens.
+        decoded: The scores of answers as the objective decodes, a state of an [`Evaluator`].
     """
 
     rewards: list[dict[tuple[int, ...], list[float]]]
     usage: Usage = field(default_factory=Usage)
+    decoded: list[dict[str, Any]] = field(default_factory=list)
 
     def means(self) -> list[list[tuple[list[int], float]]]:
         """The answers to each example with the mean of their rewards."""
@@ -35,16 +38,25 @@ class Answers:
     def state_dict(self) -> dict[str, Any]:
         """As JSON-serialisable values."""
         rewards = [[[list(ids), its] for ids, its in answers.items()] for answers in self.rewards]
-        return {"rewards": rewards, "rows": self.usage.rows, "tokens": self.usage.tokens}
+        usage = {"rows": self.usage.rows, "tokens": self.usage.tokens}
+        return {"rewards": rewards, "decoded": self.decoded, **usage}
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Any]) -> Answers:
-        """What a `state_dict` is of."""
+    def from_state_dict(cls, state: dict[str, Any], examples: int) -> Answers:
+        """What a `state_dict` is of.
+
+        Raises:
+            ValueError: Answers to another number of examples, or rewards that are not finite.
+        """
         rewards = [
             {tuple(map(int, ids)): [float(reward) for reward in its] for ids, its in answers}
             for answers in state["rewards"]
         ]
-        return cls(rewards, Usage(int(state["rows"]), int(state["tokens"])))
+        if len(rewards) != examples:
+            raise ValueError(f"it has answers to {len(rewards)} examples, not {examples}")
+        if not all(math.isfinite(reward) for answers in rewards for its in answers.values() for reward in its):
+            raise ValueError("some rewards are not finite")
+        return cls(rewards, Usage(int(state["rows"]), int(state["tokens"])), list(state["decoded"]))
 
 
 def collect_answers(evaluator: Evaluator, candidates: Sequence[np.ndarray], samples: int = SAMPLES) -> Answers:
@@ -55,7 +67,8 @@ def collect_answers(evaluator: Evaluator, candidates: Sequence[np.ndarray], samp
     With several processes, each gets the answers of all.
 
     Args:
-        evaluator ([`Evaluator`]): Has the model and a [`RewardObjective`]; the cost is counted to it.
+        evaluator ([`Evaluator`]): Has the model and a [`RewardObjective`], and has not been asked yet. The cost is
+            counted to it, and it knows the scores as decoded afterwards.
         candidates (`Sequence[np.ndarray]`): Who answers.
         samples (`int`): How often each candidate answers by sampling.
     """
@@ -66,32 +79,35 @@ def collect_answers(evaluator: Evaluator, candidates: Sequence[np.ndarray], samp
     def hear(indices: Sequence[int], answers: list[list[int]], rewards: list[float]) -> None:
         heard.extend(zip(indices, map(tuple, answers), rewards, strict=True))
 
-    usage = Usage()
-    for asking, rounds in ((objective, 1), (objective.sampling(), samples)):
-        answering = Evaluator(
-            evaluator.model,
-            evaluator.space,
-            asking.heard_by(hear),
-            batch_size=evaluator.batch_size,
-            seed=evaluator.seed,
-        )
-        answering.on_rows = evaluator.on_rows
-        for _ in range(rounds):
-            answering.new_round()
-            answering.scores(candidates, examples)
-        usage.add(answering.usage)
-
     def of_references() -> list[tuple[int, tuple[int, ...], float]]:
         known = {i: objective.reference(evaluator.model, i) for i in examples}
         known = {i: ids for i, ids in known.items() if ids}
         rewards = objective.rewards(list(known), list(known.values())) if known else []
         return [(i, tuple(ids), reward) for (i, ids), reward in zip(known.items(), rewards, strict=True)]
 
+    references = by_main_process(of_references)
+    evaluator.objective = objective.heard_by(hear)
+    evaluator.scores(candidates, examples)
+    evaluator.objective = objective
+    # a seed of its own, as the objective itself may sample
+    sampling = Evaluator(
+        evaluator.model,
+        evaluator.space,
+        objective.sampling().heard_by(hear),
+        batch_size=evaluator.batch_size,
+        seed=evaluator.seed + 1,
+    )
+    sampling.on_rows = evaluator.on_rows
+    for _ in range(samples):
+        sampling.new_round()
+        sampling.scores(candidates, examples)
+    evaluator.batch_size = sampling.batch_size
+    evaluator.usage.add(sampling.usage)
+
     everything = gather_object(heard) if processes().num_processes > 1 else heard
     rewards: list[dict[tuple[int, ...], list[float]]] = [{} for _ in examples]
-    for i, ids, reward in sorted([*everything, *by_main_process(of_references)]):
+    for i, ids, reward in sorted([*everything, *references]):
         if ids:  # nothing but padding tells nothing
             rewards[i].setdefault(ids, []).append(reward)
     frequent = [dict(sorted(answers.items(), key=lambda pair: -len(pair[1]))) for answers in rewards]
-    evaluator.usage.add(usage)
-    return Answers(frequent, usage)
+    return Answers(frequent, sampling.usage, evaluator.state_dict())

@@ -41,7 +41,8 @@ class Checkpoint:
             try:
                 evaluator.load_state_dict(content["scores"])
                 evaluator.usage.seconds = float(content["seconds"])
-                self.answers = Answers.from_state_dict(content["answers"]) if content.get("answers") else None
+                if content.get("answers"):
+                    self.answers = Answers.from_state_dict(content["answers"], len(evaluator.objective.examples))
             except (ValueError, KeyError, TypeError) as error:
                 raise self._damaged(error) from error
 

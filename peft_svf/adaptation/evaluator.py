@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from .space import WeightSpace
 
 # Rows that a batch starts with: enough to be bound by arithmetic, and lowered where memory does not last.
 ROWS_ON_CPU, ROWS_ON_ACCELERATOR = 64, 512
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -105,8 +107,10 @@ class Evaluator:
         pairs = [(scores, x, i) for scores, x in distinct.values() for i in examples if i not in scores]
         # longest first: if memory does not last, that shows at once
         pairs.sort(key=lambda pair: -self._lengths[pair[2]])
+        if processes().num_processes > 1:  # a gradient may have lowered it in one of them
+            self.batch_size = min(gather_object([self.batch_size]))
         while pairs:
-            batches = [pairs[start : start + self.batch_size] for start in range(0, len(pairs), self.batch_size)]
+            batches = self._batches(pairs, [self._rows_of(example) for *_, example in pairs])
             with self._timed():
                 for i, found, tokens in self._of_all_processes(batches):
                     shares = np.diff(np.linspace(0, tokens, len(found) + 1).astype(int)).tolist()  # whole ones
@@ -126,13 +130,13 @@ class Evaluator:
         total, gradient, before = 0.0, np.zeros_like(x), self.objective.tokens
         with self._timed():
             while left:
-                batch = self._first_batch(left)
+                batch = self._batches(left, [self._rows_of(i) for i in left])[0]
                 try:
                     score, found = self._slope(x, batch)
                 except Exception as error:
                     if not should_reduce_batch_size(error) or len(batch) == 1:
                         raise
-                    self.batch_size = max(1, min(self.batch_size, sum(map(self._rows_of, batch))) // 2)
+                    self.batch_size = sum(map(self._rows_of, batch)) // 2
                     clear_device_cache()
                     continue
                 total, gradient, left = total + score, gradient + found, left[len(batch) :]
@@ -164,7 +168,7 @@ class Evaluator:
                 except Exception as caught:
                     if not should_reduce_batch_size(caught) or len(batches[i]) == 1:
                         raise
-                    self.batch_size = len(batches[i]) // 2
+                    self.batch_size = sum(self._rows_of(example) for *_, example in batches[i]) // 2
                     self._forget_prefixes()
                     break
                 self.on_rows(len(batches[i]) * state.num_processes)
@@ -241,12 +245,20 @@ class Evaluator:
             return method(self.model, indices, prompts)
 
     def _rows_of(self, example: int) -> int:
-        return self.objective.count(example) if isinstance(self.objective, ExpectedRewardObjective) else 1
+        objective = self.objective
+        return max(1, objective.count(example)) if isinstance(objective, ExpectedRewardObjective) else 1
 
-    def _first_batch(self, examples: list[int]) -> list[int]:
-        """The first of these examples, as many as one batch takes."""
-        rows = np.cumsum([self._rows_of(i) for i in examples])
-        return examples[: max(1, int((rows <= self.batch_size).sum()))]
+    def _batches(self, items: list[T], rows: Sequence[int]) -> list[list[T]]:
+        """Items in turn, in batches of as many rows as fit, at least one item in each."""
+        batches: list[list[T]] = []
+        room = 0
+        for item, count in zip(items, rows, strict=True):
+            if not batches or count > room:
+                batches.append([])
+                room = self.batch_size
+            batches[-1].append(item)
+            room -= count
+        return batches
 
     def _read_prefixes(self, alphas: list[np.ndarray]) -> Prefix | None:
         """What the prompts begin with, as read with the mixture of each row; `None` if they have nothing in common."""

@@ -246,7 +246,7 @@ class AdaptiveMixture:
         mixture does not beat them, the best of them is kept and the result says so. In-context prompting is
         scored, too.
 
-        Ctrl-C ends the search with what it found so far.
+        Ctrl-C ends the search with what it found so far, once the simple choices were scored.
 
         Args:
             examples (`Sequence[dict]` or `datasets.Dataset`): Rows with `"prompt"`; without `reward_funcs` also with
@@ -283,7 +283,8 @@ class AdaptiveMixture:
                 better by more than the standard error of the difference, on its own examples.
             patience (`int`, *optional*): Generations without a better candidate after which a search stops.
             max_rows, max_tokens, max_seconds (*optional*): After the first generation, none is begun that would
-                probably go beyond so many pairs of a mixture and an example, tokens, or seconds, in all.
+                probably go beyond so many pairs of a mixture and an example, tokens, or seconds, in all. The simple
+                choices are scored before, and for the gradient of a reward they answer the examples.
             in_context (`bool`): Whether to score in-context prompting, where the examples have answers.
             batch_size (`int`, *optional*): Rows per batch; by default found, see [`Evaluator`].
             checkpoint (path, *optional*): A JSON file for all scores, written after each generation.
@@ -297,7 +298,8 @@ class AdaptiveMixture:
         """
         self._check_present()
         if num_generations is None:
-            num_generations = STEPS if optimizer == "gradient" else GENERATIONS
+            by_steps = getattr(optimizer, "uses_gradient", optimizer == "gradient")
+            num_generations = STEPS if by_steps else GENERATIONS
         num_generations = _whole("num_generations", num_generations, 1)
         one_is_enough = optimizer == "gradient" or not isinstance(optimizer, str)  # which has a number of its own
         population_size = _whole("population_size", population_size, 1 if one_is_enough else 2)
@@ -341,7 +343,8 @@ class AdaptiveMixture:
             else optimizer
         )
         by_gradient = getattr(trial, "uses_gradient", False)
-        by_answers = by_gradient and isinstance(objective, RewardObjective) and not hasattr(objective, "differentiable")
+        plain = isinstance(objective, RewardObjective) and type(objective).score is RewardObjective.score
+        by_answers = by_gradient and plain and not hasattr(objective, "differentiable")
         if by_gradient:
             climbed: Any = ExpectedRewardObjective if by_answers else objective
             check_differentiable(climbed, space)

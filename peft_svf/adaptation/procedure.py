@@ -23,6 +23,7 @@ from .search import Outcome, Plan, per_question, run_search
 from .space import BASE, UNIFORM
 
 FOLDS, FEW, MANY = 3, 6, 24
+TINY = 1e-6  # expected rewards
 
 
 @dataclass
@@ -140,23 +141,30 @@ class Procedure:
         """The result and the candidate to put in place."""
         space, judged = self.evaluator.space, self.split.judged
         simple = space.simple()
+        evaluator = self.evaluator
         if self.checkpoint is not None:
-            self.checkpoint.load(self.evaluator)
-        with progress_bar(desc=f"Searching ({self.evaluator.objective.name})", unit="row") as bar:
-            self.evaluator.on_rows = bar.update
+            self.checkpoint.load(evaluator)
+        with progress_bar(desc=f"Searching ({evaluator.objective.name})", unit="row") as bar:
+            evaluator.on_rows = bar.update
             if self.by_answers:
                 bar.total = self._answered()
                 self._learn_answers(list(simple.values()))
-            evaluator = self.evaluator
+            rewarded, evaluator = evaluator, self.evaluator
             start = self._start(self.split.search)
             optimizer = self.make_optimizer(self.plan.seed, start)
             bar.total = self._rows(optimizer)
             scores = dict(zip(simple, evaluator.scores(list(simple.values()), judged), strict=True))
+            if self.by_answers and np.ptp(list(scores.values())) < TINY:
+                warnings.warn(
+                    "The rewarded answers have next to no probability, or all are equally likely, so that there is no "
+                    "gradient to speak of. Answers may be too long for it: take another optimizer, such as 'cem'.",
+                    stacklevel=3,
+                )
             if self.checkpoint is not None:
                 self.checkpoint.save(evaluator)
             prompted, interrupted = None, False
             try:
-                prompted = in_context_scores(evaluator, self.split.groups()) if self.in_context else None
+                prompted = in_context_scores(rewarded, self.split.groups()) if self.in_context else None
             except KeyboardInterrupt:
                 if processes().num_processes > 1:
                     raise
@@ -174,9 +182,12 @@ class Procedure:
             main = run_search(evaluator, optimizer, self.split.search, plan, on_generation, start)
             if interrupted:
                 main.stopped = "interrupted"
-            found, scores[SEARCHED], judged_on = self._judge(main, plan, on_generation)
-        if prompted is not None:
-            scores[IN_CONTEXT] = prompted
+            found, scores[SEARCHED], judged_on, judged_by = self._judge(main, plan, on_generation)
+            rewards: dict[str, np.ndarray] = {}
+            if self.by_answers and main.stopped != "interrupted":
+                rewards = self._rewards(rewarded, judged_by)
+        if prompted is not None and (rewards or not self.by_answers):
+            (rewards if self.by_answers else scores)[IN_CONTEXT] = prompted
         scores = {name: per_question(evaluator.objective, judged, values) for name, values in scores.items()}
         choice, difference = compared(scores, list(simple))
         chosen = found if choice == SEARCHED else simple[choice]
@@ -186,6 +197,7 @@ class Procedure:
             score=float(scores[choice].mean()),
             choice=choice,
             scores={name: float(values.mean()) for name, values in scores.items()},
+            rewards={name: float(values.mean()) for name, values in rewards.items()},
             intervals={name: interval(values) for name, values in scores.items()},
             difference=difference,
             judged_on=judged_on,
@@ -202,10 +214,27 @@ class Procedure:
         )
         return result, chosen
 
+    def _rewards(self, rewarded: Evaluator, judged_by: list[tuple[np.ndarray, list[int]]]) -> dict[str, np.ndarray]:
+        """The rewards of the simple choices and of what was found, on the examples that are judged on; none if it is
+        interrupted."""
+        simple = rewarded.space.simple()
+        try:
+            rewards = dict(zip(simple, rewarded.scores(list(simple.values()), self.split.judged), strict=True))
+            rewards[SEARCHED] = np.concatenate([rewarded.scores([x], part)[0] for x, part in judged_by])
+        except KeyboardInterrupt:
+            if processes().num_processes > 1:
+                raise
+            return {}
+        if self.checkpoint is not None and self.checkpoint.answers is not None:
+            self.checkpoint.answers.decoded = rewarded.state_dict()
+            self.checkpoint.save(self.evaluator)
+        return rewards
+
     def _judge(
         self, main: Outcome, plan: Plan, on_generation: Callable[[dict[str, Any]], None]
-    ) -> tuple[np.ndarray, np.ndarray, str]:
-        """The candidate that was found, its score of each example that is judged on, and what those are."""
+    ) -> tuple[np.ndarray, np.ndarray, str, list[tuple[np.ndarray, list[int]]]]:
+        """The candidate that was found, its score of each example that is judged on, and what those are; and the
+        candidates that were scored, with their examples."""
         evaluator, split = self.evaluator, self.split
         space = evaluator.space
         # without any, it was stopped at once
@@ -223,9 +252,9 @@ class Procedure:
                 return evaluator.scores([found], examples)[0]  # which is not long, and nothing without
 
         if split.held_out:
-            return found, score(split.held_out), "validation"
+            return found, score(split.held_out), "validation", [(found, split.held_out)]
         if split.folds and main.finalists and main.stopped != "interrupted":
-            out_of_fold = np.empty(len(split.search))
+            out_of_fold, by_fold = np.empty(len(split.search)), []
             for number, fold in enumerate(split.folds, start=1):
                 rest = [i for i in split.search if i not in fold]
                 try:
@@ -237,38 +266,43 @@ class Procedure:
                         break
                     evaluator.new_round()
                     out_of_fold[fold] = evaluator.scores(outcome.finalists[:1], fold)[0]
+                    by_fold.append((outcome.finalists[0], fold))
                 except KeyboardInterrupt:
                     if processes().num_processes > 1:
                         raise
                     main.stopped = "interrupted"
                     break
             else:
-                return found, out_of_fold, "cross-validation"
-        return found, score(split.search), "search"
+                return found, out_of_fold, "cross-validation", by_fold
+        return found, score(split.search), "search", [(found, split.search)]
 
     def _learn_answers(self, candidates: list[np.ndarray]) -> None:
         """Let these candidates answer the examples, or take the answers of a checkpoint, and go on with the expected
         reward, which has a gradient, in the place of the reward."""
-        rewarded, answers = self.evaluator, None if self.checkpoint is None else self.checkpoint.answers
+        rewarded, checkpoint = self.evaluator, self.checkpoint
+        answers = None if checkpoint is None else checkpoint.answers
+        collected = answers is None
         if answers is None:
             answers = collect_answers(rewarded, candidates)
-            if self.checkpoint is not None:
-                self.checkpoint.answers = answers
-                self.checkpoint.save(rewarded)
-        else:
-            rewarded.on_rows(answers.usage.rows)
-            rewarded.usage.add(answers.usage)
         rows = [
             {**row, "answers": pairs} for row, pairs in zip(rewarded.objective.examples, answers.means(), strict=True)
         ]
         objective = ExpectedRewardObjective(rows, cast(Any, rewarded.objective).tokenizer)
+        self.evaluator = rewarded.asking(objective)
+        if collected and checkpoint is not None:
+            checkpoint.answers = answers
+            checkpoint.save(self.evaluator)
+        elif not collected:
+            rewarded.load_state_dict(answers.decoded)
+            rewarded.scores(candidates, range(len(rows)))  # are known, and count as spent
+            rewarded.on_rows(answers.usage.rows)
+            rewarded.usage.add(answers.usage)
         if not any(objective.count(i) for i in self.split.search):
             warnings.warn(
                 "No answer to the examples got a reward, whether of the base model, an expert or the uniform mixture, "
                 "so that there is no gradient and the search stays where it begins.",
                 stacklevel=4,
             )
-        self.evaluator = rewarded.asking(objective)
 
     def _start(self, examples: list[int]) -> np.ndarray:
         """The best simple choice for these examples, of equals the first expert; if none is better than another, the

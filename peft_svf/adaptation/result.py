@@ -40,6 +40,9 @@ class MixtureResult:
             `"base"`, an expert, or `"uniform"`.
         scores: Mean score of the base model, every expert alone, the uniform mixture, the searched one, and where the
             examples have answers, of in-context prompting: the base model with the other examples before the question.
+        rewards: Where the expected reward was searched for, the mean reward of all of these on the same examples, for
+            answers as `generation_kwargs` say; else empty. The choice is made by the expected reward, which is a better
+            guide for few examples; the rewards are what it is for.
         intervals: Their 95 % confidence intervals, by bootstrap over the examples.
         difference: Mean score of the searched mixture less that of the best simple choice, and its interval, as
             (mean, low, high).
@@ -74,6 +77,7 @@ class MixtureResult:
     usage: Usage
     stopped: str
     history: list[dict[str, Any]] = field(default_factory=list)
+    rewards: dict[str, float] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -126,8 +130,13 @@ class MixtureResult:
             f"{others}; searched less "
             f"the best simple choice {mean:+.3f} [{low:+.3f}, {high:+.3f}]{sure})"
         )
-        if self.scores.get(IN_CONTEXT, -np.inf) > self.score:
-            text += f". Prompting the base model with the examples themselves scored {self.scores[IN_CONTEXT]:.3f}"
+        if self.rewards:
+            text += ". The rewards themselves: " + ", ".join(
+                f"{name} {mean:.3f}" for name, mean in self.rewards.items()
+            )
+        scores = self.rewards or self.scores
+        if scores.get(IN_CONTEXT, -np.inf) > scores[self.choice]:
+            text += f". Prompting the base model with the examples themselves scored {scores[IN_CONTEXT]:.3f}"
         return text
 
 

@@ -28,19 +28,16 @@ class ExpectedRewardObjective(Batched):
     differentiated.
 
     With rewards of at least 0 that is a lower bound of the expected reward of an answer sampled at temperature 1, and
-    the nearer to it the more of the likely answers are known. Where some rewards are negative, all are counted from the
-    lowest on, and it is a bound again. Nothing can be told of answers that are so long that none has a probability to
-    speak of.
+    the nearer to it the more of the likely answers are known. Where some rewards of an example are negative, all are
+    counted from the lowest on. An answer that begins with another one does not count beside it. Nothing can be told of
+    answers that are so long that none has a probability to speak of.
 
     Args:
         examples (`Sequence[dict]`): Rows with a `"prompt"` (text or messages) and `"answers"`, pairs of tokens, ends
-            included, and their reward, all of them different.
+            included, and their reward.
         tokenizer: The model's tokenizer.
         batch_size (`int`): Examples at once, when the objective is called for all of them.
         most (`int`): Of more answers to an example, those with the highest rewards count, the first ones of equals.
-
-    Attributes:
-        lowest (`float`): What rewards are counted from: 0, or the lowest one if that is negative.
     """
 
     name = "expected reward"
@@ -50,15 +47,16 @@ class ExpectedRewardObjective(Batched):
         self, examples: Sequence[dict[str, Any]], tokenizer: Any, *, batch_size: int = 16, most: int = MOST
     ) -> None:
         self.tokenizer, self.batch_size, self.most = with_pad_token(tokenizer), batch_size, most
-        self.lowest = min([0.0, *(reward for row in examples for _, reward in row["answers"])])
+        self._goes_on = True  # whether models could go on from prompts that they had read
         self._take(examples)
 
     def _take(self, examples: Sequence[dict[str, Any]]) -> None:
         self.examples = check_examples(examples, ["prompt"])
         self._prompts = [prompt_ids(row["prompt"], self.tokenizer) for row in self.examples]
+        self._lowest = [min([0.0, *(reward for _, reward in row["answers"])]) for row in self.examples]
         self._answers = [
-            [(list(ids), reward - self.lowest) for ids, reward in best if reward > self.lowest]
-            for best in (sorted(row["answers"], key=lambda pair: -pair[1])[: self.most] for row in self.examples)
+            [(ids, reward - lowest) for ids, reward in _apart(row["answers"]) if reward > lowest][: self.most]
+            for row, lowest in zip(self.examples, self._lowest, strict=True)
         ]
         self.prefix_ids = common_prefix(self._prompts)
 
@@ -81,16 +79,17 @@ class ExpectedRewardObjective(Batched):
         """
         start = 0 if prefix is None else len(prefix)
         begun = [self._prompts[i][:-1] for i in indices]
-        if not padding_may_be_inside(model) or max(map(len, begun)) == start:
+        if not self._goes_on or not padding_may_be_inside(model) or max(map(len, begun)) == start:
             return None
         batch = padded(begun, "left", prefix, self.tokenizer, model.device)
         mask = batch["attention_mask"]
         read = {"input_ids": batch["input_ids"][:, start:], "position_ids": _positions(mask)[:, start:]}
         fewer = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
         kept = kept_of(model(**{**batch, **read}, use_cache=True, **fewer), mask.shape[1])
+        self.tokens += sum(map(len, begun))
+        self._goes_on = kept is not None
         if kept is None:
             return None
-        self.tokens += sum(map(len, begun))
         return Prompts(kept, mask)
 
     @torch.no_grad()
@@ -108,7 +107,7 @@ class ExpectedRewardObjective(Batched):
             prompts: Their prompts as the model has read them; without, it reads them with each answer.
         """
         places = [place for place, i in enumerate(indices) for _ in self._answers[i]]
-        sums = torch.full([len(indices)], self.lowest, device=model.device)
+        sums = torch.tensor([self._lowest[i] for i in indices], device=model.device)
         if not places:
             return sums
         answers = [ids for i in indices for ids, _ in self._answers[i]]
@@ -138,6 +137,13 @@ class ExpectedRewardObjective(Batched):
         ).logits
         logps = logits.float().log_softmax(-1).gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1)
         return logps.where(mask[:, 1:].bool(), 0.0).sum(dim=1)
+
+
+def _apart(answers: Sequence[tuple[Sequence[int], float]]) -> list[tuple[list[int], float]]:
+    """Answers of which none begins with another, those with the highest rewards first; the first ones of equals."""
+    known = {tuple(ids): reward for ids, reward in answers if len(ids)}
+    apart = {ids: r for ids, r in known.items() if not any(ids[:length] in known for length in range(1, len(ids)))}
+    return [(list(ids), reward) for ids, reward in sorted(apart.items(), key=lambda pair: -pair[1])]
 
 
 def _positions(mask: torch.Tensor) -> torch.Tensor:

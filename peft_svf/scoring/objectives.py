@@ -94,6 +94,7 @@ class RewardObjective(Batched):
     """
 
     name = "reward"
+    _hear: Heard | None = None
 
     def __init__(
         self,
@@ -130,7 +131,6 @@ class RewardObjective(Batched):
         if (self.generation_kwargs.get("num_return_sequences") or 1) > 1:
             raise ValueError("`num_return_sequences` must be 1: an example has one score.")
         self.deterministic = not self.generation_kwargs["do_sample"] if deterministic is None else deterministic
-        self._hear: Heard | None = None
         self._take(examples)
 
     def _take(self, examples: Sequence[dict[str, Any]]) -> None:
@@ -161,7 +161,8 @@ class RewardObjective(Batched):
 
     def sampling(self) -> Any:
         """The same objective, but for answers that are sampled from the model's own distribution."""
-        plain = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "num_beams": 1}
+        plain = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}
+        plain |= {"epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "repetition_penalty": 1.0, "num_beams": 1}
         return self._changed(generation_kwargs={**self.generation_kwargs, **plain}, deterministic=False)
 
     def _changed(self, **attributes: Any) -> Any:
@@ -183,20 +184,41 @@ class RewardObjective(Batched):
         ends = _end_tokens(model, self.tokenizer, self.generation_kwargs)
         pad = self.tokenizer.pad_token_id
         found = [_until_end(ids, ends, pad) for ids in output[:, inputs["input_ids"].shape[1] :].tolist()]
+        if stops := self._stop_strings():
+            found = [self._until_stop(ids, ends, stops) for ids in found]
         self.tokens += sum(len(self.prompts[i]) for i in indices) + sum(map(len, found))
         return found
 
+    def _stop_strings(self) -> list[str]:
+        config = self.generation_kwargs.get("generation_config")
+        given = self.generation_kwargs.get("stop_strings") or getattr(config, "stop_strings", None) or []
+        return [given] if isinstance(given, str) else list(given)
+
+    def _until_stop(self, ids: list[int], ends: set[int], stops: list[str]) -> list[int]:
+        """Without an end token that is the padding after a stop string."""
+        if ids and ids[-1] in ends and any(stop in self.tokenizer.decode(ids[:-1]) for stop in stops):
+            return ids[:-1]
+        return ids
+
     def reference(self, model: Any, index: int) -> list[int] | None:
-        """Tokens of the `"completion"` of an example as the model would answer it, if it has one that is text, or
-        messages after messages."""
+        """Tokens of the `"completion"` of an example as the model would answer it. `None` without one that is text, or
+        messages after messages, where the chat template does not go on from the prompt, and with `stop_strings`."""
         row, as_text = self.examples[index], isinstance(self.examples[index]["prompt"], str)
         completion = row.get("completion")
         if isinstance(completion, str) and not as_text:
             row = {**row, "completion": [{"role": "assistant", "content": completion}]}
         elif not isinstance(completion, str) and (as_text or not completion or not are_messages(completion)):
             return None
-        ids = answer_ids(row, self.tokenizer)[: self.generation_kwargs["max_new_tokens"]]
-        return _until_end(ids, _end_tokens(model, self.tokenizer, self.generation_kwargs), self.tokenizer.pad_token_id)
+        try:
+            ids = answer_ids(row, self.tokenizer)
+        except ValueError:
+            return None
+        if self._stop_strings():
+            return None
+        ends = _end_tokens(model, self.tokenizer, self.generation_kwargs)
+        if not ends & set(ids) and self.tokenizer.eos_token_id is not None:  # of a template without one
+            ids.append(self.tokenizer.eos_token_id)
+        return _until_end(ids, ends, self.tokenizer.pad_token_id)[: self.generation_kwargs["max_new_tokens"]]
 
     def rewards(self, indices: Sequence[int], completion_ids: list[list[int]]) -> list[float]:
         """The weighted sum of the rewards of an answer to each of these examples."""
