@@ -89,13 +89,12 @@ def collect_answers(evaluator: Evaluator, candidates: Sequence[np.ndarray], samp
     evaluator.objective = objective.heard_by(hear)
     evaluator.scores(candidates, examples)
     evaluator.objective = objective
-    # a seed of its own, as the objective itself may sample
     sampling = Evaluator(
         evaluator.model,
         evaluator.space,
         objective.sampling().heard_by(hear),
         batch_size=evaluator.batch_size,
-        seed=evaluator.seed + 1,
+        seed=evaluator.seed + (not objective.deterministic),  # or the same answers would be drawn twice
     )
     sampling.on_rows = evaluator.on_rows
     for _ in range(samples):
