@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +14,7 @@ from test_adaptation import EXAMPLES, base_model, count_letters
 from test_adaptation import experts as experts
 from test_adaptation import mixture as mixture
 from test_adaptation import tokenizer as tokenizer
-from test_search import LED, ROWS, modules
-from transformers import GPTNeoConfig, GPTNeoForCausalLM
+from test_search import LED, ROWS, model_with_local_attention, modules
 
 from peft_svf import AdaptiveMixture
 from peft_svf.adaptation import (
@@ -150,16 +148,7 @@ def test_prompts_read_once_change_nothing_but_the_cost(mixture: AdaptiveMixture,
 
 def test_a_model_that_tells_distances_by_places_reads_prompts_with_each_answer(tokenizer: Any) -> None:
     torch.manual_seed(0)
-    config = GPTNeoConfig(
-        vocab_size=64,
-        hidden_size=16,
-        num_layers=2,
-        num_heads=2,
-        attention_types=[[["global", "local"], 1]],
-        window_size=4,
-        max_position_embeddings=64,
-    )
-    model = GPTNeoForCausalLM(config).eval()
+    model = model_with_local_attention()
     objective = expected_of(ROWS, some_answers([2, 1, 0, 3]), tokenizer)
     assert objective.read(model, range(4)) is None
     assert objective(model) == pytest.approx(by_hand(model, objective), rel=1e-4)
@@ -224,9 +213,7 @@ def test_the_answers_are_those_of_the_candidates_with_their_rewards(mixture: Ada
         assert greedy[i] < set(known)  # and sampled ones
         texts = tokenizer.batch_decode([list(ids) for ids in known], skip_special_tokens=True)
         assert [reward for _, reward in found.means()[i]] == pytest.approx(count_letters(texts))
-        reference = [*tokenizer(ROWS[i]["completion"])["input_ids"], tokenizer.eos_token_id]
-        assert tuple(reference[: SHORT["max_new_tokens"]]) in known
-        assert sum(map(len, known.values())) == len(candidates) * 4 + 1
+        assert sum(map(len, known.values())) == len(candidates) * 4
         times = [len(rewards) for rewards in known.values()]
         assert times == sorted(times, reverse=True)
     assert evaluator.usage.rows == 4 * len(candidates) * 4
@@ -237,25 +224,6 @@ def test_the_answers_are_those_of_the_candidates_with_their_rewards(mixture: Ada
     assert Answers.from_state_dict(found.state_dict(), 4).rewards == found.rewards
     with pytest.raises(ValueError, match="answers to 4 examples, not 5"):
         Answers.from_state_dict(found.state_dict(), 5)
-
-
-def test_the_reference_ends_where_an_answer_does(mixture: AdaptiveMixture, tokenizer: Any) -> None:
-    """Chat templates put a line break behind the end, which no answer has."""
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + '</s>\n' }}{% endfor %}"
-    tokenizer.chat_template += "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
-    row = {
-        "prompt": [{"role": "user", "content": "x"}],
-        "completion": [{"role": "assistant", "content": "abc"}],
-    }
-    objective = RewardObjective([row], count_letters, tokenizer)
-    ids = objective.reference(mixture.model, 0)
-    assert tokenizer.decode(ids) == "abc</s>"
-    objective = RewardObjective([row | {"completion": "abc"}], count_letters, tokenizer)
-    assert objective.reference(mixture.model, 0) == ids
-    for none in ({}, {"completion": None}, {"completion": 3}, {"completion": row["completion"]}, {"completion": []}):
-        objective = RewardObjective([{"prompt": "x", **none}], count_letters, tokenizer)
-        assert objective.reference(mixture.model, 0) is None
 
 
 def test_sampling_ignores_how_the_objective_decodes(tokenizer: Any) -> None:
@@ -315,7 +283,9 @@ def test_folds_climb_on_their_own_examples(mixture: AdaptiveMixture, monkeypatch
 
 
 @pytest.mark.parametrize("validation", [None, 2, "rows"])
-def test_the_rewards_themselves_are_told(validation: Any, mixture: AdaptiveMixture, tokenizer: Any) -> None:
+def test_the_rewards_themselves_are_told(
+    validation: Any, mixture: AdaptiveMixture, tokenizer: Any, tmp_path: Path
+) -> None:
     rows = EXAMPLES[:3] if validation == "rows" else ROWS
     judged = EXAMPLES[3:] if validation == "rows" else ROWS
     result = mixture.search(
@@ -335,7 +305,11 @@ def test_the_rewards_themselves_are_told(validation: Any, mixture: AdaptiveMixtu
     if validation != 2:
         mixture.set_weights(result.searched_weights)
         assert result.rewards["searched"] == pytest.approx(np.mean(objective(mixture.model)))
-    assert f"The rewards themselves: base {result.rewards['base']:.3f}, all" in str(result)
+    told = f": base {result.rewards['base']:.3f}, all"
+    assert f"The rewards themselves{told}" in str(result)
+    mixture.result = result  # which `set_weights` has forgotten
+    mixture.save_pretrained(tmp_path / "mine")
+    assert f"Rewards on the same examples{told}" in (tmp_path / "mine" / "README.md").read_text()
 
 
 def test_a_search_that_was_killed_at_a_step_goes_on(
@@ -359,7 +333,7 @@ def test_a_search_that_was_killed_at_a_step_goes_on(
     assert resumed.usage.tokens == whole.usage.tokens
 
 
-@pytest.mark.parametrize("killed_at", [1, 2, 3, 6])
+@pytest.mark.parametrize("killed_at", [1, 2, 5])
 def test_a_search_that_was_killed_goes_on_with_the_same_answers(
     killed_at: int, mixture: AdaptiveMixture, tmp_path: Path
 ) -> None:
@@ -375,7 +349,7 @@ def test_a_search_that_was_killed_goes_on_with_the_same_answers(
     options = {**CLIMB, "validation": None, "num_generations": 4, "max_rows": 10**6}
     whole = mixture.search(ROWS, count_letters, checkpoint=tmp_path / "whole.json", **options)
     path = tmp_path / "killed.json"
-    with contextlib.suppress(MemoryError):  # there may be fewer calls
+    with pytest.raises(MemoryError):
         mixture.search(ROWS, reward, checkpoint=path, **options)
     resumed = mixture.search(ROWS, reward, checkpoint=path, resume=True, **options)
     assert resumed.alpha == whole.alpha
@@ -447,14 +421,12 @@ def test_batches_have_as_many_rows_as_they_may(count: int, mixture: AdaptiveMixt
 
 
 def test_answers_that_are_hardly_ever_given_are_told(mixture: AdaptiveMixture) -> None:
-    rows = [{**row, "completion": row["prompt"] * 9} for row in ROWS]
-
-    def exact(completions: list[str], prompts: list[str], **columns: Any) -> list[float]:
-        return [float(text == prompt * 9) for text, prompt in zip(completions, prompts, strict=True)]
+    def long(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+        return [float(len(ids) == 100) for ids in completion_ids]
 
     options = {**CLIMB, "generation_kwargs": {"max_new_tokens": 100}, "num_generations": 1, "validation": None}
     with pytest.warns(UserWarning, match="next to no probability"):
-        mixture.search(rows, exact, **options)
+        mixture.search(ROWS, long, **options)
 
 
 def test_a_subclass_with_a_score_of_its_own_is_refused(mixture: AdaptiveMixture, tokenizer: Any) -> None:
@@ -477,7 +449,6 @@ def test_padding_after_a_stop_string_is_no_end(mixture: AdaptiveMixture, tokeniz
     stopped = [text for text in map(tokenizer.decode, found) if set(text) & set("aeio")]
     assert len(stopped) > 10
     assert not any("</s>" in text for text in stopped)
-    assert objective.reference(mixture.model, 0) is None
 
 
 def test_what_has_no_gradient(mixture: AdaptiveMixture, tokenizer: Any) -> None:

@@ -167,20 +167,23 @@ def test_sampled_answers_do_not_depend_on_whether_the_beginning_is_shared(
     assert scores(True) == scores(False)
 
 
+def model_with_local_attention() -> GPTNeoForCausalLM:
+    config = GPTNeoConfig(
+        vocab_size=47,
+        hidden_size=16,
+        num_layers=2,
+        num_heads=2,
+        attention_types=[[["global", "local"], 1]],
+        window_size=4,
+        max_position_embeddings=64,
+    )
+    return GPTNeoForCausalLM(config).eval()
+
+
 @pytest.mark.parametrize("local", [False, True])
 def test_models_that_count_places_share_no_beginning(local: bool, tokenizer: Any) -> None:
     if local:
-        config: Any = GPTNeoConfig(
-            vocab_size=47,
-            hidden_size=16,
-            num_layers=2,
-            num_heads=2,
-            attention_types=[[["global", "local"], 1]],
-            window_size=4,
-            max_position_embeddings=64,
-        )
-        model = GPTNeoForCausalLM(config).eval()
-        model.config.num_hidden_layers = 2
+        model: Any = model_with_local_attention()
     else:
         config = MptConfig(vocab_size=47, d_model=16, n_heads=2, n_layers=2, max_seq_len=64)
         model = MptForCausalLM(config).eval()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from accelerate.utils import gather_object
 
-from .._processes import by_main_process, processes
+from .._processes import processes
 from .evaluator import Evaluator, Usage
 
 SAMPLES = 4
@@ -62,7 +62,7 @@ class Answers:
 def collect_answers(evaluator: Evaluator, candidates: Sequence[np.ndarray], samples: int = SAMPLES) -> Answers:
     """
     Let candidates answer all examples, once as the objective decodes and then by sampling at temperature 1, and see
-    what the rewards say. Reference answers, the `"completion"` of an example, are looked at, too.
+    what the rewards say.
 
     With several processes, each gets the answers of all.
 
@@ -79,13 +79,6 @@ def collect_answers(evaluator: Evaluator, candidates: Sequence[np.ndarray], samp
     def hear(indices: Sequence[int], answers: list[list[int]], rewards: list[float]) -> None:
         heard.extend(zip(indices, map(tuple, answers), rewards, strict=True))
 
-    def of_references() -> list[tuple[int, tuple[int, ...], float]]:
-        known = {i: objective.reference(evaluator.model, i) for i in examples}
-        known = {i: ids for i, ids in known.items() if ids}
-        rewards = objective.rewards(list(known), list(known.values())) if known else []
-        return [(i, tuple(ids), reward) for (i, ids), reward in zip(known.items(), rewards, strict=True)]
-
-    references = by_main_process(of_references)
     evaluator.objective = objective.heard_by(hear)
     evaluator.scores(candidates, examples)
     evaluator.objective = objective
@@ -105,7 +98,7 @@ def collect_answers(evaluator: Evaluator, candidates: Sequence[np.ndarray], samp
 
     everything = gather_object(heard) if processes().num_processes > 1 else heard
     rewards: list[dict[tuple[int, ...], list[float]]] = [{} for _ in examples]
-    for i, ids, reward in sorted([*everything, *references]):
+    for i, ids, reward in sorted(everything):
         if ids:  # nothing but padding tells nothing
             rewards[i].setdefault(ids, []).append(reward)
     frequent = [dict(sorted(answers.items(), key=lambda pair: -len(pair[1]))) for answers in rewards]

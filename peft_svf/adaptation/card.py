@@ -80,6 +80,11 @@ def _search(result: MixtureResult) -> list[str]:
         ),
         "",
         f"Searched less the best simple choice: {mean:+.3f} ({low:+.3f} to {high:+.3f}).",
+        *(
+            ["", "Rewards on the same examples: " + ", ".join(f"{n} {r:.3f}" for n, r in result.rewards.items()) + "."]
+            if result.rewards
+            else []
+        ),
     ]
 
 

@@ -76,7 +76,8 @@ class Evaluator:
         self._known: dict[tuple[int, bytes], dict[int, tuple[float, int]]] = {}
         self._stored: dict[tuple[int, bytes], dict[int, tuple[float, int]]] = {}  # the same, from a checkpoint
         self._round = self._call = self._dealt = 0
-        takes_prefix = hasattr(objective, "read") or "prefix" in inspect.signature(objective.score).parameters
+        reader = objective.read if isinstance(objective, ExpectedRewardObjective) else objective.score
+        takes_prefix = "prefix" in inspect.signature(reader).parameters
         self._prefix_ids: list[int] = getattr(objective, "prefix_ids", []) if takes_prefix else []
         self._prefix: Prefix | None = None  # a row for each candidate that was met lately
         self._prefix_rows: dict[bytes, int] = {}

@@ -139,9 +139,8 @@ class Procedure:
 
     def __call__(self, settings: dict[str, Any]) -> tuple[MixtureResult, np.ndarray]:
         """The result and the candidate to put in place."""
-        space, judged = self.evaluator.space, self.split.judged
+        evaluator, space, judged = self.evaluator, self.evaluator.space, self.split.judged
         simple = space.simple()
-        evaluator = self.evaluator
         if self.checkpoint is not None:
             self.checkpoint.load(evaluator)
         with progress_bar(desc=f"Searching ({evaluator.objective.name})", unit="row") as bar:
@@ -149,17 +148,13 @@ class Procedure:
             if self.by_answers:
                 bar.total = self._answered()
                 self._learn_answers(list(simple.values()))
-            rewarded, evaluator = evaluator, self.evaluator
+            rewarded, evaluator = evaluator, self.evaluator  # the same, but for `by_answers`
             start = self._start(self.split.search)
             optimizer = self.make_optimizer(self.plan.seed, start)
             bar.total = self._rows(optimizer)
             scores = dict(zip(simple, evaluator.scores(list(simple.values()), judged), strict=True))
-            if self.by_answers and np.ptp(list(scores.values())) < TINY:
-                warnings.warn(
-                    "The rewarded answers have next to no probability, or all are equally likely, so that there is no "
-                    "gradient to speak of. Answers may be too long for it: take another optimizer, such as 'cem'.",
-                    stacklevel=3,
-                )
+            if self.by_answers:
+                self._warn_of_no_gradient(list(scores.values()))
             if self.checkpoint is not None:
                 self.checkpoint.save(evaluator)
             prompted, interrupted = None, False
@@ -297,10 +292,19 @@ class Procedure:
             rewarded.scores(candidates, range(len(rows)))  # are known, and count as spent
             rewarded.on_rows(answers.usage.rows)
             rewarded.usage.add(answers.usage)
+
+    def _warn_of_no_gradient(self, scores: list[np.ndarray]) -> None:
+        objective = cast(ExpectedRewardObjective, self.evaluator.objective)
         if not any(objective.count(i) for i in self.split.search):
             warnings.warn(
                 "No answer to the examples got a reward, whether of the base model, an expert or the uniform mixture, "
                 "so that there is no gradient and the search stays where it begins.",
+                stacklevel=4,
+            )
+        elif np.ptp(scores) < TINY:
+            warnings.warn(
+                "The rewarded answers have next to no probability, or all are equally likely, so that there is no "
+                "gradient to speak of. Answers may be too long for it: take another optimizer, such as 'cem'.",
                 stacklevel=4,
             )
 

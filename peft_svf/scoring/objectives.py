@@ -69,9 +69,15 @@ class Batched:
 
     def with_examples(self, examples: Sequence[dict[str, Any]]) -> Any:
         """The same objective for other examples."""
-        other = copy.copy(self)  # so that a subclass stays what it is
-        other.__dict__.pop("tokens", None)  # counted anew
+        other = self._changed()
         other._take(examples)
+        return other
+
+    def _changed(self, **attributes: Any) -> Any:
+        """A copy, so that a subclass stays what it is, with other attributes."""
+        other = copy.copy(self)
+        other.__dict__.pop("tokens", None)  # counted anew
+        other.__dict__.update(attributes)
         return other
 
 
@@ -165,12 +171,6 @@ class RewardObjective(Batched):
         plain |= {"epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "repetition_penalty": 1.0, "num_beams": 1}
         return self._changed(generation_kwargs={**self.generation_kwargs, **plain}, deterministic=False)
 
-    def _changed(self, **attributes: Any) -> Any:
-        other = copy.copy(self)
-        other.__dict__.pop("tokens", None)  # counted anew
-        other.__dict__.update(attributes)
-        return other
-
     @torch.no_grad()
     def answers(self, model: Any, indices: Sequence[int], prefix: Prefix | None = None) -> list[list[int]]:
         """Tokens of the model's answers to these examples, each with its end if it came to one."""
@@ -199,26 +199,6 @@ class RewardObjective(Batched):
         if ids and ids[-1] in ends and any(stop in self.tokenizer.decode(ids[:-1]) for stop in stops):
             return ids[:-1]
         return ids
-
-    def reference(self, model: Any, index: int) -> list[int] | None:
-        """Tokens of the `"completion"` of an example as the model would answer it. `None` without one that is text, or
-        messages after messages, where the chat template does not go on from the prompt, and with `stop_strings`."""
-        row, as_text = self.examples[index], isinstance(self.examples[index]["prompt"], str)
-        completion = row.get("completion")
-        if isinstance(completion, str) and not as_text:
-            row = {**row, "completion": [{"role": "assistant", "content": completion}]}
-        elif not isinstance(completion, str) and (as_text or not completion or not are_messages(completion)):
-            return None
-        try:
-            ids = answer_ids(row, self.tokenizer)
-        except ValueError:
-            return None
-        if self._stop_strings():
-            return None
-        ends = _end_tokens(model, self.tokenizer, self.generation_kwargs)
-        if not ends & set(ids) and self.tokenizer.eos_token_id is not None:  # of a template without one
-            ids.append(self.tokenizer.eos_token_id)
-        return _until_end(ids, ends, self.tokenizer.pad_token_id)[: self.generation_kwargs["max_new_tokens"]]
 
     def rewards(self, indices: Sequence[int], completion_ids: list[list[int]]) -> list[float]:
         """The weighted sum of the rewards of an answer to each of these examples."""
@@ -272,8 +252,16 @@ class LogLikelihoodObjective(Batched):
 
     def _encode(self, row: dict[str, Any]) -> tuple[list[int], int]:
         """Token ids of prompt and answer, and the length of the prompt."""
+        prompt = prompt_text(row["prompt"], self.tokenizer)
+        if isinstance(row["prompt"], str):
+            answer = row["completion"] + (self.tokenizer.eos_token or "")
+        else:
+            whole = self.tokenizer.apply_chat_template(joined(row["prompt"], row["completion"]), tokenize=False)
+            if not whole.startswith(prompt):
+                raise ValueError(f"The chat template does not continue this prompt with its completion: {row}")
+            answer = whole[len(prompt) :]
         before = prompt_ids(row["prompt"], self.tokenizer)
-        return before + answer_ids(row, self.tokenizer), len(before)
+        return before + continuation_ids(row["prompt"], answer, self.tokenizer), len(before)
 
     def lengths(self) -> list[int]:
         return [len(ids) for ids, _ in self._rows]
@@ -470,22 +458,6 @@ def continuation_ids(prompt: Any, answer: str, tokenizer: Any) -> list[int]:
     if whole[: len(before)] == before:
         return list(whole[len(before) :])
     return list(tokenizer(answer, add_special_tokens=False)["input_ids"])
-
-
-def answer_ids(row: Mapping[str, Any], tokenizer: Any) -> list[int]:
-    """The tokens of the `"completion"` of a row, after its `"prompt"`: text with the end token, messages as in the chat
-    template.
-
-    Raises:
-        ValueError: The chat template does not go on from the prompt.
-    """
-    if isinstance(row["prompt"], str):
-        return continuation_ids(row["prompt"], row["completion"] + (tokenizer.eos_token or ""), tokenizer)
-    prompt = prompt_text(row["prompt"], tokenizer)
-    whole = tokenizer.apply_chat_template(joined(row["prompt"], row["completion"]), tokenize=False)
-    if not whole.startswith(prompt):
-        raise ValueError(f"The chat template does not continue this prompt with its completion: {row}")
-    return continuation_ids(row["prompt"], whole[len(prompt) :], tokenizer)
 
 
 def answer_logps(
