@@ -11,6 +11,7 @@ import numpy as np
 from accelerate.utils import gather_object
 
 from .._processes import processes
+from ..scoring.expected_reward import TEMPERATURE
 from .evaluator import Evaluator, Usage
 
 SAMPLES = 4
@@ -59,10 +60,15 @@ class Answers:
         return cls(rewards, Usage(int(state["rows"]), int(state["tokens"])), list(state["decoded"]))
 
 
-def collect_answers(evaluator: Evaluator, candidates: Sequence[np.ndarray], samples: int = SAMPLES) -> Answers:
+def collect_answers(
+    evaluator: Evaluator,
+    candidates: Sequence[np.ndarray],
+    samples: int = SAMPLES,
+    temperature: float = TEMPERATURE,
+) -> Answers:
     """
-    Let candidates answer all examples, once as the objective decodes and then by sampling at temperature 1, and see
-    what the rewards say.
+    Let candidates answer all examples, once as the objective decodes and then by sampling, and see what the
+    rewards say.
 
     With several processes, each gets the answers of all.
 
@@ -71,6 +77,7 @@ def collect_answers(evaluator: Evaluator, candidates: Sequence[np.ndarray], samp
             counted to it, and it knows the scores as decoded afterwards.
         candidates (`Sequence[np.ndarray]`): Who answers.
         samples (`int`): How often each candidate answers by sampling.
+        temperature (`float`): At which it samples.
     """
     objective: Any = evaluator.objective
     examples = range(len(objective.examples))
@@ -85,7 +92,7 @@ def collect_answers(evaluator: Evaluator, candidates: Sequence[np.ndarray], samp
     sampling = Evaluator(
         evaluator.model,
         evaluator.space,
-        objective.sampling().heard_by(hear),
+        objective.sampling(temperature).heard_by(hear),
         batch_size=evaluator.batch_size,
         seed=evaluator.seed + (not objective.deterministic),  # or the same answers would be drawn twice
     )

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
-from .objectives import Batched, answer_logps, check_examples, padded, prompt_ids, with_pad_token
+from .objectives import Batched, answer_logps, check_examples, log_probabilities, padded, prompt_ids, with_pad_token
 from .prefix import Prefix, common_prefix, kept_of, padding_may_be_inside, takes
 
 MOST = 8  # answers to an example
+# Between greedy decoding, which has no gradient, and all that a small model rambles at 1.
+TEMPERATURE = 0.5
 
 
 @dataclass(frozen=True)
@@ -24,11 +26,12 @@ class Prompts:
 
 class ExpectedRewardObjective(Batched):
     """
-    `Σ_y r(y) p(y | x)` over known answers y to each example x. Needs no decoding, is hardly ever tied, and can be
-    differentiated.
+    `Σ_y r(y) p(y | x)` over known answers y to each example x, with p at a temperature. Needs no decoding, is hardly
+    ever tied, and can be differentiated.
 
-    With rewards of at least 0 that is a lower bound of the expected reward of an answer sampled at temperature 1, and
-    the nearer to it the more of the likely answers are known. Where some rewards of an example are negative, all are
+    With rewards of at least 0 that is a lower bound of the expected reward of an answer sampled at that temperature,
+    and the nearer to it the more of the likely answers are known. The lower the temperature, the more is it about the
+    greedy answer. Where some rewards of an example are negative, all are
     counted from the lowest on. An answer that begins with another one does not count beside it. Nothing can be told of
     answers that are so long that none has a probability to speak of.
 
@@ -38,15 +41,25 @@ class ExpectedRewardObjective(Batched):
         tokenizer: The model's tokenizer.
         batch_size (`int`): Examples at once, when the objective is called for all of them.
         most (`int`): Of more answers to an example, those with the highest rewards count, the first ones of equals.
+        temperature (`float`): What logits are divided by.
     """
 
     name = "expected reward"
     deterministic = True
 
     def __init__(
-        self, examples: Sequence[dict[str, Any]], tokenizer: Any, *, batch_size: int = 16, most: int = MOST
+        self,
+        examples: Sequence[dict[str, Any]],
+        tokenizer: Any,
+        *,
+        batch_size: int = 16,
+        most: int = MOST,
+        temperature: float = TEMPERATURE,
     ) -> None:
-        self.tokenizer, self.batch_size, self.most = with_pad_token(tokenizer), batch_size, most
+        if temperature <= 0:
+            raise ValueError(f"`temperature` must be positive, got {temperature}.")
+        self.tokenizer, self.batch_size = with_pad_token(tokenizer), batch_size
+        self.most, self.temperature = most, temperature
         self._goes_on = True  # whether models could go on from prompts that they had read
         self._take(examples)
 
@@ -115,7 +128,8 @@ class ExpectedRewardObjective(Batched):
         if prompts is None:
             whole = [(prompt + ids, len(prompt)) for prompt, ids in zip(asked, answers, strict=True)]
             self.tokens += sum(len(ids) for ids, _ in whole)
-            logps = torch.stack([each.sum() for each in answer_logps(model, whole, self.tokenizer)])
+            each = answer_logps(model, whole, self.tokenizer, temperature=self.temperature)
+            logps = torch.stack([of_tokens.sum() for of_tokens in each])
         else:
             self.tokens += sum(map(len, answers))
             # the last token of the prompt is read here, as it is the one that the answer's first follows
@@ -135,7 +149,7 @@ class ExpectedRewardObjective(Batched):
             position_ids=_positions(whole)[:, before.shape[1] :],
             past_key_values=kept.cache(),
         ).logits
-        logps = logits.float().log_softmax(-1).gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1)
+        logps = log_probabilities(logits, ids[:, 1:], self.temperature)
         return logps.where(mask[:, 1:].bool(), 0.0).sum(dim=1)
 
 

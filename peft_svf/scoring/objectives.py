@@ -165,9 +165,16 @@ class RewardObjective(Batched):
         """The same objective, which tells a function the answers: indices of examples, tokens, rewards."""
         return self._changed(_hear=function)
 
-    def sampling(self) -> Any:
-        """The same objective, but for answers that are sampled from the model's own distribution."""
-        plain = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}
+    def sampling(self, temperature: float = 1.0) -> Any:
+        """The same objective, but for answers that are sampled from the model's own distribution at a temperature."""
+        plain = {
+            "do_sample": True,
+            "temperature": temperature,
+            "top_k": 0,
+            "top_p": 1.0,
+            "min_p": 0.0,
+            "typical_p": 1.0,
+        }
         plain |= {"epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "repetition_penalty": 1.0, "num_beams": 1}
         return self._changed(generation_kwargs={**self.generation_kwargs, **plain}, deterministic=False)
 
@@ -461,7 +468,11 @@ def continuation_ids(prompt: Any, answer: str, tokenizer: Any) -> list[int]:
 
 
 def answer_logps(
-    model: Any, rows: Sequence[tuple[list[int], int]], tokenizer: Any, prefix: Prefix | None = None
+    model: Any,
+    rows: Sequence[tuple[list[int], int]],
+    tokenizer: Any,
+    prefix: Prefix | None = None,
+    temperature: float = 1.0,
 ) -> list[torch.Tensor]:
     """Log-probabilities of the tokens of answers, `[tokens]` for each row.
 
@@ -470,6 +481,7 @@ def answer_logps(
         rows: Tokens of prompt and answer, and how many of them are the prompt's.
         tokenizer: With a pad token.
         prefix: What all rows begin with.
+        temperature: What logits are divided by.
     """
     batch = padded([ids for ids, _ in rows], "right", prefix, tokenizer, model.device)
     length = batch["input_ids"].shape[1]
@@ -479,9 +491,15 @@ def answer_logps(
     read = {"input_ids": batch["input_ids"][:, 0 if prefix is None else len(prefix) :]}
     logits = model(**{**batch, **read}, **kept).logits
     offset = length - logits.shape[1]
-    targets = batch["input_ids"][:, offset + 1 :].unsqueeze(-1)
-    logps = logits[:, :-1].float().log_softmax(-1).gather(-1, targets).squeeze(-1)
+    targets = batch["input_ids"][:, offset + 1 :]
+    logps = log_probabilities(logits[:, :-1], targets, temperature)
     return [logps[i, n - 1 - offset : len(ids) - 1 - offset] for i, (ids, n) in enumerate(rows)]
+
+
+def log_probabilities(logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Of `targets`, `[rows, tokens]`, with logits `[rows, tokens, vocabulary]`, in fp32."""
+    scaled = logits.float() if temperature == 1 else logits.float() / temperature  # a copy as large as the logits
+    return scaled.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
 
 def padded(
