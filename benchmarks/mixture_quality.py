@@ -51,7 +51,7 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "reward and log-likelihood": {},
     "log-likelihood": {},
     "log-likelihood by layer": {"granularity": "layer", "optimizer": "gradient", "num_generations": 40},
-    "expected reward by layer": {"granularity": "layer", "optimizer": "gradient"},
+    "expected reward by layer": {"granularity": "layer", "optimizer": "gradient", "validation": 3},
 }  # beside the defaults
 SETTINGS = {"shots": SHOTS, "held_out": HELD_OUT, "generate": GENERATE}
 
@@ -191,7 +191,8 @@ def report(tasks: list[str]) -> None:
         "Written by `benchmarks/mixture_quality.py` from the runs in `benchmarks/mixture_runs/`; do not edit.",
         f"SmolLM2-135M-Instruct and the experts in `examples/experts`; {SHOTS} examples, {HELD_OUT} other questions,",
         f"greedy answers of at most {GENERATE['max_new_tokens']} tokens, the defaults of `AdaptiveMixture.search`",
-        "(*reward*), or what else is said; without held-out examples or folds. *Best expert* and *best simple* (of",
+        "(*reward*), or what else is said; without held-out examples or folds, but three folds",
+        "for the expected reward, of whose searches the choice is what counts. *Best expert* and *best simple* (of",
         "base, experts and uniform) are chosen by the reward on the same examples. 95 % intervals by bootstrap over",
         "seeds and questions.",
         "",

@@ -108,7 +108,7 @@ def search(
     l1: Annotated[float, typer.Option("--l1", help="Penalty on the sum of |weights|.")] = 0.0,
     l2: Annotated[float, typer.Option("--l2", help="Penalty on the sum of squared weights.")] = 0.0,
     num_generations: Annotated[
-        Optional[int], typer.Option("--num_generations", help="At most. Default: 6, or 24 steps of the gradient.")
+        Optional[int], typer.Option("--num_generations", help="At most. Default: 6, or 12 steps of the gradient.")
     ] = None,
     population_size: Annotated[int, typer.Option("--population_size")] = 32,
     racing: Annotated[bool, typer.Option("--racing/--no_racing", help="Drop bad candidates early.")] = True,
@@ -209,7 +209,10 @@ def search(
         fail(error)
     if not processes().is_main_process:
         return
-    checkpoint.unlink(missing_ok=True)
+    if result.stopped == "interrupted":
+        print(f"Interrupted; `--resume` goes on from {checkpoint}.", file=sys.stderr)
+    else:
+        checkpoint.unlink(missing_ok=True)
     plotted = _plotted(result, output_dir / "search.png")
     if as_json:
         print(json.dumps(result.to_dict()))

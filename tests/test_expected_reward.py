@@ -244,6 +244,48 @@ def test_sampling_ignores_how_the_objective_decodes(tokenizer: Any) -> None:
     assert not objective.sampling().deterministic
 
 
+@pytest.mark.parametrize(
+    ("answers", "kwargs", "message"),
+    [
+        (None, {}, 'The "answers" of example 0 are None; expected pairs'),
+        ([("text", 1.0)], {}, "expected pairs of tokens and a finite reward"),
+        ([([4], float("nan"))], {}, "expected pairs of tokens and a finite reward"),
+        ([([4], 1)], {"most": 0}, "`most` must be at least 1, got 0"),
+        ([([4], 1)], {"temperature": float("nan")}, "`temperature` must be positive, got nan"),
+    ],
+)
+def test_what_are_no_answers(answers: Any, kwargs: dict[str, Any], message: str, tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match=message):
+        ExpectedRewardObjective([{**ROWS[0], "answers": answers}], tokenizer, **kwargs)
+
+
+def test_whole_rewards(mixture: AdaptiveMixture, tokenizer: Any) -> None:
+    rows = [[([4], 1), ([5], -1)]]
+    exact = [[([4], 1.0), ([5], -1.0)]]
+    found = [expected_of(ROWS[:1], answers, tokenizer).score(mixture.model, [0]) for answers in (rows, exact)]
+    assert found[0] == found[1]
+
+
+def test_it_is_no_part_of_a_sum(tokenizer: Any) -> None:
+    expected = expected_of(ROWS, some_answers([3, 0, 1, 5]), tokenizer)
+    with pytest.raises(ValueError, match="'expected reward' has several rows for an example"):
+        WeightedObjective([expected, LogLikelihoodObjective(ROWS, tokenizer)], [1.0, 0.1])
+
+
+def test_a_checkpoint_knows_the_temperature(mixture: AdaptiveMixture, tokenizer: Any, tmp_path: Path) -> None:
+    def search(temperature: float, **kwargs: Any) -> Any:
+        objective = expected_of(ROWS, some_answers([3, 0, 1, 5]), tokenizer, temperature=temperature)
+        options = {"validation": None, "in_context": False, "num_generations": 1, "population_size": 2}
+        return mixture.search(objective=objective, checkpoint=tmp_path / "c.json", **options, **kwargs)
+
+    search(0.5)
+    with pytest.raises(ValueError, match="is of another search: objective"):
+        search(2.0, resume=True)
+    result = mixture.search(ROWS, count_letters, validation=None, num_generations=1, **CLIMB)
+    assert result.settings["temperature"] == TEMPERATURE
+    assert (result.settings["population_size"], result.settings["racing"]) == (1, False)
+
+
 # ------------------------------------------------------------------------------------------------ searches
 
 CLIMB: dict[str, Any] = {"optimizer": "gradient", "generation_kwargs": SHORT, "in_context": False}
@@ -255,22 +297,22 @@ def test_a_search_climbs_the_expected_reward(mixture: AdaptiveMixture, tokenizer
     result = mixture.search(ROWS, count_letters, **options)
     best = [entry["best"] for entry in result.history]
     assert len(best) == 15
-    assert best[0] == pytest.approx(max(score for name, score in result.scores.items() if name != "searched"))
+    assert best[0] == pytest.approx(max(score for name, score in result.expected.items() if name != "searched"))
     assert best[-1] > best[0] * 1.02
-    assert result.improved
-    assert (result.objective, result.score) == ("expected reward", pytest.approx(max(best), rel=0.1))
+    assert result.expected["searched"] == pytest.approx(max(best), rel=0.1)
+    assert result.objective == "reward"
     assert len(result.alpha["all"]) == len(result.groups) > 1
     assert mixture.search(ROWS, count_letters, **options).alpha == result.alpha
     # what it promises is there: sampled answers get that reward, or more
     sampled = {**SHORT, "do_sample": True, "top_k": 0, "temperature": TEMPERATURE}
     objective = RewardObjective(ROWS, count_letters, tokenizer, generation_kwargs=sampled)
     torch.manual_seed(0)
-    assert np.mean([objective(mixture.model) for _ in range(100)]) > result.score
+    assert np.mean([objective(mixture.model) for _ in range(100)]) > result.expected[result.choice]
 
 
-def test_gradients_take_24_steps_by_default(mixture: AdaptiveMixture) -> None:
-    assert len(mixture.search(ROWS, count_letters, validation=None, **CLIMB).history) == 24
-    assert len(mixture.search(ROWS, optimizer="gradient", validation=None, in_context=False).history) == 24
+def test_gradients_take_12_steps_by_default(mixture: AdaptiveMixture) -> None:
+    assert len(mixture.search(ROWS, count_letters, validation=None, **CLIMB).history) == 12
+    assert len(mixture.search(ROWS, optimizer="gradient", validation=None, in_context=False).history) == 12
 
 
 def test_folds_climb_on_their_own_examples(mixture: AdaptiveMixture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,7 +334,7 @@ def test_folds_climb_on_their_own_examples(mixture: AdaptiveMixture, monkeypatch
 
 
 @pytest.mark.parametrize("validation", [None, 2, "rows"])
-def test_the_rewards_themselves_are_told(
+def test_it_is_judged_by_the_reward_itself(
     validation: Any, mixture: AdaptiveMixture, tokenizer: Any, tmp_path: Path
 ) -> None:
     rows = EXAMPLES[:3] if validation == "rows" else ROWS
@@ -305,20 +347,23 @@ def test_the_rewards_themselves_are_told(
         validation=EXAMPLES[3:] if validation == "rows" else validation,
         num_generations=3,
     )
-    assert list(result.rewards) == ["base", "all", "narrow", "last", "uniform", "searched", "in-context"]
-    assert "in-context" not in result.scores  # by answers of others it would be
+    assert list(result.scores) == ["base", "all", "narrow", "last", "uniform", "searched", "in-context"]
+    assert list(result.expected) == list(result.scores)[:-1]  # of in-context answers nobody knows
+    worth = {name: (result.scores[name], expected) for name, expected in result.expected.items()}
+    assert worth[result.choice] == max(worth.values())
+    assert result.objective == "reward"
     objective = RewardObjective(judged, count_letters, tokenizer, generation_kwargs=SHORT)
     for name, x in WeightSpace(mixture.experts, []).simple().items():
         mixture.set_weights(x)
-        assert result.rewards[name] == pytest.approx(np.mean(objective(mixture.model)))
+        assert result.scores[name] == pytest.approx(np.mean(objective(mixture.model)))
     if validation != 2:
         mixture.set_weights(result.searched_weights)
-        assert result.rewards["searched"] == pytest.approx(np.mean(objective(mixture.model)))
-    told = f": base {result.rewards['base']:.3f}, all"
-    assert f"The rewards themselves{told}" in str(result)
+        assert result.scores["searched"] == pytest.approx(np.mean(objective(mixture.model)))
+    told = f": base {result.expected['base']:.3f}, all"
+    assert f"Expected reward, as far as known answers tell{told}" in str(result)
     mixture.result = result  # which `set_weights` has forgotten
     mixture.save_pretrained(tmp_path / "mine")
-    assert f"Rewards on the same examples{told}" in (tmp_path / "mine" / "README.md").read_text()
+    assert f"decides between equals{told}" in (tmp_path / "mine" / "README.md").read_text()
 
 
 def test_a_search_that_was_killed_at_a_step_goes_on(

@@ -55,8 +55,8 @@ class Answers:
         ]
         if len(rewards) != examples:
             raise ValueError(f"it has answers to {len(rewards)} examples, not {examples}")
-        if not all(math.isfinite(reward) for answers in rewards for its in answers.values() for reward in its):
-            raise ValueError("some rewards are not finite")
+        if not all(its and all(map(math.isfinite, its)) for answers in rewards for its in answers.values()):
+            raise ValueError("some answers have no finite rewards")
         return cls(rewards, Usage(int(state["rows"]), int(state["tokens"])), list(state["decoded"]))
 
 

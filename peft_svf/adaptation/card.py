@@ -81,8 +81,13 @@ def _search(result: MixtureResult) -> list[str]:
         "",
         f"Searched less the best simple choice: {mean:+.3f} ({low:+.3f} to {high:+.3f}).",
         *(
-            ["", "Rewards on the same examples: " + ", ".join(f"{n} {r:.3f}" for n, r in result.rewards.items()) + "."]
-            if result.rewards
+            [
+                "",
+                "Expected reward, as far as known answers tell, which was climbed and decides between equals: "
+                + ", ".join(f"{name} {mean:.3f}" for name, mean in result.expected.items())
+                + ".",
+            ]
+            if result.expected
             else []
         ),
     ]

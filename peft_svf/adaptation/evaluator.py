@@ -75,6 +75,7 @@ class Evaluator:
         # α as bytes → score and tokens by example; of an objective that samples, for one round only
         self._known: dict[tuple[int, bytes], dict[int, tuple[float, int]]] = {}
         self._stored: dict[tuple[int, bytes], dict[int, tuple[float, int]]] = {}  # the same, from a checkpoint
+        self._climbed: set[tuple[int, bytes]] = set()  # those whose gradient was asked for
         self._round = self._call = self._dealt = 0
         reader = objective.read if isinstance(objective, ExpectedRewardObjective) else objective.score
         takes_prefix = "prefix" in inspect.signature(reader).parameters
@@ -86,7 +87,7 @@ class Evaluator:
     @property
     def evaluations(self) -> int:
         """Number of different mixtures that were scored, anew in each round if the objective samples."""
-        return sum(map(bool, self._known.values()))
+        return len({key for key, scores in self._known.items() if scores} | self._climbed)
 
     def new_round(self) -> None:
         """From here on, objectives that sample are asked anew about candidates that they know."""
@@ -127,6 +128,7 @@ class Evaluator:
             ValueError: The objective cannot be differentiated.
         """
         check_differentiable(self.objective, self.space)
+        self._climbed.add(self._key(x))
         left = sorted(examples, key=lambda i: -self._lengths[i])
         total, gradient, before = 0.0, np.zeros_like(x), self.objective.tokens
         with self._timed():

@@ -48,7 +48,9 @@ def description_of(objective: Any) -> list[Any]:
     weights = getattr(objective, "reward_weights", getattr(objective, "weights", None))
     weights = None if weights is None else [float(weight) for weight in weights]
     template = digest_of_rows(getattr(getattr(objective, "tokenizer", None), "chat_template", None))
-    return [objective.name, names, weights, repr(getattr(objective, "generation_kwargs", None)), template, parts]
+    numbers = [getattr(objective, name, None) for name in ("temperature", "most")]  # of an expected reward
+    generation = repr(getattr(objective, "generation_kwargs", None))
+    return [objective.name, names, weights, generation, template, numbers, parts]
 
 
 def _code_of(function: Any) -> str | None:

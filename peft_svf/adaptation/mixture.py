@@ -18,7 +18,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..scoring import ExpectedRewardObjective, LogLikelihoodObjective, Objective, RewardFunc, RewardObjective
+from ..scoring.expected_reward import TEMPERATURE
 from ..tuner import SVFConfig, SVFLayer, SVFModel, SVFRuntimeConfig
+from .answers import SAMPLES
 from .card import is_mixture_card, mixture_card
 from .checkpoint import Checkpoint
 from .evaluator import Evaluator, check_differentiable
@@ -29,7 +31,7 @@ from .result import IN_CONTEXT, SEARCHED, MixtureResult
 from .search import Limits, Plan
 from .space import BASE, UNIFORM, Granularity, WeightSpace
 
-GENERATIONS, STEPS = 6, 24  # by default, and of the gradient
+GENERATIONS, STEPS = 6, 12  # by default, and of the gradient
 
 
 class AdaptiveMixture:
@@ -276,7 +278,7 @@ class AdaptiveMixture:
                 answers that were rewarded, see [`ExpectedRewardObjective`], by which the result is judged, too.
                 For answers of some tens of tokens at most. Made for `granularity="layer"`.
             num_generations (`int`, *optional*): Generations of a search, at most. By default 6, and of the gradient,
-                which has one candidate in each, 24.
+                which has one candidate in each, 12.
             population_size (`int`): Candidates per generation, unless `optimizer` is an object.
             racing (`bool`): Drop candidates that do badly on a part of the examples. About half the work.
             one_standard_error (`bool`): Keep the simple choice that the search began with unless what it found is
@@ -351,15 +353,16 @@ class AdaptiveMixture:
         evaluator = Evaluator(self.model, space, objective, batch_size=batch_size, seed=seed)
         settings = {
             "optimizer": optimizer if isinstance(optimizer, str) else type(optimizer).__name__,
-            "population_size": population_size if isinstance(optimizer, str) else optimizer.population_size,
+            "population_size": trial.population_size,
             "bounds": [space.low, space.high],
             "normalize": normalize,
             "l1": l1,
             "l2": l2,
-            "racing": racing,
+            "racing": racing and not by_gradient,
             "one_standard_error": one_standard_error,
             "examples": len(objective.examples),
             "seed": seed,
+            **({"sampled_answers": SAMPLES, "temperature": TEMPERATURE} if by_answers else {}),
         }
         budget = {
             "num_generations": num_generations,

@@ -40,7 +40,11 @@ def _progress(axes: Any, result: MixtureResult) -> None:
         axes.plot([entry["rows"]] * len(entry["elites"]), entry["elites"], ".", c="tab:gray", alpha=0.5)
     axes.plot(rows, np.maximum.accumulate([entry["best"] for entry in result.history]), label="best so far")
     axes.plot(rows, [np.mean(entry["elites"]) for entry in result.history], label="mean of the elites")
-    axes.set(xlabel="pairs of a mixture and an example", ylabel=result.objective, title="search")
+    axes.set(
+        xlabel="pairs of a mixture and an example",
+        ylabel="expected reward" if result.expected else result.objective,
+        title="search",
+    )
     if result.history:
         axes.legend(fontsize="small")
 

@@ -19,7 +19,7 @@ from .checkpoint import Checkpoint
 from .evaluator import Evaluator
 from .in_context import in_context_scores
 from .result import IN_CONTEXT, SEARCHED, MixtureResult, compared, interval
-from .search import Outcome, Plan, per_question, run_search
+from .search import FINALISTS, Outcome, Plan, per_question, run_search
 from .space import BASE, UNIFORM
 
 FOLDS, FEW, MANY = 3, 6, 24
@@ -154,7 +154,7 @@ class Procedure:
             bar.total = self._rows(optimizer)
             scores = dict(zip(simple, evaluator.scores(list(simple.values()), judged), strict=True))
             if self.by_answers:
-                self._warn_of_no_gradient(list(scores.values()))
+                self._warn_of_no_gradient()
             if self.checkpoint is not None:
                 self.checkpoint.save(evaluator)
             prompted, interrupted = None, False
@@ -178,13 +178,16 @@ class Procedure:
             if interrupted:
                 main.stopped = "interrupted"
             found, scores[SEARCHED], judged_on, judged_by = self._judge(main, plan, on_generation)
-            rewards: dict[str, np.ndarray] = {}
-            if self.by_answers and main.stopped != "interrupted":
-                rewards = self._rewards(rewarded, judged_by)
-        if prompted is not None and (rewards or not self.by_answers):
-            (rewards if self.by_answers else scores)[IN_CONTEXT] = prompted
-        scores = {name: per_question(evaluator.objective, judged, values) for name, values in scores.items()}
-        choice, difference = compared(scores, list(simple))
+            objective, expected = evaluator.objective, dict[str, np.ndarray]()
+            if self.by_answers and (rewards := self._rewards(rewarded, judged_by, main)):
+                objective, scores, expected = rewarded.objective, rewards, scores
+        if prompted is not None and objective is rewarded.objective:
+            scores[IN_CONTEXT] = prompted
+        scores, expected = (
+            {name: per_question(objective, judged, values) for name, values in kind.items()}
+            for kind in (scores, expected)
+        )
+        choice, difference = compared(scores, list(simple), expected)
         chosen = found if choice == SEARCHED else simple[choice]
         alpha = space.weights(chosen)
         result = MixtureResult(
@@ -192,7 +195,7 @@ class Procedure:
             score=float(scores[choice].mean()),
             choice=choice,
             scores={name: float(values.mean()) for name, values in scores.items()},
-            rewards={name: float(values.mean()) for name, values in rewards.items()},
+            expected={name: float(values.mean()) for name, values in expected.items()},
             intervals={name: interval(values) for name, values in scores.items()},
             difference=difference,
             judged_on=judged_on,
@@ -200,7 +203,7 @@ class Procedure:
             searched_weights=_per_expert(space.experts, space.weights(found)),
             groups=space.groups,
             alpha=dict(zip(space.experts, alpha.tolist(), strict=True)),
-            objective=evaluator.objective.name,
+            objective=objective.name,
             evaluations=evaluator.evaluations,
             usage=evaluator.usage,
             stopped=main.stopped,
@@ -209,8 +212,10 @@ class Procedure:
         )
         return result, chosen
 
-    def _rewards(self, rewarded: Evaluator, judged_by: list[tuple[np.ndarray, list[int]]]) -> dict[str, np.ndarray]:
-        """The rewards of the simple choices and of what was found, on the examples that are judged on; none if it is
+    def _rewards(
+        self, rewarded: Evaluator, judged_by: list[tuple[np.ndarray, list[int]]], main: Outcome
+    ) -> dict[str, np.ndarray]:
+        """The rewards of the simple choices and of what was found, on the examples that are judged on; none if that is
         interrupted."""
         simple = rewarded.space.simple()
         try:
@@ -219,6 +224,7 @@ class Procedure:
         except KeyboardInterrupt:
             if processes().num_processes > 1:
                 raise
+            main.stopped = "interrupted"
             return {}
         if self.checkpoint is not None and self.checkpoint.answers is not None:
             self.checkpoint.answers.decoded = rewarded.state_dict()
@@ -293,15 +299,16 @@ class Procedure:
             rewarded.on_rows(answers.usage.rows)
             rewarded.usage.add(answers.usage)
 
-    def _warn_of_no_gradient(self, scores: list[np.ndarray]) -> None:
+    def _warn_of_no_gradient(self) -> None:
         objective = cast(ExpectedRewardObjective, self.evaluator.objective)
+        scores = self.evaluator.scores(list(self.evaluator.space.simple().values()), self.split.search)
         if not any(objective.count(i) for i in self.split.search):
             warnings.warn(
                 "No answer to the examples got a reward, whether of the base model, an expert or the uniform mixture, "
                 "so that there is no gradient and the search stays where it begins.",
                 stacklevel=4,
             )
-        elif np.ptp(scores) < TINY:
+        elif np.ptp(scores, axis=0).max() < TINY:
             warnings.warn(
                 "The rewarded answers have next to no probability, or all are equally likely, so that there is no "
                 "gradient to speak of. Answers may be too long for it: take another optimizer, such as 'cem'.",
@@ -326,7 +333,10 @@ class Procedure:
         simple = (len(self.evaluator.space.experts) + 3) * (
             len(self.split.judged) + bool(self.split.held_out) * searched
         )
-        return simple + self._answered() + candidates * (searched + folds)
+        # a step of a gradient scores no example for itself, so that what is to be chosen from is scored at the end
+        last = (1 + FINALISTS) * (searched + folds) if getattr(optimizer, "uses_gradient", False) else 0
+        rewards = self.by_answers * len(self.split.judged)
+        return simple + self._answered() + candidates * (searched + folds) + last + rewards
 
     def _answered(self) -> int:
         """How many answers are collected."""

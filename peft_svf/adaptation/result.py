@@ -40,9 +40,9 @@ class MixtureResult:
             `"base"`, an expert, or `"uniform"`.
         scores: Mean score of the base model, every expert alone, the uniform mixture, the searched one, and where the
             examples have answers, of in-context prompting: the base model with the other examples before the question.
-        rewards: Where the expected reward was searched for, the mean reward of all of these on the same examples, for
-            answers as `generation_kwargs` say; else empty. The choice is made by the expected reward, which is a better
-            guide for few examples; the rewards are what it is for.
+        expected: Where the expected reward was climbed in the place of the reward, what all of these but in-context
+            prompting have of it on the same examples; else empty. It decides between equal scores. If it was
+            interrupted before the rewards of the searched mixture were known, `scores` are expected rewards.
         intervals: Their 95 % confidence intervals, by bootstrap over the examples.
         difference: Mean score of the searched mixture less that of the best simple choice, and its interval, as
             (mean, low, high).
@@ -77,7 +77,7 @@ class MixtureResult:
     usage: Usage
     stopped: str
     history: list[dict[str, Any]] = field(default_factory=list)
-    rewards: dict[str, float] = field(default_factory=dict)
+    expected: dict[str, float] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -119,24 +119,23 @@ class MixtureResult:
         weights = ", ".join(f"{name} {weight:.2f}" for name, weight in self.weights.items())
         others = ", ".join(f"{name} {score:.3f}" for name, score in self.scores.items())
         mean, low, high = self.difference
-        verdict = (
-            "the searched mixture beat every simple choice"
-            if self.improved
-            else f"nothing beat {self.choice!r}, which was kept"
-        )
+        verdict = "the searched mixture beat every simple choice"
+        if self.improved and mean <= 0:
+            verdict = "the searched mixture is as good as the best simple choice, and has the higher expected reward"
+        elif not self.improved:
+            verdict = f"nothing beat {self.choice!r}, which was kept"
         sure = "" if self.certain else ", which may be luck"
         text = (
             f"{verdict}: {self.objective} {self.score:.3f} with {weights} ({self.judged_on} on {self.judged} examples: "
             f"{others}; searched less "
             f"the best simple choice {mean:+.3f} [{low:+.3f}, {high:+.3f}]{sure})"
         )
-        if self.rewards:
-            text += ". The rewards themselves: " + ", ".join(
-                f"{name} {mean:.3f}" for name, mean in self.rewards.items()
+        if self.expected:
+            text += ". Expected reward, as far as known answers tell: " + ", ".join(
+                f"{name} {mean:.3f}" for name, mean in self.expected.items()
             )
-        scores = self.rewards or self.scores
-        if scores.get(IN_CONTEXT, -np.inf) > scores[self.choice]:
-            text += f". Prompting the base model with the examples themselves scored {scores[IN_CONTEXT]:.3f}"
+        if self.scores.get(IN_CONTEXT, -np.inf) > self.scores[self.choice]:
+            text += f". Prompting the base model with the examples themselves scored {self.scores[IN_CONTEXT]:.3f}"
         return text
 
 
@@ -160,14 +159,22 @@ def _widening(count: int) -> float:
     return float(student / z * np.sqrt(count / free))
 
 
-def compared(scores: Mapping[str, np.ndarray], simple: Sequence[str]) -> tuple[str, tuple[float, float, float]]:
-    """The choice, ties to the earlier; and mean and interval of searched less the best simple one.
+def compared(
+    scores: Mapping[str, np.ndarray], simple: Sequence[str], ties: Mapping[str, np.ndarray] | None = None
+) -> tuple[str, tuple[float, float, float]]:
+    """The choice; and mean and interval of searched less the best simple one.
 
     Args:
         scores: Name → score of each example, the simplest first.
         simple: The names that need no search.
+        ties: The same of what decides between equal means, if anything does; then the earlier one is the choice.
     """
-    best = max(simple, key=lambda name: scores[name].mean())
-    choice = SEARCHED if scores[SEARCHED].mean() > scores[best].mean() else best
+
+    def worth(name: str) -> tuple[float, float]:
+        equal = round(float(scores[name].mean()), 9)  # means of the same numbers in another order
+        return equal, float(ties[name].mean()) if ties else 0.0
+
+    best = max(simple, key=worth)
+    choice = SEARCHED if worth(SEARCHED) > worth(best) else best
     paired = scores[SEARCHED] - scores[best]
     return choice, (float(paired.mean()), *interval(paired))

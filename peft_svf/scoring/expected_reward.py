@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,8 +58,10 @@ class ExpectedRewardObjective(Batched):
         most: int = MOST,
         temperature: float = TEMPERATURE,
     ) -> None:
-        if temperature <= 0:
+        if not 0 < temperature < math.inf:
             raise ValueError(f"`temperature` must be positive, got {temperature}.")
+        if most < 1:
+            raise ValueError(f"`most` must be at least 1, got {most}.")
         self.tokenizer, self.batch_size = with_pad_token(tokenizer), batch_size
         self.most, self.temperature = most, temperature
         self._goes_on = True  # whether models could go on from prompts that they had read
@@ -65,11 +69,12 @@ class ExpectedRewardObjective(Batched):
 
     def _take(self, examples: Sequence[dict[str, Any]]) -> None:
         self.examples = check_examples(examples, ["prompt"])
+        every = [_checked(i, row.get("answers")) for i, row in enumerate(self.examples)]
         self._prompts = [prompt_ids(row["prompt"], self.tokenizer) for row in self.examples]
-        self._lowest = [min([0.0, *(reward for _, reward in row["answers"])]) for row in self.examples]
+        self._lowest = [min([0.0, *(reward for _, reward in answers)]) for answers in every]
         self._answers = [
-            [(ids, reward - lowest) for ids, reward in _apart(row["answers"]) if reward > lowest][: self.most]
-            for row, lowest in zip(self.examples, self._lowest, strict=True)
+            [(ids, reward - lowest) for ids, reward in _apart(answers) if reward > lowest][: self.most]
+            for answers, lowest in zip(every, self._lowest, strict=True)
         ]
         self.prefix_ids = common_prefix(self._prompts)
 
@@ -151,6 +156,22 @@ class ExpectedRewardObjective(Batched):
         ).logits
         logps = log_probabilities(logits, ids[:, 1:], self.temperature)
         return logps.where(mask[:, 1:].bool(), 0.0).sum(dim=1)
+
+
+def _checked(number: int, answers: Any) -> list[tuple[list[int], float]]:
+    """
+    Raises:
+        ValueError: They are no pairs of tokens and a finite reward.
+    """
+    try:
+        pairs = [([operator.index(token) for token in ids], float(reward)) for ids, reward in answers]
+    except (TypeError, ValueError):
+        pairs = None
+    if pairs is None or not all(math.isfinite(reward) for _, reward in pairs):
+        raise ValueError(
+            f'The "answers" of example {number} are {answers!r}; expected pairs of tokens and a finite reward.'
+        )
+    return pairs
 
 
 def _apart(answers: Sequence[tuple[Sequence[int], float]]) -> list[tuple[list[int], float]]:

@@ -298,6 +298,9 @@ class WeightedObjective(Batched):
     """
 
     def __init__(self, objectives: Sequence[Any], weights: Sequence[float]) -> None:
+        for objective in objectives:
+            if hasattr(objective, "count"):
+                raise ValueError(f"The objective {objective.name!r} has several rows for an example; it stands alone.")
         if not objectives or len(objectives) != len(weights):
             raise ValueError(f"Expected as many weights as objectives, got {len(objectives)} and {len(weights)}.")
         if len({len(objective.examples) for objective in objectives}) > 1:
