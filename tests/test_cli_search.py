@@ -144,6 +144,31 @@ def test_options_reach_the_search(world: Path, tmp_path: Path) -> None:
     assert kept == {"l1": 0.1, "seed": 3, "racing": False, "bounds": [-1.0, 1.0], "normalize": True, "examples": 7}
 
 
+def test_the_checkpoint_of_an_interrupted_search_stays(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft_svf.adaptation import Evaluator
+
+    plain, steps = Evaluator.value_and_gradient, [0]
+
+    def climb(self: Any, *args: Any) -> Any:
+        steps[0] += 1
+        if steps[0] == 2:
+            raise KeyboardInterrupt
+        return plain(self, *args)
+
+    monkeypatch.setattr(Evaluator, "value_and_gradient", climb)
+    options = {"reward": "test_adaptation.count_letters", "optimizer": "gradient", "validation": "none"}
+    stopped = search(world, tmp_path / "mine", "--json", **options, num_generations=3)
+    assert stopped.exit_code == 0, stopped.output
+    assert "`--resume` goes on" in stopped.output
+    assert (tmp_path / "mine" / "search-checkpoint.json").exists()
+    again = search(world, tmp_path / "mine", "--json", "--resume", **options, num_generations=3)
+    assert again.exit_code == 0, again.output
+    assert len(json.loads(again.stdout)["history"]) == 3
+    assert not (tmp_path / "mine" / "search-checkpoint.json").exists()
+
+
 def test_an_interrupted_search_goes_on(world: Path, tmp_path: Path) -> None:
     first = search(world, tmp_path / "mine", "--json", reward="loglik", validation="none")
     assert first.exit_code == 0

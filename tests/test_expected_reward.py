@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -481,6 +482,90 @@ def test_answers_that_are_hardly_ever_given_are_told(mixture: AdaptiveMixture) -
     options = {**CLIMB, "generation_kwargs": {"max_new_tokens": 100}, "num_generations": 1, "validation": None}
     with pytest.warns(UserWarning, match="next to no probability"):
         mixture.search(ROWS, long, **options)
+
+
+def test_negative_rewards_do_not_hide_it(mixture: AdaptiveMixture) -> None:
+    """Every example has a lowest reward of its own, so that scores differ where no candidate's do."""
+
+    def long(prompts: list[Any], completion_ids: list[list[int]], **columns: Any) -> list[float]:
+        return [float(len(ids) == 100) - len(str(prompt)) for prompt, ids in zip(prompts, completion_ids, strict=True)]
+
+    options = {**CLIMB, "generation_kwargs": {"max_new_tokens": 100}, "num_generations": 1, "validation": None}
+    with pytest.warns(UserWarning, match="next to no probability"):
+        mixture.search(ROWS, long, **options)
+
+
+def test_held_out_examples_without_a_reward_are_no_reason_to_warn(
+    mixture: AdaptiveMixture, recwarn: pytest.WarningsRecorder
+) -> None:
+    held_out = EXAMPLES[3:]
+    unrewarded = [row["prompt"] for row in held_out]
+
+    def reward(prompts: list[Any], completions: list[str], **columns: Any) -> list[float]:
+        counts = count_letters(completions)
+        return [0.0 if prompt in unrewarded else count for prompt, count in zip(prompts, counts, strict=True)]
+
+    mixture.search(EXAMPLES[:3], reward, validation=held_out, num_generations=1, **CLIMB)
+    assert not [warning for warning in recwarn if "probability" in str(warning.message)]
+
+
+def test_questions_count_once(mixture: AdaptiveMixture) -> None:
+    rows = [*ROWS, ROWS[0], ROWS[0]]
+    result = mixture.search(rows, count_letters, validation=None, num_generations=1, **CLIMB)
+    once = mixture.search(ROWS, count_letters, validation=None, num_generations=1, **CLIMB)
+    assert result.judged == 4
+    assert result.scores["base"] == pytest.approx(once.scores["base"])
+
+
+def test_all_steps_are_counted(mixture: AdaptiveMixture) -> None:
+    result = mixture.search(ROWS, count_letters, validation=None, num_generations=5, **CLIMB)
+    simple = len(WeightSpace(mixture.experts, []).simple())
+    assert simple + 4 <= result.evaluations <= simple + 6
+
+
+@pytest.mark.parametrize("when", ["step", "last rewards"])
+def test_an_interrupted_climb(when: str, mixture: AdaptiveMixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, steps = Evaluator.value_and_gradient, [0]
+
+    def climb(self: Evaluator, *args: Any) -> Any:
+        steps[0] += 1
+        if when == "step" and steps[0] == 3:
+            raise KeyboardInterrupt
+        return plain(self, *args)
+
+    def reward(completions: list[str], **columns: Any) -> list[float]:
+        if when == "last rewards" and steps[0] == 4:
+            raise KeyboardInterrupt
+        return count_letters(completions)
+
+    monkeypatch.setattr(Evaluator, "value_and_gradient", climb)
+    options = {**CLIMB, "validation": None, "num_generations": 4, "bounds": (-2, 2), "one_standard_error": False}
+    result = mixture.search(ROWS, reward, granularity="layer", **options)
+    assert result.stopped == "interrupted"
+    assert "searched" in result.scores
+    assert (result.objective, bool(result.expected)) == (
+        ("reward", True) if when == "step" else ("expected reward", False)
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda answers: answers | {"decoded": [{}]},
+        lambda answers: answers | {"decoded": [{**answers["decoded"][0], "weights": [0.0]}]},
+        lambda answers: answers | {"rewards": [[[[10**6], [1.0]]], *answers["rewards"][1:]]},
+        lambda answers: answers | {"rewards": [[[[4], []]], *answers["rewards"][1:]]},
+        lambda answers: answers | {"rewards": [[[[4], ["a"]]], *answers["rewards"][1:]]},
+    ],
+)
+def test_damaged_answers_in_a_checkpoint(change: Any, mixture: AdaptiveMixture, tmp_path: Path) -> None:
+    path = tmp_path / "search.json"
+    options = {**CLIMB, "validation": None, "num_generations": 1, "checkpoint": path}
+    mixture.search(ROWS, count_letters, **options)
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"answers": change(content["answers"])}))
+    with pytest.raises(ValueError, match="is no checkpoint of a search"):
+        mixture.search(ROWS, count_letters, resume=True, **options)
 
 
 def test_a_subclass_with_a_score_of_its_own_is_refused(mixture: AdaptiveMixture, tokenizer: Any) -> None:

@@ -43,6 +43,10 @@ class Checkpoint:
                 evaluator.usage.seconds = float(content["seconds"])
                 if content.get("answers"):
                     self.answers = Answers.from_state_dict(content["answers"], len(evaluator.objective.examples))
+                    evaluator.parsed(self.answers.decoded)
+                    known = evaluator.model.get_input_embeddings().num_embeddings
+                    if not all(0 <= token < known for its in self.answers.rewards for ids in its for token in ids):
+                        raise ValueError(f"some answers have tokens beyond the {known} of the model")
             except (ValueError, KeyError, TypeError) as error:
                 raise self._damaged(error) from error
 

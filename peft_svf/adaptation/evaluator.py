@@ -351,13 +351,21 @@ class Evaluator:
         """Know the scores of a `state_dict` when they are asked for.
 
         Raises:
+            ValueError: See `parsed`.
+        """
+        self._stored = self.parsed(state)
+
+    def parsed(self, state: Sequence[dict[str, Any]]) -> dict[tuple[int, bytes], dict[int, tuple[float, int]]]:
+        """What is in a `state_dict`.
+
+        Raises:
             ValueError: A score that is not finite, or other than as many of everything.
         """
         if not all(math.isfinite(score) for entry in state for score in entry["scores"]):
             raise ValueError("some scores are not finite")
         if not all(len(entry["weights"]) == self.space.dim for entry in state):
             raise ValueError(f"some candidates have other than {self.space.dim} weights")
-        self._stored = {
+        return {
             (entry["round"], np.array(entry["weights"], dtype=np.float64).tobytes()): dict(
                 zip(entry["examples"], zip(entry["scores"], entry["tokens"], strict=True), strict=True)
             )
