@@ -275,7 +275,7 @@ class AdaptiveMixture:
                 the `cmaes` package, over experts × groups variables, which are minimised. The gradient is that of the
                 log-likelihood, or with reward functions that of the expected reward: base model, experts and uniform
                 mixture answer the examples first, five times each, and what is climbed is the probability of the
-                answers that were rewarded, see [`ExpectedRewardObjective`], by which the result is judged, too.
+                answers that were rewarded, see [`ExpectedRewardObjective`]; the result is judged by the rewards.
                 For answers of some tens of tokens at most. Made for `granularity="layer"`.
             num_generations (`int`, *optional*): Generations of a search, at most. By default 6, and of the gradient,
                 which has one candidate in each, 12.
