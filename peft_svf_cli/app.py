@@ -160,6 +160,8 @@ def search(
             load_examples(validation, **columns) if Path(validation).suffix in FILES else _number_or_word(validation)
         )
         function = None if reward == "loglik" else find_reward(reward)
+        if tie_break and function is not None and optimizer == "gradient":
+            raise ValueError("--tie_break has no --optimizer gradient, which has hardly any ties to break; drop one.")
         experts = _named(expert)
         for name, path in experts.items():
             if output_dir.resolve() == Path(path).resolve():

@@ -127,7 +127,7 @@ def test_the_gradient_of_a_reward(world: Path, tmp_path: Path) -> None:
     assert len(content["history"]) == 12
     assert content["settings"]["generation_kwargs"]["max_new_tokens"] == 3
     with_ties = search(world, tmp_path / "other", **options, tie_break=0.1)
-    assert "'reward + 0.1 log-likelihood' has no gradient" in one_line(with_ties)
+    assert "--tie_break has no --optimizer gradient" in one_line(with_ties)
 
 
 def test_options_reach_the_search(world: Path, tmp_path: Path) -> None:

@@ -367,6 +367,18 @@ def test_it_is_judged_by_the_reward_itself(
     assert f"decides between equals{told}" in (tmp_path / "mine" / "README.md").read_text()
 
 
+def test_folds_are_compared_example_by_example(mixture: AdaptiveMixture) -> None:
+    def of_the_prompt(prompts: list[Any], **columns: Any) -> list[float]:
+        return [float(len(str(prompt)) ** 2) for prompt in prompts]
+
+    for rows in (EXAMPLES, [*EXAMPLES, *EXAMPLES[1:2] * 3]):  # of which some have the same prompt
+        with pytest.warns(UserWarning, match="same reward"):
+            result = mixture.search(rows, of_the_prompt, validation=3, num_generations=1, **CLIMB)
+        assert result.judged_on == "cross-validation"
+        assert len({result.scores[name] for name in result.expected}) == 1
+        assert result.difference == (0, 0, 0)
+
+
 def test_a_search_that_was_killed_at_a_step_goes_on(
     mixture: AdaptiveMixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -573,7 +585,7 @@ def test_a_subclass_with_a_score_of_its_own_is_refused(mixture: AdaptiveMixture,
         def score(self, model: Any, indices: Sequence[int], prefix: Any = None) -> list[float]:
             return [0.5 * score for score in super().score(model, indices, prefix)]
 
-    with pytest.raises(ValueError, match="has no gradient"):
+    with pytest.raises(ValueError, match="Mine has a `score` of its own"):
         mixture.search(objective=Mine(ROWS, count_letters, tokenizer), optimizer="gradient")
 
 

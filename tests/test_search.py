@@ -1021,12 +1021,38 @@ def test_the_interval_is_as_wide_as_students(count: int, quantile: float) -> Non
 
 def test_ties_go_to_the_simpler() -> None:
     scores = {"base": np.array([0.0, 1.0]), "math": np.array([1.0, 0.0]), "searched": np.array([0.5, 0.5])}
-    assert compared(scores, ["base", "math"])[0] == "base"
+    assert compared(scores, ["base", "math"])[:2] == ("base", False)
     scores["searched"] = np.array([0.5, 0.6])
-    choice, (mean, low, high) = compared(scores, ["base", "math"])
-    assert choice == "searched"
+    best, beaten, (mean, low, high) = compared(scores, ["base", "math"])
+    assert (best, beaten) == ("base", True)
     assert mean == pytest.approx(0.05)
     assert low < 0 < high  # nobody knows
+
+
+def test_a_tie_is_not_broken_by_rounding() -> None:
+    values = np.array([0.1, 0.2, 0.3, 0.7, 0.15, 0.25, 0.35])
+    for seed in range(20):  # the same numbers in another order, and with another last digit
+        paired = np.random.default_rng(seed).permutation(values) + 1e-16
+        _, beaten, difference = compared({"base": values, "searched": paired}, ["base"])
+        assert not beaten
+        assert difference[0] == 0
+    assert compared({"base": values, "searched": values + 1e-16}, ["base"])[2] == (0, 0, 0)
+
+
+def test_a_simple_choice_that_was_found_is_called_by_its_name(
+    mixture: AdaptiveMixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the folds find something good, but the search on all examples comes back to an expert
+    def judge(self: Any, main: Any, plan: Any, on_generation: Any) -> Any:
+        found = self.evaluator.space.simple()["narrow"]
+        return found, np.full(len(ROWS), 1e3), "cross-validation", [(found, list(range(len(ROWS))))]
+
+    monkeypatch.setattr("peft_svf.adaptation.procedure.Procedure._judge", judge)
+    result = mixture.search(ROWS, count_letters, validation=2, num_generations=1, population_size=4)
+    simple = {name: result.scores[name] for name in ("base", "all", "narrow", "last", "uniform")}
+    assert not result.improved
+    assert simple[result.choice] == max(simple.values()) == result.score
+    assert f"found nothing new, and {result.choice!r} was kept" in str(result)
 
 
 def test_the_result_as_text_and_picture(mixture: AdaptiveMixture, tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ class Checkpoint:
                 raise self._damaged(error) from error
 
     def _damaged(self, error: Exception) -> ValueError:
-        return ValueError(f"{self.path} is no checkpoint of a search: {error!r}.")
+        return ValueError(f"{self.path} is no checkpoint of a search: {error!r}. Pass another path, or delete it.")
 
     def _read(self) -> dict[str, Any] | None:
         if not self.path.exists():
@@ -59,7 +59,9 @@ class Checkpoint:
         if self.path.is_dir():
             raise ValueError(f"{self.path} is a folder; `checkpoint` must be the path of a JSON file.")
         if not self.resume:
-            raise ValueError(f"{self.path} exists. Pass `resume=True` to go on with that search, or another path.")
+            raise ValueError(
+                f"{self.path} exists. Pass `resume=True` (`--resume`) to go on with that search, or another path."
+            )
         try:
             content = json.loads(self.path.read_text())
             identity, _, _ = content["identity"], content["scores"], content["seconds"]
@@ -70,7 +72,8 @@ class Checkpoint:
         for name, value in self.identity.items():
             if identity.get(name) != value:
                 raise ValueError(
-                    f"{self.path} is of another search: {name} was {identity.get(name)!r}, and is now {value!r}."
+                    f"{self.path} is of another search: {name} was {identity.get(name)!r}, and is now {value!r}. "
+                    "Pass another path, or delete it."
                 )
         return {name: content.get(name) for name in ("scores", "seconds", "answers")}
 

@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from .._processes import processes
-from ..scoring import ExpectedRewardObjective, Objective, Prefix, read_prefix
+from ..scoring import ExpectedRewardObjective, Objective, Prefix, RewardObjective, read_prefix
 from .space import WeightSpace
 
 # Rows that a batch starts with: enough to be bound by arithmetic, and lowered where memory does not last.
@@ -378,6 +378,11 @@ def check_differentiable(objective: Objective, space: WeightSpace) -> None:
     Raises:
         ValueError: There is no gradient.
     """
+    if isinstance(objective, RewardObjective) and not hasattr(objective, "differentiable"):
+        raise ValueError(
+            f"{type(objective).__name__} has a `score` of its own, of which no gradient is known. Take another "
+            "optimizer, such as 'cem', or a plain `RewardObjective`."
+        )
     if not hasattr(objective, "differentiable"):
         raise ValueError(
             f"The objective {objective.name!r} has no gradient, which rewards and the log-likelihood have, each alone. "

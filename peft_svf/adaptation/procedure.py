@@ -187,8 +187,10 @@ class Procedure:
             {name: per_question(objective, judged, values) for name, values in kind.items()}
             for kind in (scores, expected)
         )
-        choice, difference = compared(scores, list(simple), expected)
-        chosen = found if choice == SEARCHED else simple[choice]
+        best, beaten, difference = compared(scores, list(simple), expected)
+        # folds may have found something where the search did not
+        new = not any(np.array_equal(found, x) for x in simple.values())
+        choice, chosen = (SEARCHED, found) if beaten and new else (best, simple[best])
         alpha = space.weights(chosen)
         result = MixtureResult(
             weights=_per_expert(space.experts, alpha),
@@ -220,7 +222,12 @@ class Procedure:
         simple = rewarded.space.simple()
         try:
             rewards = dict(zip(simple, rewarded.scores(list(simple.values()), self.split.judged), strict=True))
-            rewards[SEARCHED] = np.concatenate([rewarded.scores([x], part)[0] for x, part in judged_by])
+            of_each = {
+                i: reward
+                for x, part in judged_by
+                for i, reward in zip(part, rewarded.scores([x], part)[0], strict=True)
+            }
+            rewards[SEARCHED] = np.array([of_each[i] for i in self.split.judged])
         except KeyboardInterrupt:
             if processes().num_processes > 1:
                 raise
@@ -302,10 +309,18 @@ class Procedure:
     def _warn_of_no_gradient(self) -> None:
         objective = cast(ExpectedRewardObjective, self.evaluator.objective)
         scores = self.evaluator.scores(list(self.evaluator.space.simple().values()), self.split.search)
+        rewards = [{reward for _, reward in objective.examples[i]["answers"]} for i in self.split.search]
         if not any(objective.count(i) for i in self.split.search):
             warnings.warn(
-                "No answer to the examples got a reward, whether of the base model, an expert or the uniform mixture, "
-                "so that there is no gradient and the search stays where it begins.",
+                "No answer to the examples got a reward (above the lowest one, if that is negative), whether of the "
+                "base model, an expert or the uniform mixture, so that there is no gradient and the search stays where "
+                "it begins.",
+                stacklevel=4,
+            )
+        elif all(len(different) < 2 for different in rewards):
+            warnings.warn(
+                "All answers to an example got the same reward, so that it tells nothing about what is to be preferred "
+                "but the gradient goes to what was answered. Take another reward, or another optimizer, such as 'cem'.",
                 stacklevel=4,
             )
         elif np.ptp(scores, axis=0).max() < TINY:

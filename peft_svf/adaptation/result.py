@@ -29,15 +29,16 @@ class MixtureResult:
 
     - `"validation"`: held-out examples, which the search did not see.
     - `"cross-validation"`: all examples; those of a fold are scored by a mixture that was searched on the others. The
-      simple choices have no such handicap.
+      simple choices have no such handicap, but the best of several has some luck of its own.
     - `"search"`: the examples of the search itself, of which `"searched"` is the best of many; measure on others before
       you believe it.
 
     Attributes:
         weights: The weights that are now in place, per expert; with several groups, their means.
         score: The mean score of the choice, of `scores`.
-        choice: Where they come from: `"searched"`, or the name of the simple choice that was at least as good:
-            `"base"`, an expert, or `"uniform"`.
+        choice: Where they come from: `"searched"`, or the name of the best simple choice:
+            `"base"`, an expert, or `"uniform"`. What was searched is chosen if its score is higher, or if it is equal
+            and the expected reward is higher, and if it is not itself a simple choice.
         scores: Mean score of the base model, every expert alone, the uniform mixture, the searched one, and where the
             examples have answers, of in-context prompting: the base model with the other examples before the question.
         expected: Where the expected reward was climbed in the place of the reward, what all of these but in-context
@@ -52,7 +53,8 @@ class MixtureResult:
         groups: The groups of modules that have weights of their own, `["all"]` if there is one.
         alpha: The weights in place, per expert and group.
         history: Per generation: `best` and `mean` score of the candidates, `elites`, the scores of the best,
-            `incumbent`, the weights of the best `[experts * groups]`, and `rows`, what was spent until then.
+            `incumbent`, the weights of the best `[experts * groups]`, and `rows`, what was spent until then. The scores
+            are expected rewards if `expected` is not empty.
         objective: Name of the objective.
         evaluations: Number of mixtures that were scored, simple choices included.
         usage: What it cost: `rows` (pairs of a mixture and an example), `tokens`, `seconds`.
@@ -82,7 +84,7 @@ class MixtureResult:
 
     @property
     def improved(self) -> bool:
-        """Whether the search beat every simple choice."""
+        """Whether the searched mixture was chosen, see `choice`."""
         return self.choice == SEARCHED
 
     @property
@@ -122,6 +124,8 @@ class MixtureResult:
         verdict = "the searched mixture beat every simple choice"
         if self.improved and mean <= 0:
             verdict = "the searched mixture is as good as the best simple choice, and has the higher expected reward"
+        elif not self.improved and mean > 0:
+            verdict = f"on all examples the search found nothing new, and {self.choice!r} was kept"
         elif not self.improved:
             verdict = f"nothing beat {self.choice!r}, which was kept"
         sure = "" if self.certain else ", which may be luck"
@@ -161,8 +165,8 @@ def _widening(count: int) -> float:
 
 def compared(
     scores: Mapping[str, np.ndarray], simple: Sequence[str], ties: Mapping[str, np.ndarray] | None = None
-) -> tuple[str, tuple[float, float, float]]:
-    """The choice; and mean and interval of searched less the best simple one.
+) -> tuple[str, bool, tuple[float, float, float]]:
+    """The best simple choice, whether what was searched beats it, and mean and interval of the difference.
 
     Args:
         scores: Name → score of each example, the simplest first.
@@ -175,6 +179,5 @@ def compared(
         return equal, float(ties[name].mean()) if ties else 0.0
 
     best = max(simple, key=worth)
-    choice = SEARCHED if worth(SEARCHED) > worth(best) else best
-    paired = scores[SEARCHED] - scores[best]
-    return choice, (float(paired.mean()), *interval(paired))
+    paired = np.round(scores[SEARCHED] - scores[best], 9)
+    return best, worth(SEARCHED) > worth(best), (round(float(paired.mean()), 9), *interval(paired))

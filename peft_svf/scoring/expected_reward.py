@@ -33,9 +33,9 @@ class ExpectedRewardObjective(Batched):
 
     With rewards of at least 0 that is a lower bound of the expected reward of an answer sampled at that temperature,
     and the nearer to it the more of the likely answers are known. The lower the temperature, the more is it about the
-    greedy answer. Where some rewards of an example are negative, all are
-    counted from the lowest on. An answer that begins with another one does not count beside it. Nothing can be told of
-    answers that are so long that none has a probability to speak of.
+    greedy answer. Where some rewards of an example are negative, all are counted from the lowest on. An answer that
+    begins with another one does not count beside it. Nothing can be told of answers that are so long that none has a
+    probability to speak of.
 
     Args:
         examples (`Sequence[dict]`): Rows with a `"prompt"` (text or messages) and `"answers"`, pairs of tokens, ends
