@@ -4,14 +4,15 @@
 
 For each task that no expert was trained on (benchmarks/unseen_tasks.py) and each seed, 12 examples are drawn, and on
 them a mixture of the shipped experts is searched in one or more ways (`--searches`): with the defaults of
-`AdaptiveMixture.search` by the reward, by the reward and a tenth of the log-likelihood of the right answers, by that
-alone, and by the gradient of that or of the expected reward with weights for every layer; the best single expert and
-the best of all simple choices are chosen by the reward on the same examples. Everything is then scored on 200 other
-questions, with in-context prompting beside it: the base model with the 12 examples before the question. `--again`
-scores what was found on 170 more, which nobody had looked at when the ways of searching were made.
+`AdaptiveMixture.search`, but for its folds, by the reward, by the reward and a tenth of the log-likelihood of the right
+answers, by that alone, and by the gradient of that or of the expected reward with weights for every layer; the best
+single expert and the best of all simple choices are chosen by the reward on the same examples. Everything is then
+scored on 200 other questions, with in-context prompting beside it: the base model with the 12 examples before the
+question. `--again` scores what was found on 170 more, which nobody had looked at when the ways of searching were made.
 
-Ten minutes and more for each task, seed and search on one core. Each task leaves a JSON in `benchmarks/mixture_runs/`,
-to which a seed is added when it is done; what is there is not done again. `docs/mixtures.md` is made of them.
+Five to twenty minutes for each task, seed and search on one core. Each task leaves a JSON in
+`benchmarks/mixture_runs/`, to which a seed is added when it is done; what is there is not done again.
+`docs/mixtures.md` is made of them.
 """
 
 from __future__ import annotations
@@ -133,8 +134,8 @@ class Bench:
     def again(self, searches: list[str]) -> None:
         """Score the simple choices and what the searches have found on questions that are new."""
         if "simple on fresh" not in self.record:
-            scores = self.answered(self.fresh, [*self.simple.values()])
-            self.record["simple on fresh"] = dict(zip(self.simple, scores, strict=True))
+            of_simple = self.answered(self.fresh, [*self.simple.values()])
+            self.record["simple on fresh"] = dict(zip(self.simple, of_simple, strict=True))
             self.save()
         for name in searches:
             known = [
@@ -196,31 +197,35 @@ def scores_by_seed(record: dict[str, Any], search: str, on: str = "held_out") ->
     return scores | {"searched": np.array([seed[search][on] for seed in seeds])}
 
 
-def spread(values: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
-    """Mean of `[seeds, questions]` with its 95 % interval, by bootstrap over both."""
-    rng, means = np.random.default_rng(seed), []
-    for _ in range(2000):
+def spread(*tasks: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
+    """Mean of `[seeds, questions]`, and over tasks, with its 95 % interval, by bootstrap over seeds and questions."""
+    rng = np.random.default_rng(seed)
+
+    def resampled(values: np.ndarray) -> float:
         picked = values[rng.integers(len(values), size=len(values))]
-        means.append(picked[:, rng.integers(values.shape[1], size=values.shape[1])].mean())
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(values.mean()), float(low), float(high)
+        return float(picked[:, rng.integers(values.shape[1], size=values.shape[1])].mean())
+
+    low, high = np.quantile([np.mean([resampled(task) for task in tasks]) for _ in range(2000)], [0.025, 0.975])
+    return float(np.mean([task.mean() for task in tasks])), float(low), float(high)
 
 
 def tables(records: list[dict[str, Any]], search: str, on: str = "held_out") -> list[str]:
     """Accuracies, and how they differ from that of what was searched."""
-    names = list(scores_by_seed(records[0], search, on))
+    of_all = [scores_by_seed(record, search, on) for record in records]
+    names = list(of_all[0])
     lines = ["| accuracy on (seeds) | " + " | ".join(names) + " |", "|" + "---|" * (1 + len(names))]
     compared = ["", "| searched less | " + " | ".join(names[:-1]) + " |", "|" + "---|" * len(names)]
-    for record in records:
-        scores = scores_by_seed(record, search, on)
+    for record, scores in zip(records, of_all, strict=True):
         cells = ["{:.3f} ({:.3f} to {:.3f})".format(*spread(scores[name])) for name in names]
         lines.append(f"| {record['task']} ({len(scores['base'])}) | " + " | ".join(cells) + " |")
+    parts = [(record["task"], [scores]) for record, scores in zip(records, of_all, strict=True)]
+    for name, some in [*parts, ("their mean", of_all)]:
         cells = []
         for rival in names[:-1]:
-            mean, low, high = spread(scores["searched"] - scores[rival])
+            mean, low, high = spread(*(scores["searched"] - scores[rival] for scores in some))
             text = f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
             cells.append(f"**{text}**" if low > 0 or high < 0 else text)
-        compared.append(f"| {record['task']} | " + " | ".join(cells) + " |")
+        compared.append(f"| {name} | " + " | ".join(cells) + " |")
     return [*lines, *compared, ""]
 
 
@@ -237,16 +242,19 @@ def report(tasks: list[str]) -> None:
         "Written by `benchmarks/mixture_quality.py` from the runs in `benchmarks/mixture_runs/`; do not edit.",
         f"SmolLM2-135M-Instruct and the experts in `examples/experts`; {SHOTS} examples, {HELD_OUT} other questions,",
         f"greedy answers of at most {GENERATE['max_new_tokens']} tokens, the defaults of `AdaptiveMixture.search`",
-        "(*reward*), or what else is said; without held-out examples or folds, but three folds",
-        "for the expected reward, of whose searches the choice is what counts. *Best expert* and *best simple* (of",
-        "base, experts and uniform) are chosen by the reward on the same examples. 95 % intervals by bootstrap over",
-        "seeds and questions.",
+        "(*reward*), or what else is said, but without held-out examples or folds: what is scored is what was found.",
+        "The expected reward has three folds, and what is scored is what it put in place, which may be an expert.",
+        "*Best expert* and *best simple* (of base, experts and uniform) are chosen by the reward on the same examples.",
+        "95 % intervals by bootstrap over seeds and questions.",
         "",
     ]
     for search in searches:
         lines += [f"## Searched by the {search}", "", *tables(records, search)]
     lines += ["Bold: 0 is outside.", ""]
-    if all("simple on fresh" in record for record in records):
+    again = [
+        name for name in searches if all(any("fresh" in s.get(name, {}) for s in r["seeds"].values()) for r in records)
+    ]
+    if again:
         lines += [
             "## On questions that are new",
             "",
@@ -254,12 +262,14 @@ def report(tasks: list[str]) -> None:
             f"scored, once, on {FRESH} more questions of each task.",
             "",
         ]
-        for search in searches:
+        for search in again:
             lines += [f"By the {search}:", "", *tables(records, search, "fresh")]
     lines += [
         "## What was found",
         "",
-        "| task | by | that on the 12 examples: best simple, searched | mean weights | pairs | tokens | s |",
+        "On the 12 examples; the expected reward's *searched* is out of fold and its weights are those put in place.",
+        "",
+        "| task | by | score of best simple, searched | mean weights | pairs | tokens | s |",
         "|---|---|---|---|---|---|---|",
     ]
     for record in records:
@@ -267,7 +277,8 @@ def report(tasks: list[str]) -> None:
             seeds = [seed[search] for seed in record["seeds"].values() if search in seed]
             simple = np.mean([max(v for k, v in x["on_shots"].items() if k != "searched") for x in seeds])
             searched = np.mean([x["on_shots"]["searched"] for x in seeds])
-            weights = ", ".join(f"{k} {np.mean([x['weights'][k] for x in seeds]):.2f}" for k in seeds[0]["weights"])
+            scored = [x["weights" if "granularity" not in SEARCHES[search] else "alpha"] for x in seeds]
+            weights = ", ".join(f"{k} {np.mean([x[k] for x in scored]):.2f}" for k in scored[0])
             cost = [f"{np.mean([x['usage'][key] for x in seeds]):,.0f}" for key in ("rows", "tokens", "seconds")]
             lines.append(
                 f"| {record['task']} | {search} | {simple:.3f}, {searched:.3f} | {weights} | " + " | ".join(cost) + " |"
@@ -318,7 +329,7 @@ def main() -> None:
             for task in [task for task, process in at_work.items() if process.poll() is not None]:
                 if at_work.pop(task).returncode:
                     raise SystemExit(f"The task {task} failed; what it says is above.")
-    report(arguments.tasks)
+    report(list(TASKS))
 
 
 if __name__ == "__main__":
