@@ -117,19 +117,19 @@ class Bench:
     def searched(self, shots: list[dict[str, Any]], name: str, seed: int) -> dict[str, Any]:
         options = {"validation": None, "in_context": False, "seed": seed, **SEARCHES[name]}
         result = self.mixture.search(objective=self.objective(shots, name), **options)
-        weights = [result.searched_weights[expert] for expert in self.mixture.experts]
-        granularity = options.get("granularity", "expert")
-        if granularity != "expert":  # what was put in place: the searched mixture, or else where it began
-            weights = [weight for expert in self.mixture.experts for weight in result.alpha[expert]]
-        return {
+        found = {
             "choice": result.choice,
             "alpha": {expert: np.round(values, 4).tolist() for expert, values in result.alpha.items()},
             "on_shots": result.scores,
             "weights": result.searched_weights,
-            "held_out": self.answered(self.held_out, [np.array(weights)], granularity)[0],
             "usage": vars(result.usage),
             "best": [entry["best"] for entry in result.history],
         }
+        return found | {"held_out": self.answers_of([found], name, self.held_out)[0]}
+
+    def answers_of(self, found: list[dict[str, Any]], name: str, questions: list[dict[str, Any]]) -> list[list[float]]:
+        candidates = [np.concatenate([scored_weights(x, name)[e] for e in self.mixture.experts]) for x in found]
+        return self.answered(questions, candidates, SEARCHES[name].get("granularity", "expert"))
 
     def again(self, searches: list[str]) -> None:
         """Score the simple choices and what the searches have found on questions that are new."""
@@ -138,22 +138,23 @@ class Bench:
             self.record["simple on fresh"] = dict(zip(self.simple, of_simple, strict=True))
             self.save()
         for name in searches:
-            known = [
-                seed[name] for seed in self.record["seeds"].values() if "fresh" not in seed.get(name, {"fresh": 0})
-            ]
-            if known:
-                granularity = SEARCHES[name].get("granularity", "expert")
-                # as in `searched`: what was found, per expert, or put in place, per expert and layer
-                of_each = [x["weights"] if granularity == "expert" else x["alpha"] for x in known]
-                experts = self.mixture.experts
-                candidates = [np.array([weights[expert] for expert in experts]).ravel() for weights in of_each]
-                for part, scores in zip(known, self.answered(self.fresh, candidates, granularity), strict=True):
+            found = [seed[name] for seed in self.record["seeds"].values() if name in seed]
+            if waiting := [part for part in found if "fresh" not in part]:
+                for part, scores in zip(waiting, self.answers_of(waiting, name, self.fresh), strict=True):
                     part["fresh"] = scores
                 self.save()
 
     def save(self) -> None:
         STORED.mkdir(exist_ok=True)
         write_whole(self.path, json.dumps(self.record) + "\n")
+
+
+def scored_weights(found: dict[str, Any], name: str) -> dict[str, list[float]]:
+    """Expert → its weights, of what is scored of a search: what was put in place, which may be an expert, where each
+    layer has weights of its own, and else what was found."""
+    if "granularity" in SEARCHES[name]:
+        return dict(found["alpha"])
+    return {expert: [weight] for expert, weight in found["weights"].items()}
 
 
 def stored(task: str) -> dict[str, Any] | None:
@@ -277,7 +278,7 @@ def report(tasks: list[str]) -> None:
             seeds = [seed[search] for seed in record["seeds"].values() if search in seed]
             simple = np.mean([max(v for k, v in x["on_shots"].items() if k != "searched") for x in seeds])
             searched = np.mean([x["on_shots"]["searched"] for x in seeds])
-            scored = [x["weights" if "granularity" not in SEARCHES[search] else "alpha"] for x in seeds]
+            scored = [scored_weights(x, search) for x in seeds]
             weights = ", ".join(f"{k} {np.mean([x[k] for x in scored]):.2f}" for k in scored[0])
             cost = [f"{np.mean([x['usage'][key] for x in seeds]):,.0f}" for key in ("rows", "tokens", "seconds")]
             lines.append(

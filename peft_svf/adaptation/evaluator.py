@@ -378,12 +378,12 @@ def check_differentiable(objective: Objective, space: WeightSpace) -> None:
     Raises:
         ValueError: There is no gradient.
     """
-    if isinstance(objective, RewardObjective) and not hasattr(objective, "differentiable"):
-        raise ValueError(
-            f"{type(objective).__name__} has a `score` of its own, of which no gradient is known. Take another "
-            "optimizer, such as 'cem', or a plain `RewardObjective`."
-        )
     if not hasattr(objective, "differentiable"):
+        if isinstance(objective, RewardObjective):
+            raise ValueError(
+                f"{type(objective).__name__} has a `score` of its own, of which no gradient is known. Take another "
+                "optimizer, such as 'cem', or a plain `RewardObjective`."
+            )
         raise ValueError(
             f"The objective {objective.name!r} has no gradient, which rewards and the log-likelihood have, each alone. "
             "Take another optimizer, such as 'cem'."
