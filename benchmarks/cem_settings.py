@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from common import Record, argument_parser, parse
 
-from peft_svf.adaptation import CrossEntropyMethod
+from peft_svf import CrossEntropyMethod
 
 EXPERTS, SHOTS, OTHERS = 5, 12, 400
 

@@ -33,9 +33,9 @@ from typing import Any
 import torch
 from common import load_model
 
-from peft_svf._files import write_whole
 from peft_svf.training import greedy_accuracy
 from peft_svf.training.run import build, parse, recipe_task, train
+from peft_svf.utils.files import write_whole
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from smollm2 import model_name

@@ -20,8 +20,15 @@ import numpy as np
 import torch
 from common import Record, argument_parser, interleaved, load_base, load_tokenizer, parse, spread
 
-from peft_svf import AdaptiveMixture, SelfAdaptiveModel, SVFConfig
-from peft_svf.adaptation import EvaluationTask, NearestDispatcher, PromptDispatcher, evaluate
+from peft_svf import (
+    AdaptiveMixture,
+    EvaluationTask,
+    NearestDispatcher,
+    PromptDispatcher,
+    SelfAdaptiveModel,
+    SVFConfig,
+    evaluate,
+)
 from peft_svf.training import find_task
 from peft_svf.training.run import recipe_task
 
@@ -136,7 +143,7 @@ def batch(record: Record, arguments: Any, model: Any, tokenizer: Any, dispatcher
             self.choices = choices
 
         def __call__(self, prompts: Any) -> Any:
-            from peft_svf.adaptation import Dispatch
+            from peft_svf import Dispatch
 
             return Dispatch(names, np.full((len(prompts), len(names)), 1 / len(names)), self.choices)
 

@@ -33,16 +33,17 @@ from common import load_model
 from compare import KEEP_MEMORY
 from unseen_tasks import TASKS, rows
 
-from peft_svf import AdaptiveMixture, SVFLayer
-from peft_svf._files import write_whole
-from peft_svf.adaptation import (
+from peft_svf import (
+    AdaptiveMixture,
     Evaluator,
     LogLikelihoodObjective,
     RewardObjective,
+    SVFLayer,
     WeightedObjective,
     WeightSpace,
-    in_context_scores,
 )
+from peft_svf.search.in_context import in_context_scores
+from peft_svf.utils.files import write_whole
 
 ROOT = Path(__file__).parents[1]
 STORED = Path(__file__).parent / "mixture_runs"

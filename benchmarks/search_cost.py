@@ -20,10 +20,10 @@ import torch
 from common import Record, argument_parser, load_base, load_tokenizer, parse
 from unseen_tasks import TASKS, rows
 
-from peft_svf import AdaptiveMixture
-from peft_svf.adaptation import Evaluator, WeightSpace, make_optimizer
-from peft_svf.adaptation.search import Plan, run_search
-from peft_svf.scoring.objectives import prompt_ids
+from peft_svf import AdaptiveMixture, Evaluator, WeightSpace
+from peft_svf.scoring.tokens import prompt_ids
+from peft_svf.search.loop import Plan, run_search
+from peft_svf.search.optimizers.optimizer import make_optimizer
 
 EXPERTS = Path(__file__).parents[1] / "examples" / "experts"
 OPTIMIZERS = ("cem", "cem-paper", "cma-es", "sep-cma-es", "random", "gradient")

@@ -19,8 +19,7 @@ import numpy as np
 import torch
 from common import Record, argument_parser, interleaved, linear_layers, load_base, load_tokenizer, parse, spread
 
-from peft_svf import AdaptiveMixture, SVFLayer
-from peft_svf.adaptation import Evaluator, RewardObjective, WeightSpace
+from peft_svf import AdaptiveMixture, Evaluator, RewardObjective, SVFLayer, WeightSpace
 from peft_svf.training.run import recipe_task
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

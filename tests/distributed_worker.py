@@ -239,8 +239,7 @@ def search(folder: Path, only: int | None = None) -> dict[str, Any]:
     """A search whose reward fails in process `only`."""
     from test_adaptation import EXAMPLES, base_model, count_letters, make_tokenizer
 
-    from peft_svf import AdaptiveMixture
-    from peft_svf.adaptation import CrossEntropyMethod
+    from peft_svf import AdaptiveMixture, CrossEntropyMethod
 
     experts = {path.name: str(path) for path in sorted((folder / "experts").iterdir())}
     mixture = AdaptiveMixture.from_pretrained(base_model(), experts, tokenizer=make_tokenizer())

@@ -19,10 +19,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from peft_svf import AdaptiveMixture, SVFConfig, SVFLayer, SVFRuntimeConfig
-from peft_svf.adaptation import LogLikelihoodObjective, RewardObjective
+from peft_svf import AdaptiveMixture, LogLikelihoodObjective, RewardObjective, SVFConfig, SVFLayer, SVFRuntimeConfig
 from peft_svf.scoring import text_of
-from peft_svf.scoring.objectives import prompt_ids
+from peft_svf.scoring.tokens import prompt_ids
 
 VOCABULARY = ["<unk>", "<s>", "</s>", "<pad>", *"abcdefghijklmnopqrstuvwxyz0123456789 +=?[]\n"]
 EXPERTS = {

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_svf.adaptation import CrossEntropyMethod
+from peft_svf import CrossEntropyMethod
 
 Function = Callable[[np.ndarray], float]
 

@@ -10,9 +10,17 @@ from typing import Any
 import pytest
 from test_adaptation import base_model, make_tokenizer, save_expert
 
-from peft_svf import AdaptiveMixture, SVFConfig
-from peft_svf.adaptation import EvaluationTask, NearestDispatcher, PromptDispatcher, evaluate
-from peft_svf.adaptation.loading import CLASSIFIER, load_experts, make_dispatcher
+from peft_svf import (
+    AdaptiveMixture,
+    EvaluationTask,
+    NearestDispatcher,
+    PromptDispatcher,
+    SVFConfig,
+    evaluate,
+    load_experts,
+)
+from peft_svf.evaluation.strategies import make_dispatcher
+from peft_svf.mixture.loading import CLASSIFIER
 
 testing = pytest.importorskip("typer.testing")
 RECIPES = Path(__file__).parents[1] / "examples" / "recipes"
@@ -32,7 +40,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(world: Path, command: str, *more: str, text: str | None = None) -> Any:
-    from peft_svf_cli.app import app
+    from peft_svf.cli.app import app
 
     words = ["--model_name_or_path", str(world / "base")]
     words += ["--expert", f"sums={world / 'sums'}", "--expert", f"lists={world / 'lists'}"]

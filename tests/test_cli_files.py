@@ -41,7 +41,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(*words: Any) -> Any:
-    from peft_svf_cli.app import app
+    from peft_svf.cli.app import app
 
     return testing.CliRunner().invoke(app, [str(word) for word in words])
 
@@ -59,7 +59,7 @@ def adapted(world: Path) -> Any:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_comes_without_torch_and_with_an_example(command: str) -> None:
     code = (
-        "import sys; from peft_svf_cli.app import app\n"
+        "import sys; from peft_svf.cli.app import app\n"
         "try: app(sys.argv[1:])\n"
         "except SystemExit as end: assert not end.code\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"

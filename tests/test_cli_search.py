@@ -15,8 +15,7 @@ import torch
 from peft import PeftModel
 from test_adaptation import EXAMPLES, base_model, logits, make_tokenizer, save_expert
 
-from peft_svf import SVFConfig
-from peft_svf.adaptation.examples import load_examples
+from peft_svf import SVFConfig, load_examples
 
 testing = pytest.importorskip("typer.testing")
 
@@ -39,7 +38,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def search(world: Path, output: Path, *more: str, **options: Any) -> Any:
-    from peft_svf_cli.app import app
+    from peft_svf.cli.app import app
 
     return testing.CliRunner().invoke(app, words_of_a_search(world, output, *more, **options))
 
@@ -102,7 +101,7 @@ def test_two_processes_leave_one_mixture(world: Path, tmp_path: Path) -> None:
     # what `accelerate launch --multi_gpu` calls; accelerate itself has no launcher for several CPU processes
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*command, "-m", "peft_svf_cli", *words],
+        [*command, "-m", "peft_svf", *words],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -147,7 +146,7 @@ def test_options_reach_the_search(world: Path, tmp_path: Path) -> None:
 def test_the_checkpoint_of_an_interrupted_search_stays(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from peft_svf.adaptation import Evaluator
+    from peft_svf import Evaluator
 
     plain, steps = Evaluator.value_and_gradient, [0]
 
@@ -173,7 +172,7 @@ def test_an_interrupted_search_goes_on(world: Path, tmp_path: Path) -> None:
     first = search(world, tmp_path / "mine", "--json", reward="loglik", validation="none")
     assert first.exit_code == 0
     # as if it had been stopped before it could save
-    from peft_svf.adaptation import AdaptiveMixture, LogLikelihoodObjective
+    from peft_svf import AdaptiveMixture, LogLikelihoodObjective
 
     mixture = AdaptiveMixture.from_pretrained(
         str(world / "base"), {name: str(world / name) for name in ("one", "two")}, dtype="auto"

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from test_adaptation import base_model, make_tokenizer, save_expert
 from test_adaptation import tokenizer as tokenizer
 
-from peft_svf import AdaptiveMixture, SVFConfig
-from peft_svf.adaptation import Adapted, Dispatch, NearestDispatcher, PromptDispatcher, SelfAdaptiveModel
-from peft_svf.adaptation.dispatch import LabelTree, boxed_label
+from peft_svf import AdaptiveMixture, Dispatch, NearestDispatcher, PromptDispatcher, SelfAdaptiveModel, SVFConfig
+from peft_svf.routing.prompt import LabelTree, boxed_label
+from peft_svf.routing.self_adaptive import Adapted
 from peft_svf.scoring import classification_prompt
-from peft_svf.scoring.objectives import continuation_ids, prompt_ids
+from peft_svf.scoring.tokens import continuation_ids, prompt_ids
 
 PROMPTS = ["what is 3 + 4?", "name a cat", "count 1 2 3", "x"]
 EXPERTS = {"math": "numbers", "maths": "", "words": "names of things"}
@@ -121,7 +121,7 @@ def test_two_spellings_of_a_label_add_up(model: Any, tokenizer: Any, monkeypatch
         return real(prompt, f" z{text.strip().lower()}" if text.strip()[:1].isupper() else text, tokenizer)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("peft_svf.adaptation.dispatch.continuation_ids", with_capitals)  # this tokenizer has none
+        patch.setattr("peft_svf.routing.prompt.continuation_ids", with_capitals)  # this tokenizer has none
         dispatcher = PromptDispatcher(model, tokenizer, EXPERTS)
     with model.disable_adapter():
         expected = [by_hand(model, tokenizer, dispatcher, prompt, capital="z{}".format) for prompt in PROMPTS]
@@ -130,7 +130,7 @@ def test_two_spellings_of_a_label_add_up(model: Any, tokenizer: Any, monkeypatch
     def all_capitals_alike(prompt: Any, text: str, tokenizer: Any) -> list[int]:
         return [7] if text.strip()[:1].isupper() else real(prompt, text, tokenizer)
 
-    monkeypatch.setattr("peft_svf.adaptation.dispatch.continuation_ids", all_capitals_alike)
+    monkeypatch.setattr("peft_svf.routing.prompt.continuation_ids", all_capitals_alike)
     assert PromptDispatcher(model, tokenizer, EXPERTS)(PROMPTS).probabilities.sum(axis=1) == pytest.approx(np.ones(4))
 
 

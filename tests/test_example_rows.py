@@ -17,12 +17,11 @@ from test_adaptation import mixture as mixture
 from test_adaptation import tokenizer as tokenizer
 from transformers import GenerationConfig
 
-from peft_svf import AdaptiveMixture
-from peft_svf.adaptation import LogLikelihoodObjective, RewardObjective, WeightedObjective
-from peft_svf.adaptation.examples import load_examples
-from peft_svf.adaptation.in_context import answer_of, with_demonstrations
+from peft_svf import AdaptiveMixture, LogLikelihoodObjective, RewardObjective, WeightedObjective, load_examples
 from peft_svf.scoring import content_text, text_of
-from peft_svf.scoring.objectives import check_examples, joined
+from peft_svf.scoring.examples import check_examples
+from peft_svf.scoring.tokens import joined
+from peft_svf.search.in_context import answer_of, with_demonstrations
 
 USER, SAID = {"role": "user", "content": "what"}, {"role": "assistant", "content": "cat"}
 PART = {"type": "text", "text": "cat"}

@@ -17,18 +17,11 @@ from test_adaptation import mixture as mixture
 from test_adaptation import tokenizer as tokenizer
 from test_search import LED, ROWS, model_with_local_attention, modules
 
-from peft_svf import AdaptiveMixture
-from peft_svf.adaptation import (
-    Evaluator,
-    LogLikelihoodObjective,
-    RewardObjective,
-    WeightedObjective,
-    WeightSpace,
-)
-from peft_svf.adaptation.answers import Answers, collect_answers
+from peft_svf import AdaptiveMixture, Evaluator, LogLikelihoodObjective, RewardObjective, WeightedObjective, WeightSpace
 from peft_svf.scoring import ExpectedRewardObjective
 from peft_svf.scoring.expected_reward import TEMPERATURE
-from peft_svf.scoring.objectives import prompt_ids
+from peft_svf.scoring.tokens import prompt_ids
+from peft_svf.search.answers import Answers, collect_answers
 
 SHORT = {"max_new_tokens": 3}
 

@@ -120,7 +120,7 @@ def test_the_command_line_pushes(hub: str, base: Path, tmp_path: Path) -> None:
     code = """
 import json, subprocess
 expert().save_pretrained("SAVED")
-main = "from peft_svf_cli.app import main; main()"
+main = "from peft_svf.cli.app import main; main()"
 command = [sys.executable, "-c", main, "push", "SAVED", "me/by-command", "--private", "--json"]
 done = subprocess.run(command, capture_output=True, text=True)
 assert done.returncode == 0, done.stderr

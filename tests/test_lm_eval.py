@@ -13,9 +13,7 @@ import pytest
 import yaml
 from test_adaptation import base_model, make_tokenizer, save_expert
 
-from peft_svf import SelfAdaptiveModel, SVFConfig
-from peft_svf.adaptation import NearestDispatcher
-from peft_svf.adaptation.loading import load_experts
+from peft_svf import NearestDispatcher, SelfAdaptiveModel, SVFConfig, load_experts
 
 lm_eval = pytest.importorskip("lm_eval")
 

@@ -14,8 +14,17 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
-from peft_svf import AdaptiveMixture, PromptDispatcher, SelfAdaptiveModel, SVFConfig, SVFLayer
-from peft_svf.adaptation import Evaluator, LogLikelihoodObjective, RewardObjective, WeightSpace
+from peft_svf import (
+    AdaptiveMixture,
+    Evaluator,
+    LogLikelihoodObjective,
+    PromptDispatcher,
+    RewardObjective,
+    SelfAdaptiveModel,
+    SVFConfig,
+    SVFLayer,
+    WeightSpace,
+)
 from peft_svf.spectral import effective_weight
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -25,8 +25,8 @@ from peft_svf.scoring import (
     text_of,
 )
 from peft_svf.scoring import rewards as rewards_module
-from peft_svf.scoring.objectives import joined, prompt_ids, prompt_text, text_for_trl
 from peft_svf.scoring.rewards import boxed, first_line, first_word, last_number, last_word
+from peft_svf.scoring.tokens import joined, prompt_ids, prompt_text, text_for_trl
 
 CASES = [
     ("number", "It is 12.", "12", 1),

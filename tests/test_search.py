@@ -19,24 +19,25 @@ from test_adaptation import mixture as mixture
 from test_adaptation import tokenizer as tokenizer
 from transformers import GenerationConfig, GPTNeoConfig, GPTNeoForCausalLM, MptConfig, MptForCausalLM
 
-from peft_svf import AdaptiveMixture, SVFConfig, SVFLayer
-from peft_svf.adaptation import (
-    OPTIMIZERS,
+from peft_svf import (
+    AdaptiveMixture,
     Evaluator,
     GradientDescent,
     LogLikelihoodObjective,
-    RandomShooting,
     RewardObjective,
+    SVFConfig,
+    SVFLayer,
     WeightedObjective,
     WeightSpace,
-    make_optimizer,
 )
-from peft_svf.adaptation.in_context import answer_of, with_demonstrations
-from peft_svf.adaptation.procedure import Procedure, Split, split_examples
-from peft_svf.adaptation.result import compared, interval
-from peft_svf.adaptation.search import Plan, chosen_first, run_search
 from peft_svf.scoring import read_prefix
 from peft_svf.scoring.prefix import common_prefix
+from peft_svf.search.in_context import answer_of, with_demonstrations
+from peft_svf.search.loop import Plan, chosen_first, run_search
+from peft_svf.search.optimizers.optimizer import OPTIMIZERS, RandomShooting, make_optimizer
+from peft_svf.search.procedure import Procedure
+from peft_svf.search.statistics import compared, interval
+from peft_svf.search.validation import Split, split_examples
 
 ROWS = EXAMPLES[:4]
 TARGET = {"all": 0.6, "narrow": 0.2, "last": 0.9}
@@ -1047,7 +1048,7 @@ def test_a_simple_choice_that_was_found_is_called_by_its_name(
         found = self.evaluator.space.simple()["narrow"]
         return found, np.full(len(ROWS), 1e3), "cross-validation", [(found, list(range(len(ROWS))))]
 
-    monkeypatch.setattr("peft_svf.adaptation.procedure.Procedure._judge", judge)
+    monkeypatch.setattr("peft_svf.search.procedure.Procedure._judge", judge)
     result = mixture.search(ROWS, count_letters, validation=2, num_generations=1, population_size=4)
     simple = {name: result.scores[name] for name in ("base", "all", "narrow", "last", "uniform")}
     assert not result.improved

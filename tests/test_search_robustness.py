@@ -101,7 +101,7 @@ def test_ctrl_c_while_prompting_is_scored_keeps_what_is_known(
     def interrupted(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("peft_svf.adaptation.procedure.in_context_scores", interrupted)
+    monkeypatch.setattr("peft_svf.search.procedure.in_context_scores", interrupted)
     result = mixture.search(EXAMPLES, validation=validation, **QUICK)
     assert result.stopped == "interrupted"
     assert set(mixture.experts) < set(result.scores)

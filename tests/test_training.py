@@ -37,6 +37,7 @@ from test_trl import (
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from peft_svf import SVFConfig
+from peft_svf.reporting.plots import delta_sizes, plot_curves, plot_deltas
 from peft_svf.training import (
     ClassificationTask,
     EqualRewards,
@@ -44,11 +45,8 @@ from peft_svf.training import (
     GreedyEvaluation,
     ReinforceConfig,
     ReinforceTrainer,
-    adapter_deltas,
     find_task,
     greedy_accuracy,
-    plot_curves,
-    plot_deltas,
     split_of,
 )
 from peft_svf.training.arguments import AdapterArguments, TrainArguments, adapter_config
@@ -56,7 +54,7 @@ from peft_svf.training.checkpoints import discard_incomplete, is_complete, last_
 from peft_svf.training.report import Record
 from peft_svf.training.run import _for_trl, build, main, parse
 from peft_svf.training.tasks import SPLITS
-from peft_svf.tuner.plots import delta_sizes
+from peft_svf.tuner.deltas import adapter_deltas
 
 RECIPES = Path(__file__).parents[1] / "examples" / "recipes"
 
@@ -891,7 +889,7 @@ def test_what_is_left_of_a_run_is_json_for_every_reader() -> None:
 
 def test_the_command_line(base: Path, data: Path, tmp_path: Path) -> None:
     testing = pytest.importorskip("typer.testing")
-    from peft_svf_cli.app import app
+    from peft_svf.cli.app import app
 
     runner = testing.CliRunner()
     shown = runner.invoke(app, ["--help"])

@@ -17,9 +17,9 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .._progress import progress_bar
-from ..tuner import SVFConfig
+from ..tuner.config import SVFConfig
 from ..tuner.layer import SVFLayer
+from ..utils.progress import progress_bar
 from .sources import model_files, opened
 
 # methods that add to the weight what their layers give as ΔW

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard
 
-from ..tuner import SVFConfig
-from ..tuner.card import complete_card
+from ..reporting.cards import complete_card
+from ..tuner.config import SVFConfig
 
 # checkpoints of a trainer, and what it logged
 LEFT_OUT = ["checkpoint-*/**", ".*", "*.bin", "*.pt", "*.pth", "completions/**", "runs/**"]

@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from peft.utils.save_and_load import load_peft_weights
 
-from .._progress import progress_bar
-from ..spectral import BasisCache, fingerprint, fingerprint_difference
-from ..tuner import SVFConfig
+from ..spectral.cache import BasisCache
+from ..spectral.fingerprint import fingerprint, fingerprint_difference
+from ..tuner.config import SVFConfig
+from ..utils.progress import progress_bar
 from .sources import linear_modules, model_files, model_folder, opened
 
 _SUFFIX = ".svf_delta.weight"

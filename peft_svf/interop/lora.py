@@ -18,9 +18,9 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME
 from safetensors.torch import save
 
-from .._files import write_whole
-from .._progress import progress_bar
 from ..tuner.layer import SVFLayer
+from ..utils.files import write_whole
+from ..utils.progress import progress_bar
 
 
 @dataclass

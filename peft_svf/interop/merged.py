@@ -20,12 +20,15 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from .._files import write_whole
-from .._progress import progress_bar
-from ..spectral import BasisCache, effective_weight, fingerprint, fingerprint_difference, surviving_share
-from ..tuner import SVFConfig
+from ..spectral.arithmetic import effective_weight
+from ..spectral.cache import BasisCache
+from ..spectral.fingerprint import fingerprint, fingerprint_difference
+from ..spectral.rounding import surviving_share
 from ..tuner.base_check import recorded_name
+from ..tuner.config import SVFConfig
 from ..tuner.fold import SMALLEST_SHARE
+from ..utils.files import write_whole
+from ..utils.progress import progress_bar
 from .sources import OTHER_WEIGHTS, full_precision_config, model_files, model_folder, opened
 
 _PREFIX, _SUFFIX = "base_model.model.", ".svf_delta.weight"

@@ -16,10 +16,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from .._files import write_whole
-from .._progress import progress_bar
-from ..spectral import PACK_FORMAT, PACK_INDEX, BasisPack, SingularBasis, checksum, singular_basis, weight_key
-from ..tuner import SVFConfig
+from ..spectral.basis import SingularBasis, singular_basis
+from ..spectral.cache import checksum, weight_key
+from ..spectral.pack import FORMAT, INDEX, BasisPack
+from ..tuner.config import SVFConfig
+from ..utils.files import write_whole
+from ..utils.progress import progress_bar
 from .sources import full_precision_config, model_files, model_folder, opened
 
 
@@ -61,7 +63,7 @@ def decompose(
     if lacking := [name for name in modules if f"{name}.weight" not in places]:
         raise ValueError(f"{source} has no tensor {lacking[0]}.weight.")
     target.mkdir(parents=True, exist_ok=True)
-    (target / PACK_INDEX).unlink(missing_ok=True)  # until it is whole again
+    (target / INDEX).unlink(missing_ok=True)  # until it is whole again
     files, size = {}, 0
     for number, (name, transposed) in enumerate(
         progress_bar(modules.items(), desc="Decomposing", unit="weight", total=len(modules))
@@ -78,8 +80,8 @@ def decompose(
             content = {"vectors": basis.vectors, "spectrum": basis.spectrum}
             write_whole(path, save(content, metadata={**about, "sha256": sha256}))
         files[name], size = path.name, size + path.stat().st_size
-    about = {"format": PACK_FORMAT, "base_model": str(model), "revision": revision, "r": r, "total_size": size}
-    write_whole(target / PACK_INDEX, json.dumps({"metadata": about, "weight_map": files}, indent=1) + "\n")
+    about = {"format": FORMAT, "base_model": str(model), "revision": revision, "r": r, "total_size": size}
+    write_whole(target / INDEX, json.dumps({"metadata": about, "weight_map": files}, indent=1) + "\n")
     return BasisPack(target)
 
 

@@ -25,8 +25,8 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
-from ..spectral import BasisCache
-from ..tuner import SVFConfig
+from ..spectral.cache import BasisCache
+from ..tuner.config import SVFConfig
 from ..tuner.layer import SVFLayer
 
 Parametrization = Literal["sigmoid", "raw", "offset"]

@@ -2,6 +2,7 @@
 adapters; training and adaptation stand on it."""
 
 from .categories import classification_prompt, named_category, readable, right_category
+from .datasets import load_examples
 from .expected_reward import ExpectedRewardObjective
 from .objectives import LogLikelihoodObjective, Objective, RewardObjective, WeightedObjective
 from .prefix import Prefix, read_prefix
@@ -32,6 +33,7 @@ __all__ = [
     "classification_prompt",
     "content_text",
     "find_reward",
+    "load_examples",
     "named_category",
     "read_prefix",
     "readable",

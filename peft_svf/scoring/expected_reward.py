@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
-from .objectives import Batched, answer_logps, check_examples, log_probabilities, padded, prompt_ids, with_pad_token
+from .examples import check_examples
+from .objectives import Batched
 from .prefix import Prefix, common_prefix, kept_of, padding_may_be_inside, takes
+from .tokens import answer_logps, log_probabilities, padded, prompt_ids, with_pad_token
 
 MOST = 8  # answers to an example
 # Between greedy decoding, which has no gradient, and all that a small model rambles at 1.

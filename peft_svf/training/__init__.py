@@ -1,10 +1,8 @@
 """Training experts by reinforcement learning with TRL's trainers."""
 
 try:
-    from ..tuner.plots import adapter_deltas, plot_deltas
     from .callbacks import EqualRewards, ExactState, RewardBar
     from .evaluation import GreedyEvaluation, greedy_accuracy, greedy_scores
-    from .plots import plot_curves
     from .reinforce import ReinforceConfig, ReinforceTrainer
     from .report import Record, machine
     from .tasks import ClassificationTask, ReasoningGymTask, Task, find_task, split_of
@@ -24,12 +22,9 @@ __all__ = [
     "ReinforceTrainer",
     "RewardBar",
     "Task",
-    "adapter_deltas",
     "find_task",
     "greedy_accuracy",
     "greedy_scores",
     "machine",
-    "plot_curves",
-    "plot_deltas",
     "split_of",
 ]

@@ -19,8 +19,8 @@ from trl import (
     ScriptArguments,
 )
 
-from ..scoring import ANSWERS, REWARDS
-from ..tuner import SVFConfig
+from ..scoring.rewards import ANSWERS, REWARDS
+from ..tuner.config import SVFConfig
 from .reinforce import ReinforceConfig, ReinforceTrainer
 
 OBJECTIVES: dict[str, tuple[type, type]] = {

@@ -9,8 +9,8 @@ import torch
 from huggingface_hub.utils import tqdm
 from transformers import TrainerCallback
 
-from .._progress import progress_disabled
-from ..tuner import SVFLayer
+from ..tuner.layer import SVFLayer
+from ..utils.progress import progress_disabled
 
 
 class ExactState(TrainerCallback):

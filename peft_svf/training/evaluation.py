@@ -13,8 +13,9 @@ from accelerate.utils import gather_object
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from .._processes import processes
-from ..scoring import RewardFunc, RewardObjective
+from ..scoring.objectives import RewardObjective
+from ..scoring.rewards import RewardFunc
+from ..utils.processes import processes
 
 
 def greedy_accuracy(*args: Any, **kwargs: Any) -> float:

@@ -14,11 +14,11 @@ from typing import Any
 
 import yaml
 
-from .._files import write_whole
-from ..scoring import text_of
-from ..tuner.card import loading_code
-from ..tuner.plots import adapter_deltas, plot_deltas
-from .plots import plot_curves
+from ..reporting.cards import loading_code
+from ..reporting.plots import plot_curves, plot_deltas
+from ..scoring.rewards import text_of
+from ..tuner.deltas import adapter_deltas
+from ..utils.files import write_whole
 
 
 @dataclass

@@ -27,8 +27,9 @@ from transformers import AutoTokenizer, EarlyStoppingCallback, PrinterCallback, 
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import DatasetMixtureConfig, TrlParser, get_dataset, get_quantization_config
 
-from ..scoring import checked, find_reward, readable, text_of
-from ..scoring.objectives import text_for_trl
+from ..scoring.categories import readable
+from ..scoring.rewards import checked, find_reward, text_of
+from ..scoring.tokens import text_for_trl
 from .arguments import OBJECTIVES, AdapterArguments, TrainArguments, adapter_config, check_given, defaults
 from .callbacks import EqualRewards, ExactState, RewardBar
 from .checkpoints import discard_incomplete, is_complete, last_complete, save_whole, steps_done

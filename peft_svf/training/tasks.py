@@ -27,8 +27,8 @@ from urllib.parse import parse_qsl
 
 from datasets import Dataset
 
-from ..scoring import ANSWERS, classification_prompt, right_category, text_of
-from ..scoring.rewards import RewardFunc
+from ..scoring.categories import classification_prompt, right_category
+from ..scoring.rewards import ANSWERS, RewardFunc, text_of
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")

@@ -1,10 +1,11 @@
 """SVF as a PEFT method, laid out as PEFT lays out its own."""
 
 from .config import SVFConfig, SVFRuntimeConfig
-from .layer import Linear, SVFLayer
+from .deltas import adapter_deltas
+from .layer import Linear, SVFLayer, svf_layers
 from .model import SVFModel
 from .registration import register
 
 register(SVFConfig, SVFModel)
 
-__all__ = ["Linear", "SVFConfig", "SVFLayer", "SVFModel", "SVFRuntimeConfig"]
+__all__ = ["Linear", "SVFConfig", "SVFLayer", "SVFModel", "SVFRuntimeConfig", "adapter_deltas", "svf_layers"]

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ..spectral import fingerprint_difference
+from ..spectral.fingerprint import fingerprint_difference
 
 if TYPE_CHECKING:
     from .layer import SVFLayer

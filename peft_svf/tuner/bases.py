@@ -12,8 +12,9 @@ from accelerate import PartialState
 from peft.utils.integrations import check_deepspeed_zero3_enabled
 from torch import distributed
 
-from .._progress import progress_bar
-from ..spectral import BasisCache, BasisPack
+from ..spectral.cache import BasisCache
+from ..spectral.pack import BasisPack
+from ..utils.progress import progress_bar
 
 if TYPE_CHECKING:
     from .layer import SVFLayer

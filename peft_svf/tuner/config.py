@@ -13,7 +13,7 @@ from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from .card import complete_card
+from ..reporting.cards import complete_card
 from .registration import SVF_PEFT_TYPE
 
 _CHOICES = {"base_check": ("error", "warn", "ignore"), "fold": ("auto", "always", "never")}

@@ -18,12 +18,8 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.pytorch_utils import Conv1D
 
-from ..spectral import (
-    fold_cost,
-    gate_cost,
-    invertible,
-    products_cost,
-)
+from ..spectral.arithmetic import fold_cost, gate_cost, products_cost
+from ..spectral.function import invertible
 from .parameters import BASIS_NAME, Delta
 
 if TYPE_CHECKING:

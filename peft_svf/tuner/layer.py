@@ -15,18 +15,13 @@ from torch import nn
 from torch.nn.functional import linear, pad
 from transformers.pytorch_utils import Conv1D
 
-from ..spectral import (
-    BasisCache,
-    BasisPack,
-    delta_weight,
-    effective_weight,
-    fingerprint,
-    folded_linear,
-    gate_correction,
-    gate_side,
-    singular_basis,
-    surviving_share,
-)
+from ..spectral.arithmetic import delta_weight, effective_weight, gate_correction
+from ..spectral.basis import gate_side, singular_basis
+from ..spectral.cache import BasisCache
+from ..spectral.fingerprint import fingerprint
+from ..spectral.function import folded_linear
+from ..spectral.pack import BasisPack
+from ..spectral.rounding import surviving_share
 from .base_check import check_base
 from .bases import build_bases
 from .config import SVFConfig
@@ -484,3 +479,9 @@ class Linear(nn.Module, SVFLayer):
 
     def __repr__(self) -> str:
         return "svf." + super().__repr__()
+
+
+def svf_layers(model: nn.Module, adapter_name: str | None = None) -> list[SVFLayer]:
+    """The SVF layers of a model, in its order; with a name, those that have this adapter."""
+    layers = [module for module in model.modules() if isinstance(module, SVFLayer)]
+    return layers if adapter_name is None else [layer for layer in layers if adapter_name in layer.svf_delta]

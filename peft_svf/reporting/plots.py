@@ -1,0 +1,193 @@
+"""Pictures: of a search, how it went, what it compares to, and where the weights are; and of an evaluation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..utils.figures import figure
+
+
+def plot_result(result: Any, path: str | Path | None = None) -> Any:
+    """
+    Draw the progress of a search, all scores with their intervals, and α per expert and group.
+
+    Returns:
+        The figure, which is also saved if there is a path.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    picture = figure(13, max(3.2, 1.2 + 0.28 * len(result.scores)))
+    progress, scores, alpha = picture.subplots(1, 3, width_ratios=(1.2, 1.2, 1))
+    _progress(progress, result)
+    _scores(scores, result)
+    _alpha(picture, alpha, result)
+    if path is not None:
+        picture.savefig(path, dpi=110)
+    return picture
+
+
+def _progress(axes: Any, result: Any) -> None:
+    rows = [entry["rows"] for entry in result.history]
+    for entry in result.history:
+        axes.plot([entry["rows"]] * len(entry["elites"]), entry["elites"], ".", c="tab:gray", alpha=0.5)
+    axes.plot(rows, np.maximum.accumulate([entry["best"] for entry in result.history]), label="best so far")
+    axes.plot(rows, [np.mean(entry["elites"]) for entry in result.history], label="mean of the elites")
+    axes.set(
+        xlabel="pairs of a mixture and an example",
+        ylabel="expected reward" if result.expected else result.objective,
+        title="search",
+    )
+    if result.history:
+        axes.legend(fontsize="small")
+
+
+def _scores(axes: Any, result: Any) -> None:
+    names = list(result.scores)
+    for place, name in enumerate(names):
+        mean, (low, high) = result.scores[name], result.intervals[name]
+        colour = "tab:green" if name == result.choice else "tab:gray"
+        axes.plot([low, high], [place, place], c=colour, lw=2)
+        axes.plot([mean], [place], "o", c=colour)
+    axes.set_yticks(range(len(names)), names, fontsize="small")
+    axes.invert_yaxis()
+    axes.set(xlabel=f"{result.objective}, 95 % interval", title=f"scores ({result.judged_on}); chosen: {result.choice}")
+
+
+def _alpha(picture: Any, axes: Any, result: Any) -> None:
+    experts, values = list(result.alpha), np.array(list(result.alpha.values()))
+    if len(result.groups) == 1:
+        axes.barh(range(len(experts)), values[:, 0])
+        axes.set_yticks(range(len(experts)), experts, fontsize="small")
+        axes.invert_yaxis()
+    else:
+        limit = max(np.abs(values).max(), 1e-6)
+        image = axes.imshow(values.T, aspect="auto", cmap="coolwarm", vmin=-limit, vmax=limit)
+        axes.set_xticks(range(len(experts)), experts, rotation=60, ha="right", fontsize="small")
+        step = max(1, len(result.groups) // 20)
+        axes.set_yticks(range(0, len(result.groups), step), result.groups[::step], fontsize="x-small")
+        picture.colorbar(image, ax=axes)
+    axes.set(title="weights α")
+
+
+def plot_evaluation(found: Any, path: str | Path) -> None:
+    """
+    Draw accuracies by task and strategy with their intervals, and where each dispatcher sent the questions.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    picture = figure(6 + 3.2 * len(found.confusion), 4)
+    axes = picture.subplots(1, 1 + len(found.confusion), squeeze=False)[0]
+    places, width = np.arange(len(found.tasks) + 1), 0.8 / len(found.accuracy)
+    for i, (name, by_task) in enumerate(found.accuracy.items()):
+        means = np.array([by_task[task] for task in (*found.tasks, "all")])
+        ends = np.array([found.intervals[name][task] for task in (*found.tasks, "all")])
+        errors = np.maximum(0, np.abs(ends.T - means))
+        axes[0].bar(places + (i - (len(found.accuracy) - 1) / 2) * width, means, width, yerr=errors, label=name)
+    axes[0].set(xticks=places, xticklabels=[*found.tasks, "all"], ylabel="accuracy", ylim=(0, 1))
+    axes[0].tick_params(axis="x", rotation=30)
+    axes[0].legend(fontsize="small")
+    for its, (name, confusion) in zip(axes[1:], found.confusion.items(), strict=True):
+        rows = list(confusion)
+        columns = list(dict.fromkeys([*rows, *(label for row in confusion.values() for label in row)]))
+        counts = np.array([[confusion[row].get(label, 0) for label in columns] for row in rows])
+        its.imshow(counts / np.maximum(1, counts.sum(axis=1, keepdims=True)), cmap="Blues", vmin=0, vmax=1)
+        for (y, x), count in np.ndenumerate(counts):
+            its.text(x, y, str(count), ha="center", va="center", fontsize="small")
+        its.set(xticks=range(len(columns)), xticklabels=columns, yticks=range(len(rows)), yticklabels=rows)
+        its.set(title=name, xlabel="chosen", ylabel="right")
+        its.tick_params(axis="x", rotation=30)
+    picture.savefig(path, dpi=110)
+
+
+Deltas = Mapping[str, NDArray[np.float32]]
+
+
+def plot_deltas(deltas: Deltas, path: str | Path, *, title: str = "") -> None:
+    """
+    Draw the size of δ by layer and module, and its entries sorted by size.
+
+    Args:
+        deltas: δ by name of the module, as [`adapter_deltas`] gives them.
+        path: The image file to write.
+        title (`str`): What to write above.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    layers, kinds, sizes = delta_sizes(deltas)
+    picture = figure(11, 1.8 + 0.1 * max(len(layers), 20))
+    left, right = picture.subplots(1, 2, width_ratios=(1, 1.2))
+    image = left.imshow(sizes, aspect="auto", cmap="viridis")
+    left.set_xticks(range(len(kinds)), kinds, rotation=60, ha="right", fontsize="small")
+    step = max(1, len(layers) // 15)
+    left.set_yticks(range(0, len(layers), step), layers[::step])
+    left.set(ylabel="layer", title="rms of δ")
+    picture.colorbar(image, ax=left)
+    for kind in kinds:
+        values = np.sort(np.abs(np.concatenate([d for name, d in deltas.items() if _place(name)[1] == kind])))[::-1]
+        right.plot(np.linspace(0, 1, len(values)), values, label=kind)
+    right.set(xlabel="share of the singular values, by size of δ", title="|δ|, sorted", yscale="log")
+    right.set_ylim(bottom=max(1e-6, right.get_ylim()[0]))
+    right.legend(fontsize="small")
+    if title:
+        picture.suptitle(title)
+    picture.savefig(path, dpi=110)
+
+
+def delta_sizes(deltas: Deltas) -> tuple[list[int], list[str], NDArray[np.float64]]:
+    """Layers, kinds of modules, and the rms of δ `[layers, kinds]` (NaN where there is none)."""
+    places = {name: _place(name) for name in deltas}
+    layers = sorted({layer for layer, _ in places.values()})
+    kinds = list(dict.fromkeys(kind for _, kind in places.values()))
+    sizes = np.full((len(layers), len(kinds)), np.nan)
+    for name, (layer, kind) in places.items():
+        sizes[layers.index(layer), kinds.index(kind)] = np.sqrt(np.mean(np.square(deltas[name])))
+    return layers, kinds, sizes
+
+
+def _place(name: str) -> tuple[int, str]:
+    """Number of the layer and the rest of the module's name: `model.layers.3.mlp.up_proj` → 3, `mlp.up_proj`."""
+    found = re.search(r"\.(\d+)\.", f".{name}.")
+    return (int(found[1]), f".{name}."[found.end() :].strip(".")) if found else (0, name)
+
+
+def plot_curves(history: Sequence[Mapping[str, float]], path: str | Path, *, title: str = "") -> None:
+    """
+    Draw mean reward, KL and greedy accuracy per step.
+
+    Args:
+        history: A trainer's `state.log_history`.
+        path: The image file to write.
+        title (`str`): What to write above.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    kl = _series(history, "kl")
+    picture = figure(9 if kl else 5, 3.2)
+    axes = picture.subplots(1, 2 if kl else 1, squeeze=False)
+    left = axes[0, 0]
+    reward, accuracy = _series(history, "reward"), _series(history, "eval_accuracy")
+    if reward:
+        left.plot(*zip(*reward, strict=True), label="mean reward of the samples")
+    if accuracy:
+        left.plot(*zip(*accuracy, strict=True), "o-", c="tab:green", label="greedy accuracy, validation")
+    left.set(xlabel="step", title=title)
+    if reward or accuracy:
+        left.legend(fontsize="small")
+    if kl:
+        axes[0, 1].plot(*zip(*kl, strict=True), c="tab:red")
+        axes[0, 1].set(xlabel="step", ylabel="KL to the base model, per token", title="KL")
+    picture.savefig(path, dpi=110)
+
+
+def _series(history: Sequence[Mapping[str, float]], key: str) -> list[tuple[float, float]]:
+    return [(entry.get("step", i), entry[key]) for i, entry in enumerate(history) if key in entry]

@@ -1,0 +1,147 @@
+"""Between text, messages and the tokens that a model reads."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .prefix import Prefix, takes
+
+
+def joined(prompt: Sequence[Mapping[str, Any]], completion: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The messages of both; a completion goes on from an answer that the prompt has begun."""
+    if completion and prompt and prompt[-1]["role"] == "assistant" == completion[0]["role"]:
+        whole = {**completion[0], "content": _one_content(prompt[-1].get("content"), completion[0].get("content"))}
+        return [*prompt[:-1], whole, *completion[1:]]
+    return [*prompt, *completion]
+
+
+def _one_content(begun: Any, rest: Any) -> Any:
+    """The contents of two messages, of which either may be text, parts, or nothing beside the call of a tool."""
+    if not begun or not rest:
+        return begun or rest
+    if isinstance(begun, str) and isinstance(rest, str):
+        return begun + rest
+    return [part for content in (begun, rest) for part in _parts(content)]
+
+
+def _parts(content: Any) -> Sequence[Any]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def prompt_text(prompt: Any, tokenizer: Any) -> str:
+    """What the model reads: text as it is, messages through the chat template. It goes on from a last message of the
+    assistant."""
+    if isinstance(prompt, str):
+        return prompt
+    begun = prompt[-1]["role"] == "assistant"
+    text: str = tokenizer.apply_chat_template(
+        prompt, tokenize=False, add_generation_prompt=not begun, continue_final_message=begun
+    )
+    return text
+
+
+def text_for_trl(messages: Any, tokenizer: Any) -> str:
+    """Messages as a text that has the same tokens once a tokenizer has put its first one before it."""
+    text = prompt_text(messages, tokenizer)
+    if tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
+        return text.removeprefix(tokenizer.bos_token)
+    return text
+
+
+def prompt_ids(prompt: Any, tokenizer: Any) -> list[int]:
+    """The tokens of a prompt, as TRL makes them: text with the tokenizer's special tokens, which a chat template
+    brings by itself."""
+    ids: list[int] = tokenizer(prompt_text(prompt, tokenizer), add_special_tokens=isinstance(prompt, str))["input_ids"]
+    return ids
+
+
+def continuation_ids(prompt: Any, answer: str, tokenizer: Any) -> list[int]:
+    """The tokens of an answer to a prompt, as they are after it: some tokenizers begin a text of its own with a space.
+    By itself where the two would grow together at the seam."""
+    before = prompt_ids(prompt, tokenizer)
+    whole = tokenizer(prompt_text(prompt, tokenizer) + answer, add_special_tokens=isinstance(prompt, str))["input_ids"]
+    if whole[: len(before)] == before:
+        return list(whole[len(before) :])
+    return list(tokenizer(answer, add_special_tokens=False)["input_ids"])
+
+
+def answer_logps(
+    model: Any,
+    rows: Sequence[tuple[list[int], int]],
+    tokenizer: Any,
+    prefix: Prefix | None = None,
+    temperature: float = 1.0,
+) -> list[torch.Tensor]:
+    """Log-probabilities of the tokens of answers, `[tokens]` for each row.
+
+    Args:
+        model: The model.
+        rows: Tokens of prompt and answer, and how many of them are the prompt's.
+        tokenizer: With a pad token.
+        prefix: What all rows begin with.
+        temperature: What logits are divided by.
+    """
+    batch = padded([ids for ids, _ in rows], "right", prefix, tokenizer, model.device)
+    length = batch["input_ids"].shape[1]
+    first = min(prompt_length for _, prompt_length in rows) - 1
+    # logits of the answers only, for there is a large vocabulary of them at each place
+    kept = {"logits_to_keep": length - first} if takes(model, "logits_to_keep") else {}
+    read = {"input_ids": batch["input_ids"][:, 0 if prefix is None else len(prefix) :]}
+    logits = model(**{**batch, **read}, **kept).logits
+    offset = length - logits.shape[1]
+    targets = batch["input_ids"][:, offset + 1 :]
+    logps = log_probabilities(logits[:, :-1], targets, temperature)
+    return [logps[i, n - 1 - offset : len(ids) - 1 - offset] for i, (ids, n) in enumerate(rows)]
+
+
+def log_probabilities(logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Of `targets`, `[rows, tokens]`, with logits `[rows, tokens, vocabulary]`, in fp32."""
+    scaled = logits.float() if temperature == 1 else logits.float() / temperature  # a copy as large as the logits
+    return scaled.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+
+def padded(
+    sequences: list[list[int]], side: str, prefix: Prefix | None, tokenizer: Any, device: torch.device
+) -> dict[str, Any]:
+    """What a model takes: all tokens, their mask, and what it knows of the first ones."""
+    start = 0 if prefix is None else len(prefix)
+    batch = tokenizer.pad({"input_ids": [ids[start:] for ids in sequences]}, padding_side=side, return_tensors="pt")
+    batch = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+    if prefix is None:
+        return batch
+    begin = torch.tensor(sequences[0][:start], device=device).expand(len(sequences), -1)
+    return {
+        "input_ids": torch.cat([begin, batch["input_ids"]], dim=1),
+        "attention_mask": torch.cat([torch.ones_like(begin), batch["attention_mask"]], dim=1),
+        "past_key_values": prefix.cache(),
+    }
+
+
+def with_pad_token(tokenizer: Any) -> Any:
+    """The tokenizer, or a copy that pads with its end token if it has no pad token."""
+    if tokenizer.pad_token is None:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def end_tokens(model: Any, tokenizer: Any, generation_kwargs: Mapping[str, Any]) -> set[int]:
+    """All tokens on which `generate` ends a row: many models have several."""
+    given = generation_kwargs.get("eos_token_id")
+    for config in (generation_kwargs.get("generation_config"), getattr(model, "generation_config", None)):
+        if given is None:
+            given = getattr(config, "eos_token_id", None)
+    ends = given if isinstance(given, (list, tuple)) else [given]
+    return {int(end) for end in (*ends, tokenizer.eos_token_id) if end is not None}
+
+
+def until_end(ids: list[int], ends: set[int], pad: int) -> list[int]:
+    """Up to and with the first end token, or the end by `stop_strings`, without the padding that follows in a batch."""
+    ended = next((ids[: i + 1] for i, token in enumerate(ids) if token in ends), ids)
+    while ended and ended[-1] == pad and pad not in ends:
+        ended = ended[:-1]
+    return ended

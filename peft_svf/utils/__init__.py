@@ -1,0 +1,1 @@
+"""What every room may use: whole files, processes, progress bars, figures, the version."""
