@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_llama
-from peft import get_peft_model
+from peft import PeftConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -218,6 +218,22 @@ def test_a_command_that_is_not_there_is_found() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- text
+
+
+def listed_in(page: str) -> set[str]:
+    """The names in the first column of the tables of a page."""
+    rows = re.findall(r"^\| (`[^|]+) \|", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+
+
+def test_every_setting_is_listed() -> None:
+    from peft_svf import SearchConfig
+
+    settings = {each.name for each in fields(SearchConfig)}
+    assert settings <= listed_in("docs/reference/search.md")
+    ours = {each.name for kind in (SVFConfig, SVFRuntimeConfig) for each in fields(kind)}
+    ours -= {each.name for each in fields(PeftConfig)}
+    assert ours <= listed_in("docs/reference/svf-config.md")
 
 
 def headings_of(page: Path) -> set[str]:
