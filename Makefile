@@ -19,10 +19,10 @@ help:
 	@echo "make test-peft  PEFT's own test suite on SVF"
 	@echo "make test-vllm  experts served by vLLM, in an environment of its own (2 minutes to install, 4 to run)"
 	@echo "make lint       ruff and mypy"
-	@echo "make bench      speed and memory beside other methods, into docs/benchmarks.md (15 minutes on two cores)"
+	@echo "make bench      speed and memory beside other methods, into docs/results/speed.md (15 minutes on two cores)"
 	@echo "make gpu-check  what a CPU cannot show: exactness, speed, memory and waits on a GPU (8 minutes at most)"
-	@echo "make mixtures   searched mixtures on tasks that no expert knows, into docs/mixtures.md (hours; goes on where it was)"
-	@echo "make compare    accuracy of what SVF and other methods learn, into docs/comparison.md (hours; goes on where it was)"
+	@echo "make mixtures   searched mixtures on tasks that no expert knows, into docs/results/mixtures.md (hours; goes on where it was)"
+	@echo "make compare    accuracy of what SVF and other methods learn, into docs/results/comparison.md (hours; goes on where it was)"
 
 $(READY): pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'The pinned versions need Python >= 3.11; pass PYTHON=python3.12, say.')"

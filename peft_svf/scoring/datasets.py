@@ -1,6 +1,6 @@
 """Examples from a file or a dataset of the Hub, in the columns that a search expects.
 
-Files are read here and not by `datasets.load_dataset`, which changes values silently: a CSV answer `007` becomes 7.0 and
+Files are not read by `datasets.load_dataset`, which changes values silently: a CSV answer `007` becomes 7.0 and
 `NA` becomes None, a JSON answer "7" becomes 7 and "2024-01-01" a datetime.
 """
 

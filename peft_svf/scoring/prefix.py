@@ -79,7 +79,7 @@ def takes(model: Any, name: str) -> bool:
 
 
 def padding_may_be_inside(model: Any) -> bool:
-    """Whether padding may stand between a prefix and the rest: the model must take its positions from `position_ids`."""
+    """Whether padding may follow a prefix: the model must take its positions from `position_ids`."""
     return takes(model, "position_ids") and not any(hasattr(model.config, name) for name in LOCAL_ATTENTION)
 
 
