@@ -10,7 +10,7 @@ SAMPLED_ROWS = 64
 
 
 @torch.no_grad()
-def surviving_share(
+def surviving_fraction(
     weight: torch.Tensor, basis: torch.Tensor, delta: torch.Tensor, dtype: torch.dtype, rows: int | None = SAMPLED_ROWS
 ) -> float:
     """
