@@ -561,7 +561,7 @@ def test_decomposing_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(packs, "singular_basis", counted)
     with pytest.raises(KeyboardInterrupt):
         decompose(tmp_path / "base", tmp_path / "pack")
-    with pytest.raises(ValueError, match="not a whole one"):
+    with pytest.raises(ValueError, match="not a complete basis pack"):
         BasisPack(tmp_path / "pack")
     first = sorted((tmp_path / "pack").iterdir())[0]
     first.write_bytes(first.read_bytes()[:-10])  # a disk that was full
@@ -620,8 +620,8 @@ def damaged(kind: str, pack: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("index", "is no basis pack"),
-        ("format", "format 'another'; this version reads"),
+        ("index", "is not a complete basis pack"),
+        ("format", "format 'another'. This version reads"),
         ("elsewhere", "names '../base/model.safetensors'"),
         ("no file", "is damaged: gone.safetensors cannot be read"),
         ("shape", r"basis of shape \[31, 32\] for .*, whose smaller side is 32"),
@@ -645,7 +645,7 @@ def test_the_pack_of_another_model(tmp_path: Path) -> None:
     decompose(tmp_path / "base", tmp_path / "pack")
     with pytest.raises(ValueError, match=r"was made from other weights: ‖W‖_F of model\.layers"):
         get_peft_model(base_model(seed=1), with_pack(tmp_path / "pack"))
-    with pytest.raises(ValueError, match="nowhere is no basis pack"):
+    with pytest.raises(ValueError, match="nowhere is not a complete basis pack"):
         get_peft_model(base_model(), with_pack(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="no linear modules that match"):
         decompose(tmp_path / "base", tmp_path / "x", target_modules=["nothing"])

@@ -1,4 +1,4 @@
-"""Singular bases and the arithmetic of SVF. Knows torch, not PEFT."""
+"""Singular bases and the arithmetic of SVF. Depends on torch, not on PEFT."""
 
 from .arithmetic import (
     delta_weight,
