@@ -15,7 +15,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from ..reporting.mixture_card import is_mixture_card, mixture_card
+from ..reporting.cards import is_mixture_card, mixture_card
 from ..scoring.objectives import LogLikelihoodObjective, Objective, RewardObjective
 from ..scoring.rewards import RewardFunc
 from ..search.checkpoint import Checkpoint
