@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..reporting.mixture_card import is_mixture_card, mixture_card
+from ..routing.dispatch import Dispatch, fixed_dispatch
 from ..scoring.expected_reward import TEMPERATURE, ExpectedRewardObjective
 from ..scoring.objectives import LogLikelihoodObjective, Objective, RewardObjective
 from ..scoring.rewards import RewardFunc
@@ -466,6 +467,10 @@ class AdaptiveMixture:
         """`generate` of the model with the mixture active."""
         self.activate()
         return self.model.generate(*args, **kwargs)
+
+    def __call__(self, prompts: Sequence[Any]) -> Dispatch:
+        """Dispatch every prompt to the mixture, so that a mixture is a [`Dispatcher`]."""
+        return fixed_dispatch(self.adapter_name, prompts)
 
     def activate(self) -> None:
         """Make the mixture the model's active adapter, if it is not."""
