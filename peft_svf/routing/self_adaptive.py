@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -175,7 +176,9 @@ class SelfAdaptiveModel:
     ) -> tuple[list[str | None], dict[int, str]]:
         errors: dict[int, str] = dict(dispatch.errors)
         ids: dict[int, list[int]] = {}
-        room = context_length(self.model.config) - int(generation_kwargs.get("max_new_tokens") or 1)
+        room = context_length(self.model.config, default=sys.maxsize) - int(
+            generation_kwargs.get("max_new_tokens") or 1
+        )
         for i, prompt in enumerate(conversations):
             if i in errors:
                 continue

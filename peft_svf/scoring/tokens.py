@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
@@ -150,13 +149,9 @@ def until_end(ids: list[int], ends: set[int], pad: int) -> list[int]:
     return ended
 
 
-def context_length(config: Any) -> int:
-    """Return how many tokens a model can read; `sys.maxsize` where its config sets no limit, as of state-space models.
-
-    Args:
-        config: The model's config. Of a multimodal model, its text config counts.
-    """
-    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)
+def context_length(config: Any, default: int = 2048) -> int:
+    """Return how many tokens a model can read, or `default` if its config does not say."""
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or default)
 
 
 def user_turns(tokenizer: Any) -> Callable[[Any], str]:
