@@ -19,7 +19,7 @@ from peft_svf import (
     evaluate,
     load_experts,
 )
-from peft_svf.evaluation.strategies import make_dispatcher
+from peft_svf.evaluation import make_dispatcher
 from peft_svf.mixture.loading import CLASSIFIER
 
 testing = pytest.importorskip("typer.testing")
@@ -82,13 +82,14 @@ def test_a_conversation(world: Path) -> None:
     [
         ("generate", [], "nothing to answer"),
         ("generate", ["--prompt", "x", "--dispatch", "guess"], "no dispatch 'guess'"),
-        ("generate", ["--prompt", "x", "--dispatch", "classifier"], "needs one: say where it is"),
+        ("generate", ["--prompt", "x", "--dispatch", "classifier"], "needs one. Pass its folder or Hub id"),
         ("generate", ["--prompt", "x", "--dispatch", "nearest"], "'sums' has none"),
         ("generate", ["--prompt", "x", "--description", "physics=x"], "'physics' is none of the experts"),
         ("generate", ["--prompt", "x", "--dispatch", "mixture", "--weight", "sums=much"], "NAME=NUMBER"),
-        ("generate", ["--prompt", "x", "--weight", "sums"], "must be NAME=..., got 'sums'"),
+        ("generate", ["--prompt", "x", "--weight", "sums"], "--weight must be NAME=NUMBER, got 'sums'"),
         ("generate", ["--file", "nothing.jsonl"], "no file nothing.jsonl"),
-        ("evaluate", ["--task", "sums", "--output_dir", "x"], "must be EXPERT=RECIPE"),
+        ("evaluate", ["--task", "sums", "--output_dir", "x"], "--task must be EXPERT=RECIPE, got 'sums'"),
+        ("evaluate", ["--task", "other=x.yaml", "--output_dir", "x"], "'other', which is none of the experts"),
         ("evaluate", ["--task", "physics=x.yaml", "--output_dir", "x"], "'physics', which is none of the experts"),
     ],
 )
@@ -102,7 +103,7 @@ def test_mistakes_are_errors_in_a_line(command: str, more: list[str], message: s
 @pytest.mark.skipif(find_spec("reasoning_gym") is None, reason="needs reasoning-gym")
 def test_strategies_are_compared(world: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    more = ["--task", f"sums={RECIPES / 'sums.yaml'}", "--task", f"other={RECIPES / 'products.yaml'}"]
+    more = ["--task", f"sums={RECIPES / 'sums.yaml'}", "--task", f"base={RECIPES / 'products.yaml'}"]
     more += ["--task", f"lists={RECIPES / 'lists.yaml'}"]
     more += ["--strategy", "prompt", "--strategy", "nearest", "--strategy", "mixture"]
     more += ["--size", "6", "--shots", "4", "--output_dir", str(tmp_path)]
@@ -162,14 +163,15 @@ def test_the_oracle_uses_the_right_expert_and_nothing_is_answered_twice(world: P
     assert isinstance(dispatcher, PromptDispatcher)
     choices = dispatcher(prompts).choices
     pairs = {(p, "base") for p in prompts} | {(p, "sums") for p in prompts[:5]}
-    pairs |= {(p, "base" if c == "other" else c) for p, c in zip(prompts, choices, strict=True)}
+    pairs |= set(zip(prompts, choices, strict=True))
     assert len(asked) == len(pairs)
-    hits = [c == right for c, right in zip(choices, ["sums"] * 5 + ["other"] * 3, strict=True)]
+    hits = [c == right for c, right in zip(choices, ["sums"] * 5 + ["base"] * 3, strict=True)]
     assert found.dispatch_accuracy["prompt"]["all"] == sum(hits) / 8
     assert found.accuracy["oracle"]["b"] == found.accuracy["base"]["b"]
     mixture.set_weights({"sums": 1.0})
     whole = evaluate(mixture.model, mixture.tokenizer, tasks, {"mine": mixture}, **options)
     assert whole.accuracy["mine"]["a"] == whole.accuracy["oracle"]["a"]
+    assert whole.confusion == whole.dispatch_accuracy == {}
 
 
 def test_an_evaluation_goes_on_only_with_what_it_was_about(world: Path, tmp_path: Path) -> None:
@@ -190,13 +192,13 @@ def test_an_evaluation_goes_on_only_with_what_it_was_about(world: Path, tmp_path
 
     first = run_with(resume=False)
     assert run_with().to_dict() == first.to_dict()
-    assert run_with(threshold=1.0).confusion["prompt"] == {"sums": {"other": 3}}  # asked anew
-    with pytest.raises(ValueError, match="its experts are others"):
+    assert run_with(threshold=1.0).confusion["prompt"] == {"sums": {"base": 3}}  # asked anew
+    with pytest.raises(ValueError, match="an evaluation with other experts"):
         run_with(expert="lists")
-    with pytest.raises(ValueError, match="its tasks are others"):
+    with pytest.raises(ValueError, match="an evaluation with other tasks"):
         run_with(reward=first_letter)
     next(p for n, p in mixture.model.named_parameters() if "svf_delta.sums" in n).data.mul_(2)
-    with pytest.raises(ValueError, match="its values of the experts are others"):
+    with pytest.raises(ValueError, match="an evaluation with other values of the experts"):
         run_with()
 
 
