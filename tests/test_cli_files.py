@@ -83,6 +83,25 @@ def test_help_takes_less_than_half_a_second_of_cpu() -> None:
     assert spent() - before < 0.5
 
 
+def test_the_command_line_leaves_out_deprecations_of_other_libraries() -> None:
+    code = (
+        "import sys, warnings; sys.argv[:] = ['peft-svf', '--help']\n"
+        "from peft_svf.cli import app\n"
+        "app.app = lambda: None\n"
+        "app.main()\n"
+        "for module in ('transformers.modeling_utils', 'peft_svf.tuner.layer', 'transformers.training_args'):\n"
+        "    warnings.warn_explicit(f'of {module}', FutureWarning, 'file.py', 1, module)\n"
+    )
+    run = {"capture_output": True, "text": True, "check": True}
+    shown = subprocess.run([sys.executable, "-c", code], **run).stderr
+    assert "of transformers.modeling_utils" not in shown
+    assert "of peft_svf.tuner.layer" in shown
+    assert "of transformers.training_args" in shown  # names an option of `train`
+    assert (
+        "of transformers.modeling_utils" in subprocess.run([sys.executable, "-W", "always", "-c", code], **run).stderr
+    )
+
+
 def test_an_adapter_is_inspected(world: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     shown = run("inspect", world / "expert", "--plot", tmp_path / "delta.png", "--count", 2)

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -621,7 +622,7 @@ def test_a_classification_expert_is_reported_by_category(base: Path, tmp_path: P
         assert rows.column_names == data["train"].column_names
     assert data["test"][0]["prompt"][-1]["content"] == "Category:"
     begun = data["train"][0]["prompt"]
-    with pytest.raises(ValueError, match="use one form for all"):
+    with pytest.raises(ValueError, match="Use one form for all"):
         for_trl(datasets.Dataset.from_list([{"prompt": begun}, {"prompt": begun[:-1]}]), parse(arguments)[2])
     record = main(arguments)
     by_category = json.loads((tmp_path / "expert" / "training.json").read_text())["accuracy_by_category"]
@@ -688,6 +689,15 @@ def test_options_that_make_no_sense(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         main(script(base, data, tmp_path / "expert", **options))
+
+
+@pytest.mark.parametrize(("words", "on"), [((), False), (("--gradient_checkpointing", "true"), True)])
+def test_a_deprecated_option_counts_and_our_defaults_use_none(words: tuple[str, ...], on: bool) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", FutureWarning)
+        training = parse(["--use_cpu", "true", "--bf16", "false", *words])[1]
+    assert training.gradient_checkpointing is on
+    assert on or not any("deprecated" in str(warning.message) for warning in caught)
 
 
 def test_an_option_is_not_abbreviated() -> None:

@@ -19,20 +19,18 @@ from .options import (
     JsonOption,
     ModelOption,
     NewTokensOption,
+    call,
     checked_base_check,
     drawn,
     named,
     named_experts,
     pairs,
+    takes,
 )
 
 if TYPE_CHECKING:
     from ..evaluation.strategies import Evaluation
-    from ..routing.self_adaptive import SelfAdaptiveModel
 
-DispatchOption = Annotated[
-    str, typer.Option("--dispatch", help="prompt, classifier, nearest, or mixture: one mixture for all prompts.")
-]
 DescriptionOption = Annotated[
     Optional[list[str]],
     typer.Option("--description", metavar="NAME=TEXT", help="What an expert is for, in a few words (prompt)."),
@@ -44,54 +42,87 @@ LabelOption = Annotated[
     Optional[list[str]],
     typer.Option("--label", metavar="NAME=LABEL", help="Label of an expert. Default: its name (prompt, classifier)."),
 ]
-NearestOption = Annotated[
-    Optional[list[str]],
-    typer.Option(
-        "--nearest_examples", metavar="NAME=FILE", help="Example prompts of an expert: .txt, .jsonl, .csv (nearest)."
-    ),
-]
 WeightOption = Annotated[
     Optional[list[str]],
     typer.Option(
         "--weight", metavar="NAME=NUMBER", help="Weight of an expert, otherwise 0. Default: all equal (mixture)."
     ),
 ]
-ThresholdOption = Annotated[
-    Optional[float],
-    typer.Option("--threshold", help="Below this probability (nearest: similarity) the base model answers."),
-]
-SoftOption = Annotated[bool, typer.Option("--soft", help="Mix the experts by their probabilities.")]
-SystemOption = Annotated[Optional[str], typer.Option("--system_prompt", help="System message for all prompts.")]
-SampleOption = Annotated[
-    bool, typer.Option("--do_sample/--greedy", help="Sample answers, or take the most probable tokens.")
-]
-TemperatureOption = Annotated[float, typer.Option("--temperature", help="Temperature of --do_sample.")]
 
 
-def generate(
+def adaptive_model(
     model_name_or_path: ModelOption,
     expert: ExpertOption,
+    dispatch: Annotated[
+        str, typer.Option("--dispatch", help="prompt, classifier, nearest, or mixture: one mixture for all prompts.")
+    ] = "prompt",
+    description: DescriptionOption = None,
+    classifier: ClassifierOption = None,
+    label: LabelOption = None,
+    nearest_examples: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            "--nearest_examples",
+            metavar="NAME=FILE",
+            help="Example prompts of an expert: .txt, .jsonl, .csv (nearest).",
+        ),
+    ] = None,
+    weight: WeightOption = None,
+    threshold: Annotated[
+        Optional[float],
+        typer.Option("--threshold", help="Below this probability (nearest: similarity) the base model answers."),
+    ] = None,
+    soft: Annotated[bool, typer.Option("--soft", help="Mix the experts by their probabilities.")] = False,
+    dtype: DtypeOption = "auto",
+    base_check: CheckOption = "error",
+) -> Any:
+    """Return the [`SelfAdaptiveModel`] that these options describe."""
+    from ..evaluation.dispatchers import make_dispatcher
+    from ..mixture.loading import load_experts
+    from ..routing.self_adaptive import SelfAdaptiveModel
+
+    mixture = load_experts(
+        model_name_or_path,
+        named_experts(expert),
+        classifier=classifier,
+        base_check=checked_base_check(base_check),
+        dtype=dtype,
+    )
+    options: dict[str, Any] = {} if threshold is None else {"threshold": threshold}
+    examples = {
+        name: _prompts(path) for name, path in named("--nearest_examples", nearest_examples, "NAME=FILE").items()
+    }
+    dispatcher = make_dispatcher(
+        dispatch, mixture, examples=examples, **_described(description, label, weight), **options
+    )
+    return SelfAdaptiveModel(mixture.model, mixture.tokenizer, dispatcher, soft=soft)
+
+
+def answering(
+    system_prompt: Annotated[
+        Optional[str], typer.Option("--system_prompt", help="System message for all prompts.")
+    ] = None,
+    max_new_tokens: NewTokensOption = 256,
+    do_sample: Annotated[
+        bool, typer.Option("--do_sample/--greedy", help="Sample answers, or take the most probable tokens.")
+    ] = False,
+    temperature: Annotated[float, typer.Option("--temperature", help="Temperature of --do_sample.")] = 1.0,
+) -> dict[str, Any]:
+    """Return the arguments of `SelfAdaptiveModel.chat`."""
+    options = {"system_prompt": system_prompt, "max_new_tokens": max_new_tokens, "do_sample": do_sample}
+    return {**options, "return_details": True} | ({"temperature": temperature} if do_sample else {})
+
+
+@takes(adaptive_model, answering)
+def generate(
     prompt: Annotated[Optional[list[str]], typer.Option("--prompt", help="A prompt. May be repeated.")] = None,
     file: Annotated[
         Optional[str],
         typer.Option("--file", help="Prompts: one per line (.txt), or the column `prompt` (.jsonl, .json, .csv)."),
     ] = None,
-    dispatch: DispatchOption = "prompt",
-    description: DescriptionOption = None,
-    classifier: ClassifierOption = None,
-    label: LabelOption = None,
-    nearest_examples: NearestOption = None,
-    weight: WeightOption = None,
-    threshold: ThresholdOption = None,
-    soft: SoftOption = False,
-    system_prompt: SystemOption = None,
-    max_new_tokens: NewTokensOption = 256,
-    do_sample: SampleOption = False,
-    temperature: TemperatureOption = 1.0,
     batch_size: Annotated[int, typer.Option("--batch_size", help="Prompts per batch.", min=1)] = 32,
-    dtype: DtypeOption = "auto",
-    base_check: CheckOption = "error",
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON per prompt.")] = False,
+    **options: Any,
 ) -> None:
     """Answer prompts, each with the expert that dispatch chooses for it.
 
@@ -102,15 +133,11 @@ def generate(
         prompts: list[Any] = [*(prompt or []), *(_prompts(file) if file else [])]
         if not prompts:
             raise ValueError("There is nothing to answer. Pass --prompt or --file.")
-        adaptive = _adaptive(
-            model_name_or_path, expert, dispatch, description, classifier, label, nearest_examples, weight, threshold,
-            soft, dtype, base_check,
-        )  # fmt: skip
-    options = _sampling(max_new_tokens, do_sample, temperature)
-    console = Console()
+        adaptive = call(adaptive_model, options)
+    console, chat_options = Console(), call(answering, options)
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
-        found = adaptive.chat(batch, system_prompt=system_prompt, return_details=True, **options)
+        found = adaptive.chat(batch, **chat_options)
         for i, (asked, text, chosen) in enumerate(zip(batch, found.texts, found.experts, strict=True)):
             if as_json:
                 shares = dict(zip(found.dispatch.labels, found.dispatch.probabilities[i].tolist(), strict=True))
@@ -121,36 +148,17 @@ def generate(
                 console.print(text if text is not None else found.errors[i], highlight=False, markup=False)
 
 
-def chat(
-    model_name_or_path: ModelOption,
-    expert: ExpertOption,
-    dispatch: DispatchOption = "prompt",
-    description: DescriptionOption = None,
-    classifier: ClassifierOption = None,
-    label: LabelOption = None,
-    nearest_examples: NearestOption = None,
-    weight: WeightOption = None,
-    threshold: ThresholdOption = None,
-    soft: SoftOption = False,
-    system_prompt: SystemOption = None,
-    max_new_tokens: NewTokensOption = 256,
-    do_sample: SampleOption = False,
-    temperature: TemperatureOption = 1.0,
-    dtype: DtypeOption = "auto",
-    base_check: CheckOption = "error",
-) -> None:
+@takes(adaptive_model, answering)
+def chat(**options: Any) -> None:
     """Talk to a model that chooses an expert for each message. An empty line ends the chat, /clear starts a new one.
 
     peft-svf chat --model_name_or_path MODEL --expert math=experts/math --expert logic=experts/logic
     """
     with in_a_line():
-        adaptive = _adaptive(
-            model_name_or_path, expert, dispatch, description, classifier, label, nearest_examples, weight, threshold,
-            soft, dtype, base_check,
-        )  # fmt: skip
+        adaptive = call(adaptive_model, options)
     from transformers import TextStreamer
 
-    console, options = Console(), _sampling(max_new_tokens, do_sample, temperature)
+    console, chat_options = Console(), call(answering, options)
     messages: list[dict[str, str]] = []
     while True:
         try:
@@ -164,7 +172,7 @@ def chat(
             continue
         messages.append({"role": "user", "content": text})
         streamer = TextStreamer(adaptive.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        found = adaptive.chat(messages, system_prompt=system_prompt, streamer=streamer, return_details=True, **options)
+        found = adaptive.chat(messages, streamer=streamer, **chat_options)
         console.print(f"[dim]({found.experts[0]}, {found.seconds['first']:.1f} + {found.seconds['second']:.1f} s)[/]")
         if found.texts[0] is None:
             console.print(found.errors[0], markup=False)
@@ -241,10 +249,8 @@ def evaluate(
             name: make_dispatcher(
                 name,
                 mixture,
-                descriptions=named("--description", description, "NAME=TEXT"),
-                labels=named("--label", label, "NAME=LABEL"),
-                weights=_weights(weight),
                 examples=examples if name == "nearest" else None,
+                **_described(description, label, weight),
             )
             for name in strategy or ["prompt"]
         }
@@ -287,46 +293,6 @@ def _show(result: Evaluation, console: Console) -> None:
         )
 
 
-def _adaptive(
-    model_name_or_path: str,
-    expert: list[str],
-    dispatch: str,
-    description: list[str] | None,
-    classifier: str | None,
-    label: list[str] | None,
-    nearest_examples: list[str] | None,
-    weight: list[str] | None,
-    threshold: float | None,
-    soft: bool,
-    dtype: str,
-    base_check: str,
-) -> SelfAdaptiveModel:
-    from ..evaluation.dispatchers import make_dispatcher
-    from ..mixture.loading import load_experts
-    from ..routing.self_adaptive import SelfAdaptiveModel
-
-    mixture = load_experts(
-        model_name_or_path,
-        named_experts(expert),
-        classifier=classifier,
-        base_check=checked_base_check(base_check),
-        dtype=dtype,
-    )
-    options: dict[str, Any] = {} if threshold is None else {"threshold": threshold}
-    dispatcher = make_dispatcher(
-        dispatch,
-        mixture,
-        descriptions=named("--description", description, "NAME=TEXT"),
-        labels=named("--label", label, "NAME=LABEL"),
-        examples={
-            name: _prompts(path) for name, path in named("--nearest_examples", nearest_examples, "NAME=FILE").items()
-        },
-        weights=_weights(weight),
-        **options,
-    )
-    return SelfAdaptiveModel(mixture.model, mixture.tokenizer, dispatcher, soft=soft)
-
-
 def _prompts(path: str) -> list[Any]:
     from ..scoring.datasets import load_examples
 
@@ -335,14 +301,15 @@ def _prompts(path: str) -> list[Any]:
     return [example["prompt"] for example in load_examples(path)]
 
 
-def _weights(texts: list[str] | None) -> dict[str, float] | None:
-    values = named("--weight", texts, "NAME=NUMBER")
+def _described(description: list[str] | None, label: list[str] | None, weight: list[str] | None) -> dict[str, Any]:
+    """What the options say about the experts, as arguments of `make_dispatcher`."""
+    weights = named("--weight", weight, "NAME=NUMBER")
     try:
-        return {name: float(value) for name, value in values.items()} or None
+        numbers = {name: float(value) for name, value in weights.items()}
     except ValueError as error:
         raise ValueError(f"--weight must be NAME=NUMBER: {error}.") from error
-
-
-def _sampling(max_new_tokens: int, do_sample: bool, temperature: float) -> dict[str, Any]:
-    options = {"max_new_tokens": max_new_tokens, "do_sample": do_sample}
-    return {**options, "temperature": temperature} if do_sample else options
+    return {
+        "descriptions": named("--description", description, "NAME=TEXT"),
+        "labels": named("--label", label, "NAME=LABEL"),
+        "weights": numbers or None,
+    }

@@ -11,7 +11,7 @@ except ImportError as error:
     raise SystemExit("The command line needs typer and rich: `pip install peft-svf[cli]`.") from error
 
 from .adapt import chat, evaluate, generate
-from .errors import show_tracebacks
+from .errors import quiet_third_parties, show_tracebacks
 from .files import files
 from .search import search
 from .train import train
@@ -42,4 +42,5 @@ app.add_typer(files)
 
 def main() -> None:
     """Entry point of the console script `peft-svf`."""
+    quiet_third_parties()
     app()

@@ -40,6 +40,19 @@ def in_a_line() -> Iterator[None]:
         fail(error)
 
 
+def quiet_third_parties() -> None:
+    """Ignore deprecation warnings of other libraries, on which a user of the command line cannot act. `python -W` and
+    `PYTHONWARNINGS` take precedence."""
+    if sys.warnoptions:
+        return
+    for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
+        warnings.filterwarnings(
+            "ignore", category=category, module=r"(accelerate|datasets|peft|torch|transformers|trl)\b"
+        )
+    # These name an option of `train`, which a user can change.
+    warnings.filterwarnings("default", category=FutureWarning, module=r"transformers\.training_args")
+
+
 @contextmanager
 def warnings_in_a_line() -> Iterator[None]:
     """Print each `UserWarning` within the context in one line, without its place in the code."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -21,6 +22,26 @@ BatchOption = Annotated[
 ]
 NewTokensOption = Annotated[int, typer.Option("--max_new_tokens", help="Longest answer, in tokens.", min=1)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+
+
+def takes(*functions: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add the parameters of these functions to the options of a command, which gets them as `**options`."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        every = [
+            its for each in (*functions, command) for its in inspect.signature(each, eval_str=True).parameters.values()
+        ]
+        own = [its.replace(kind=its.KEYWORD_ONLY) for its in every if its.kind != its.VAR_KEYWORD]
+        command.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
+        command.__annotations__ = {its.name: its.annotation for its in own}
+        return command
+
+    return decorate
+
+
+def call(function: Callable[..., Any], options: Mapping[str, Any]) -> Any:
+    """Call one of the functions of [`takes`] with its options."""
+    return function(**{name: options[name] for name in inspect.signature(function).parameters})
 
 
 def pairs(option: str, texts: Sequence[str] | None, form: str) -> list[tuple[str, str]]:

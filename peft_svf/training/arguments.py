@@ -33,37 +33,27 @@ OBJECTIVES: dict[str, tuple[type, type]] = {
 @dataclass
 class TrainArguments(ScriptArguments):
     """
-    The data and the rewards: a dataset, as in TRL's `ScriptArguments`, or a task with a verifier.
-
-    Args:
-        objective (`str`): `"grpo"`, `"rloo"` or `"reinforce"`. It also decides which trainer options exist.
-        task (`str`, *optional*): A task instead of a dataset, see [`find_task`].
-        categories (`dict[str, str]`, *optional*): Tasks by name. They train a classification expert: the prompts are
-            those of the tasks, the answers their names.
-        system_prompt (`str`, *optional*): System message of every prompt.
-        answer_format (`str`): How to extract the answer to a `task` from a completion.
-        prompt_column (`str`): The dataset's column with the prompt.
-        answer_column (`str`, *optional*): The dataset's column with the reference answer. Rewards get it as `answer`.
-        reward_funcs (`list[str]`, *optional*): Names of verifiable rewards or dotted paths of functions. Default: the
-            verifier of the task.
-        reward_model_name_or_path (`str`, *optional*): A reward model, as in TRL.
-        reward_timeout (`float`, *optional*): Seconds after which a call of a reward function is an error.
-        train_size, validation_size, test_size (`int`): Examples of a `task`. A dataset without a validation split holds
-            out `validation_size` of its training examples.
-        early_stopping_patience (`int`, *optional*): Evaluations without a better accuracy before the training stops.
-        base_model_name (`str`, *optional*): Name of the base model in the saved adapter, for a `model_name_or_path`
-            that exists on this machine only.
+    The data and the rewards: a dataset, as in TRL's `ScriptArguments`, or a task with a verifier. The `help` of each
+    field describes it.
 
     Raises:
         ValueError: The objective is unknown, `categories` is no mapping, or a `task` is given with `categories`.
     """
 
-    objective: str = field(default="grpo", metadata={"help": "The training objective.", "choices": list(OBJECTIVES)})
+    objective: str = field(
+        default="grpo",
+        metadata={"help": "The objective, which also decides the trainer's options.", "choices": [*OBJECTIVES]},
+    )
     task: Optional[str] = field(
-        default=None, metadata={"help": "MODULE:NAME?setting=value&..., such as reasoning_gym:chain_sum?max_terms=2"}
+        default=None,
+        metadata={
+            "help": "A task instead of a dataset: MODULE:NAME?setting=value&..., such as "
+            "reasoning_gym:chain_sum?max_terms=2. A custom module registers its datasets with reasoning_gym."
+        },
     )
     categories: Optional[Union[dict[str, str], str]] = field(
-        default=None, metadata={"help": "Tasks by name (JSON), to train a classification expert."}
+        default=None,
+        metadata={"help": "Tasks by name (JSON), to train a classification expert that names the task of a prompt."},
     )
     system_prompt: Optional[str] = field(default=None, metadata={"help": "System message of every prompt."})
     answer_format: str = field(
@@ -72,7 +62,8 @@ class TrainArguments(ScriptArguments):
     )
     prompt_column: str = field(default="prompt", metadata={"help": "The dataset's column with the prompt."})
     answer_column: Optional[str] = field(
-        default=None, metadata={"help": "The dataset's column with the reference answer."}
+        default=None,
+        metadata={"help": "The dataset's column with the reference answer, which rewards get as `answer`."},
     )
     reward_funcs: Optional[list[str]] = field(
         default=None,
@@ -80,24 +71,28 @@ class TrainArguments(ScriptArguments):
     )
     reward_model_name_or_path: Optional[str] = field(default=None, metadata={"help": "A reward model, as in TRL."})
     reward_timeout: Optional[float] = field(
-        default=None, metadata={"help": "Seconds after which a call of a reward function is an error."}
+        default=None,
+        metadata={"help": "Seconds after which a call of a reward function is an error. Default: no limit."},
     )
     train_size: int = field(default=2000, metadata={"help": "Training examples of a task."})
-    validation_size: int = field(default=64, metadata={"help": "Examples that choose the best model."})
+    validation_size: int = field(
+        default=64,
+        metadata={"help": "Examples that choose the best model; held out of the training split if there is no other."},
+    )
     test_size: int = field(default=128, metadata={"help": "Examples for the accuracy in the model card."})
     early_stopping_patience: Optional[int] = field(
         default=None, metadata={"help": "Evaluations without a better accuracy before the training stops."}
     )
     base_model_name: Optional[str] = field(
-        default=None, metadata={"help": "Name of the base model in the saved adapter."}
+        default=None,
+        metadata={"help": "Name of the base model in the saved adapter, if model_name_or_path is a local folder."},
     )
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
             raise ValueError(f"`objective` must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}.")
         self.categories = _mapping(self.categories, "categories")
-        given = [name for name in ("task", "categories") if getattr(self, name)]
-        if len(given) > 1:
+        if self.task and self.categories:
             raise ValueError("Both `task` and `categories` are given. Pass one of them.")
 
 
@@ -106,18 +101,14 @@ class AdapterArguments(ModelConfig):
     """
     The model and the adapter: TRL's `ModelConfig`, and any PEFT method by name.
 
-    Args:
-        peft_type (`str`): A PEFT method, such as `svf`, `lora`, `ia3`, `vera` or `tinylora`. The `lora_` options are
-            for LoRA.
-        target_modules (`list[str]`, *optional*): The modules to adapt. Default: `all-linear`.
-        r (`int`, *optional*): Rank of SVF; full if `None`.
-        peft_kwargs (`dict`, *optional*): Further fields of the method's config.
-
     Raises:
         ValueError: PEFT does not know the method, or `peft_kwargs` is no mapping.
     """
 
-    peft_type: str = field(default="svf", metadata={"help": "A PEFT method: svf, lora, ia3, vera, tinylora, ..."})
+    peft_type: str = field(
+        default="svf",
+        metadata={"help": "A PEFT method: svf, lora, ia3, vera, tinylora, ... The lora_ options are for LoRA only."},
+    )
     target_modules: Optional[list[str]] = field(
         default=None, metadata={"help": "Modules to adapt. Default: all-linear."}
     )
@@ -208,7 +199,7 @@ def defaults(objective: str, peft_type: str) -> dict[str, Any]:
         chosen["learning_rate"] = 3e-3 if peft_type.upper() == "SVF" else 1e-4
     if not torch.accelerator.is_available():
         # On most CPUs bf16 autocast is three times slower than fp32.
-        chosen |= {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
+        chosen |= {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "activation_checkpointing": False}
     return chosen
 
 

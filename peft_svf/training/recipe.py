@@ -43,10 +43,13 @@ def parse(argv: Sequence[str]) -> tuple[TrainArguments, Any, AdapterArguments, D
     chosen = defaults(objective, peft_type)
     if known.categories or recipe.get("categories"):
         chosen["shuffle_dataset"] = False  # each step then has as many prompts of each category
+    given = {**recipe, **_given_on_command_line(parser, argv)}
+    if "gradient_checkpointing" in given:
+        # transformers ignores the old name where the new one is set, and warns where only the old one is.
+        chosen.pop("activation_checkpointing", None)
     chosen = {name: value for name, value in chosen.items() if name in config_class.__dataclass_fields__}
     parser.set_defaults_with_config(**chosen)
     script, training, adapter, mixture = parser.parse_args_and_config(list(argv))
-    given = {**recipe, **_given_on_command_line(parser, argv)}
     check_given(given, script, adapter, training)
     given = {name: value for name, value in given.items() if name not in _LEFT_OUT and not name.endswith("_token")}
     if script.base_model_name:
