@@ -15,12 +15,15 @@ from peft_svf import (
     EvaluationTask,
     NearestDispatcher,
     PromptDispatcher,
+    SelfAdaptiveModel,
     SVFConfig,
     evaluate,
     load_experts,
+    svf_layers,
 )
 from peft_svf.evaluation import make_dispatcher
 from peft_svf.mixture.loading import CLASSIFIER
+from peft_svf.scoring.rewards import text_of
 
 testing = pytest.importorskip("typer.testing")
 RECIPES = Path(__file__).parents[1] / "examples" / "recipes"
@@ -172,6 +175,28 @@ def test_the_oracle_uses_the_right_expert_and_nothing_is_answered_twice(world: P
     whole = evaluate(mixture.model, mixture.tokenizer, tasks, {"mine": mixture}, **options)
     assert whole.accuracy["mine"]["a"] == whole.accuracy["oracle"]["a"]
     assert whole.confusion == whole.dispatch_accuracy == {}
+
+
+def test_a_mixture_is_evaluated_as_the_adapter_that_it_is(world: Path) -> None:
+    """Whatever its weights per group of modules are: here the first half of the layers has none."""
+    mixture = load_experts(str(world / "base"), {name: str(world / name) for name in ("sums", "lists")})
+    layers = svf_layers(mixture.model, "mixture")
+    for layer in layers[: len(layers) // 2]:
+        for delta in layer.delta_weights(["mixture"]):
+            delta.data.zero_()
+    answered: list[str] = []
+
+    def seeing(completions: list[Any], **kwargs: Any) -> list[float]:
+        answered.extend(text_of(completion) for completion in completions)
+        return [1.0] * len(completions)
+
+    prompts = [[{"role": "user", "content": f"{i} + {i}"}] for i in range(4)]
+    task = EvaluationTask("a", [{"prompt": prompt} for prompt in prompts], seeing, "sums")
+    options: dict[str, Any] = {"generation_kwargs": {"max_new_tokens": 6}, "timed_prompts": 0}
+    evaluate(mixture.model, mixture.tokenizer, [task], {"mine": mixture}, **options)
+    expected = SelfAdaptiveModel(mixture.model, mixture.tokenizer, mixture).chat(prompts, max_new_tokens=6)
+    assert answered[-4:] == expected
+    assert len({*answered}) > 4  # the base model and the expert answer differently
 
 
 def test_an_evaluation_goes_on_only_with_what_it_was_about(world: Path, tmp_path: Path) -> None:
