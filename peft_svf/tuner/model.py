@@ -298,7 +298,7 @@ class SVFModel(BaseTuner):
         if self.training:
             raise ValueError(f"Cannot pass {what} when the model is in training mode.")
         if any(layer.merged for layer in layers):
-            raise ValueError(f"Cannot pass {what} when there are merged adapters. Call `unmerge_adapter` first.")
+            raise ValueError(f"Cannot pass {what} when there are merged adapters, please call `unmerge_adapter` first.")
 
         tokens: set[int] = set()
 
