@@ -179,4 +179,4 @@ get_peft_model(base(), LoraConfig(target_modules=["q_proj"])).save_pretrained("S
 push_expert("SAVED", "me/lora")
 """.replace("SAVED", str(tmp_path / "saved"))
     failed = run(code, hub, base, tmp_path / "home", check=False)
-    assert "LORA adapter, not an SVF one" in failed.stderr
+    assert "is a LORA adapter. Expected an SVF adapter" in failed.stderr

@@ -1,93 +1,118 @@
-"""`peft-svf search`."""
+"""`peft-svf search`: the options are the fields of `SearchConfig`."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, Optional, get_type_hints
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from ..search.config import SearchConfig
 from .errors import fail
-from .options import drawn, named_experts
+from .options import (
+    CheckOption,
+    DtypeOption,
+    ExpertOption,
+    JsonOption,
+    ModelOption,
+    checked_base_check,
+    drawn,
+    named_experts,
+)
+
+# Set by other options, or for several reward functions.
+_LEFT_OUT = ("checkpoint", "reward_weights")
 
 
+def _show_all(context: typer.Context, wanted: bool) -> None:
+    if wanted:
+        for parameter in context.command.params:
+            parameter.hidden = False  # type: ignore[attr-defined]
+        print(context.get_help())
+        raise typer.Exit
+
+
+def _with_config(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command, in the place of its `**settings`, an option for each field of [`SearchConfig`]."""
+    hints = get_type_hints(command, include_extras=True)
+    own = [
+        parameter.replace(annotation=hints[name])
+        for name, parameter in inspect.signature(command).parameters.items()
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    ]
+    types = get_type_hints(SearchConfig)
+    made = []
+    for each in fields(SearchConfig):
+        if each.name in _LEFT_OUT:
+            continue
+        kind, default = types[each.name], each.default
+        if kind not in (bool, int, float, str, tuple[float, float], Optional[int], Optional[float], Optional[bool]):
+            kind, default = Optional[str], None if default in (None, inspect.Parameter.empty) else str(default)
+        if each.default_factory is dict:
+            default = None
+        switch = f"--{each.name}/--no_{each.name}" if kind in (bool, Optional[bool]) else f"--{each.name}"
+        switch = f"--{each.name}" if each.name == "resume" else switch
+        help_text = each.metadata["help"].split(". ")[0].removesuffix(".") + "."
+        option = typer.Option(switch, help=help_text, hidden=each.metadata["advanced"])
+        made.append(
+            inspect.Parameter(
+                each.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
+            )
+        )
+    parameters = [*own, *made]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+@_with_config
 def search(
-    model_name_or_path: Annotated[str, typer.Option("--model_name_or_path", help="The base model.")],
-    expert: Annotated[list[str], typer.Option("--expert", metavar="NAME=PATH", help="An expert; at least one.")],
+    model_name_or_path: ModelOption,
+    expert: ExpertOption,
     examples: Annotated[str, typer.Option("--examples", help="A .jsonl, .json or .csv file, or a dataset of the Hub.")],
     output_dir: Annotated[Path, typer.Option("--output_dir", help="Where to save the mixture.")],
     reward: Annotated[
         str,
-        typer.Option(
-            "--reward",
-            help="exact, contains, number, choice, regex, math_verify, the dotted path of a function with TRL's "
-            "signature, or loglik: the likelihood of the reference answers.",
-        ),
+        typer.Option("--reward", help="exact, contains, number, choice, regex, math_verify, a dotted path, or loglik."),
     ] = "exact",
     tie_break: Annotated[
-        float, typer.Option("--tie_break", help="Weight of the log-likelihood of the answers beside the reward.")
+        float, typer.Option("--tie_break", help="Weight of the log-likelihood beside the reward.", hidden=True)
     ] = 0.0,
-    prompt_column: Annotated[str, typer.Option("--prompt_column", help="Text or messages.")] = "prompt",
+    prompt_column: Annotated[str, typer.Option("--prompt_column", help="Column with text or messages.")] = "prompt",
     answer_column: Annotated[
         Optional[str], typer.Option("--answer_column", help="Default: completion, answer or solution.")
     ] = None,
     system_prompt: Annotated[
         Optional[str], typer.Option("--system_prompt", help="Ask prompts as chat messages, after this one.")
     ] = None,
-    dataset_config: Annotated[Optional[str], typer.Option("--dataset_config", help="Of a dataset.")] = None,
+    dataset_config: Annotated[
+        Optional[str], typer.Option("--dataset_config", help="Configuration of a dataset.", hidden=True)
+    ] = None,
     dataset_split: Annotated[
-        Optional[str], typer.Option("--dataset_split", help="Of a dataset. Default: train.")
+        Optional[str], typer.Option("--dataset_split", help="Split of a dataset. Default: train.", hidden=True)
     ] = None,
-    limit: Annotated[Optional[int], typer.Option("--limit", help="Only the first so many examples.", min=1)] = None,
-    validation: Annotated[
-        str,
-        typer.Option("--validation", help="auto, none, a share (0.3), a number of folds (3), or a file of examples."),
-    ] = "auto",
-    optimizer: Annotated[
-        str, typer.Option("--optimizer", help="cem, cem-paper, cma-es, sep-cma-es, random, or gradient.")
-    ] = "cem",
-    granularity: Annotated[
-        str, typer.Option("--granularity", help="Weights per expert, or per expert and layer or module.")
-    ] = "expert",
-    bounds: Annotated[tuple[float, float], typer.Option("--bounds", help="Smallest and largest weight.")] = (0.0, 1.0),
-    normalize: Annotated[bool, typer.Option("--normalize", help="Scale weights down to a sum of 1.")] = False,
-    l1: Annotated[float, typer.Option("--l1", help="Penalty on the sum of |weights|.")] = 0.0,
-    l2: Annotated[float, typer.Option("--l2", help="Penalty on the sum of squared weights.")] = 0.0,
-    num_generations: Annotated[
-        Optional[int], typer.Option("--num_generations", help="At most. Default: 6, or 12 steps of the gradient.")
+    limit: Annotated[
+        Optional[int], typer.Option("--limit", help="Only the first examples.", min=1, hidden=True)
     ] = None,
-    population_size: Annotated[int, typer.Option("--population_size")] = 32,
-    racing: Annotated[bool, typer.Option("--racing/--no_racing", help="Drop bad candidates early.")] = True,
-    one_standard_error: Annotated[
-        bool,
-        typer.Option(
-            "--one_standard_error/--best_score", help="Keep a simple choice unless another is better beyond the noise."
-        ),
-    ] = True,
-    patience: Annotated[Optional[int], typer.Option("--patience", help="Stop after so many without progress.")] = None,
-    max_rows: Annotated[Optional[int], typer.Option("--max_rows", help="Pairs of a mixture and an example.")] = None,
-    max_tokens: Annotated[Optional[int], typer.Option("--max_tokens")] = None,
-    max_seconds: Annotated[Optional[float], typer.Option("--max_seconds")] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max_new_tokens", help="Of an answer.", min=1)] = 256,
-    batch_size: Annotated[Optional[int], typer.Option("--batch_size", help="Rows per batch; found by itself.")] = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="Of the base model: auto, float32, bfloat16, ...")] = "auto",
-    base_check: Annotated[
-        str, typer.Option("--base_check", help="error, warn or ignore, if an expert is for another base model.")
-    ] = "error",
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a search that was stopped.")] = False,
-    seed: Annotated[int, typer.Option("--seed")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
+    dtype: DtypeOption = "auto",
+    base_check: CheckOption = "error",
+    as_json: JsonOption = False,
+    help_all: Annotated[
+        bool, typer.Option("--help_all", help="Show all options.", is_eager=True, callback=_show_all)
+    ] = False,
+    **settings: Any,
 ) -> None:
     """Search the mixture of experts that suits a task, from a few examples of it.
 
     peft-svf search --model_name_or_path MODEL --expert math=experts/math --expert logic=experts/logic
-    --examples shots.jsonl --reward number --max_new_tokens 64 --output_dir my-mixture
-
-    For several processes: `accelerate launch -m peft_svf search` with the same options.
+    --examples shots.jsonl --reward number --output_dir my-mixture
     """
     checkpoint = output_dir / "search-checkpoint.json"
     try:
@@ -97,8 +122,6 @@ def search(
         from ..scoring.rewards import find_reward
         from ..utils.processes import by_main_process, leave, processes
 
-        if base_check not in ("error", "warn", "ignore"):
-            raise ValueError(f"--base_check must be error, warn or ignore, got {base_check!r}.")
         columns: dict[str, Any] = {
             "prompt_column": prompt_column,
             "answer_column": answer_column,
@@ -107,81 +130,77 @@ def search(
             "config": dataset_config,
         }
         rows = load_examples(examples, **columns, limit=limit)
-        held_out: Any = (
-            load_examples(validation, **columns) if Path(validation).suffix in FILES else _number_or_word(validation)
+        validation, eval_examples = settings.pop("validation"), None
+        if Path(str(validation)).suffix in FILES:
+            eval_examples = load_examples(validation, **columns)
+        config = SearchConfig(
+            **{name: _value(name, value) for name, value in settings.items()},
+            validation="auto" if eval_examples is not None else _number_or_word(validation),
+            checkpoint=str(checkpoint),
         )
         function = None if reward == "loglik" else find_reward(reward)
-        if tie_break and function is not None and optimizer == "gradient":
-            raise ValueError("--tie_break has no --optimizer gradient, which has hardly any ties to break; drop one.")
         experts = named_experts(expert)
         for name, path in experts.items():
             if output_dir.resolve() == Path(path).resolve():
-                raise ValueError(f"--output_dir {output_dir} is the folder of expert {name!r}; take another one.")
+                raise ValueError(f"--output_dir {output_dir} is the folder of expert {name!r}. Pass another folder.")
         mixture = AdaptiveMixture.from_pretrained(
             model_name_or_path,
             experts,
-            base_check=base_check,  # type: ignore[arg-type]
+            base_check=checked_base_check(base_check),
             dtype=dtype,
         )
-        objective: Any = (
-            LogLikelihoodObjective(rows, mixture.tokenizer)
-            if function is None
-            else RewardObjective(
-                rows, function, mixture.tokenizer, generation_kwargs={"max_new_tokens": max_new_tokens}
-            )
-        )
-        if tie_break and function is not None:
-            objective = WeightedObjective(
-                [objective, LogLikelihoodObjective(rows, mixture.tokenizer)], [1.0, tie_break]
-            )
-        result = mixture.search(
-            objective=objective,
-            validation=held_out,
-            granularity=granularity,  # type: ignore[arg-type]
-            bounds=bounds,
-            normalize=normalize,
-            l1=l1,
-            l2=l2,
-            optimizer=optimizer,
-            num_generations=num_generations,
-            population_size=population_size,
-            racing=racing,
-            one_standard_error=one_standard_error,
-            patience=patience,
-            max_rows=max_rows,
-            max_tokens=max_tokens,
-            max_seconds=max_seconds,
-            batch_size=batch_size,
-            checkpoint=checkpoint,
-            resume=resume,
-            seed=seed,
-        )
+        if function is None:
+            data: dict[str, Any] = {"objective": LogLikelihoodObjective(rows, mixture.tokenizer)}
+            config = config.changed(max_new_tokens=SearchConfig.max_new_tokens)
+        elif tie_break:
+            generation = {"max_new_tokens": config.max_new_tokens, **config.generation_kwargs}
+            parts = [
+                RewardObjective(rows, function, mixture.tokenizer, generation_kwargs=generation),
+                LogLikelihoodObjective(rows, mixture.tokenizer),
+            ]
+            data = {"objective": WeightedObjective(parts, [1.0, tie_break])}
+            config = config.changed(max_new_tokens=SearchConfig.max_new_tokens, generation_kwargs={})
+        else:
+            data = {"examples": rows, "reward_funcs": function}
+        result = mixture.search(**data, config=config, eval_examples=eval_examples)
         by_main_process(lambda: mixture.save_pretrained(output_dir))
         leave()
-    except (ValueError, ImportError, OSError) as error:
+    except (ValueError, TypeError, ImportError, OSError) as error:
         fail(error)
     if not processes().is_main_process:
         return
     if result.stopped == "interrupted":
-        print(f"Interrupted; `--resume` goes on from {checkpoint}.", file=sys.stderr)
+        print(f"Interrupted. `--resume` continues from {checkpoint}.", file=sys.stderr)
     else:
         checkpoint.unlink(missing_ok=True)
-    plotted = drawn(result, output_dir / "search.png")
+    plotted = " with search.png" if drawn(result, output_dir / "search.png") else ""
     if as_json:
         print(json.dumps(result.to_dict()))
         return
-    table = Table("", result.objective, "95 % interval", title=f"judged on: {result.judged_on}")
+    table = Table("", result.objective, "95 % interval", title=f"evaluated on: {result.evaluated_on}")
     for name, score in result.scores.items():
         low, high = result.intervals[name]
         table.add_row(name, f"{score:.3f}", f"{low:.3f} to {high:.3f}", style="bold" if name == result.choice else None)
     console = Console()
     console.print(table)
     console.print(str(result), highlight=False, markup=False)
-    console.print(f"saved in {output_dir}" + (" with search.png" if plotted else ""), highlight=False, markup=False)
+    console.print(f"saved in {output_dir}{plotted}", highlight=False, markup=False)
 
 
-def _number_or_word(text: str) -> Any:
-    if text == "none":
+def _value(name: str, value: Any) -> Any:
+    """Return the value of an option as the field takes it: dicts come as JSON."""
+    if name in ("optimizer_kwargs", "generation_kwargs"):
+        value = "{}" if value is None else value
+    elif name != "granularity" or not str(value).startswith("{"):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--{name} must be JSON, got {value!r}: {error}.") from error
+
+
+def _number_or_word(text: str | None) -> Any:
+    if text in (None, "none"):
         return None
     for kind in (int, float):
         try:

@@ -1,9 +1,9 @@
-"""The processes that a program was launched as."""
+"""The processes of a distributed program."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -13,12 +13,12 @@ T = TypeVar("T")
 
 
 def processes() -> PartialState:
-    """accelerate's state; without an accelerator it counts several processes only when told that they are on CPUs."""
+    """Return accelerate's state. Without an accelerator it must be told that the processes run on CPUs."""
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def by_main_process(function: Callable[[], T]) -> T:
-    """What it returns in the main process, or raises there, in all processes."""
+    """Call a function in the main process, and return its result or raise its error in all processes."""
     found: list[tuple[T | None, Exception | None]] = [(None, None)]
     if processes().is_main_process:
         try:
@@ -33,11 +33,20 @@ def by_main_process(function: Callable[[], T]) -> T:
 
 
 def leave() -> None:
-    """A program's last exchange with the other processes: wait for all of them, and end the group.
+    """Wait for all processes and end the process group. Call it last.
 
-    gloo may still hold Python's tensors of the exchange before, and aborts when it frees them while Python exits
-    (pytorch/pytorch#190489); a barrier has none, and comes after it.
+    gloo may still hold tensors of the previous exchange, and aborts if it frees them while Python exits
+    (pytorch/pytorch#190489). The barrier comes after that exchange and has no tensors.
     """
     state = processes()
     state.wait_for_everyone()
     state.destroy_process_group()
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether the weights of a model are spread over processes, by FSDP, tensor parallelism or ZeRO-3."""
+    from torch.distributed.tensor import DTensor
+
+    return any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()) or any(
+        isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters()
+    )
