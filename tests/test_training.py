@@ -857,6 +857,7 @@ def test_a_run_that_is_killed_ten_times_ends_as_if_it_had_not_been(base: Path, d
 def test_two_processes(objective: str, base: Path, data: Path, tmp_path: Path) -> None:
     """They train, evaluate and write one expert together, and go on from a checkpoint as if they had not stopped."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    program = ["peft_svf.training.run"] if objective == "grpo" else ["peft_svf", "train"]
 
     def launch(output: Path, **options: Any) -> str:
         common = {"objective": objective, "num_generations": None if objective == "reinforce" else 4}
@@ -864,7 +865,7 @@ def test_two_processes(objective: str, base: Path, data: Path, tmp_path: Path) -
         # what `accelerate launch --multi_gpu` calls; accelerate itself has no launcher for several CPU processes
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
         done = subprocess.run(
-            [*command, "-m", "peft_svf.training.run", *arguments],
+            [*command, "-m", *program, *arguments],
             env=environment,
             capture_output=True,
             text=True,
