@@ -34,7 +34,17 @@ from .result import MixtureResult
 from .space import UNIFORM, Granularity, WeightSpace
 
 # Settings that do not change the scores, so that a resumed search may have others.
-_NOT_IDENTITY = ("checkpoint", "resume", "batch_size", "num_generations", "patience", "max_seconds", "validation")
+_NOT_IDENTITY = (
+    "checkpoint",
+    "resume",
+    "batch_size",
+    "num_generations",
+    "patience",
+    "max_seconds",
+    "validation",
+    "in_context",
+    "one_standard_error",
+)
 # Settings that an `objective` has already.
 _OF_REWARDS = ("max_new_tokens", "generation_kwargs", "reward_weights")
 
@@ -277,7 +287,7 @@ class AdaptiveMixture:
 
         checkpoint = None
         if config.checkpoint is not None:
-            identity = self._identity(objective, config, modules, None if custom is None else type(optimizer).__name__)
+            identity = self._identity(objective, config, modules, None if custom is None else custom.name)
             checkpoint = Checkpoint(config.checkpoint, config.resume, identity)
         trained = self.model.training
         self.model.eval()

@@ -33,12 +33,17 @@ class Checkpoint:
         self.answers: Answers | None = None
         self._content: dict[str, Any] | None = None
 
-    def open(self, evaluator: Evaluator) -> None:
+    def open(self, evaluator: Evaluator, decided: dict[str, Any]) -> None:
         """Read the file, if there is one, and give the scores of its answers to an evaluator of the rewards.
+
+        Args:
+            evaluator ([`Evaluator`]): The evaluator.
+            decided (`dict`): What was decided since the checkpoint was made. It belongs to the identity.
 
         Raises:
             ValueError: The file is no checkpoint, belongs to another search, or exists without `resume`.
         """
+        self.identity |= json.loads(json.dumps(decided))
         self._content = by_main_process(self._read)  # the file may be on the disk of one process only
         if self._content is not None and self._content["answers"]:
             vocabulary = evaluator.model.get_input_embeddings().num_embeddings

@@ -117,6 +117,13 @@ class SearchConfig:
         for name in ("generation_kwargs", "optimizer_kwargs"):
             if not isinstance(getattr(self, name), Mapping):
                 raise ValueError(f"`{name}` must be a dict, got {getattr(self, name)!r}.")
+        self.optimizer_kwargs = {
+            name: value.tolist() if hasattr(value, "tolist") else value for name, value in self.optimizer_kwargs.items()
+        }
+        try:
+            self.bounds = tuple(float(bound) for bound in self.bounds)  # type: ignore[assignment]
+        except (TypeError, ValueError):
+            raise ValueError(f"`bounds` must be a smallest and a largest weight, got {self.bounds!r}.") from None
         if self.checkpoint is not None:
             self.checkpoint = os.fspath(self.checkpoint)
         if isinstance(self.validation, Real):  # numpy's numbers, too

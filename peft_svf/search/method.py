@@ -12,8 +12,9 @@ from ..scoring.expected_reward import ExpectedRewardObjective
 from ..scoring.objectives import Objective
 from ..utils.processes import is_sharded
 from .config import SearchConfig
+from .optimizers import Optimizer
+from .validation import FEW, questions
 
-FEW = 6  # examples; below that a weight per layer cannot be cross-validated
 SMALLEST_DIFFERENCE = 1e-6  # of expected rewards, to have a gradient to speak of
 
 
@@ -34,38 +35,50 @@ class Method:
     expected_reward: bool
     reason: str
 
+    def settings(self) -> dict[str, Any]:
+        """Return the fields of [`SearchConfig`] that were decided, as JSON-serializable values."""
+        granularity = self.granularity if isinstance(self.granularity, str) else dict(self.granularity)
+        return {"method": self.name, "granularity": granularity, "expected_reward": self.expected_reward}
+
     def __str__(self) -> str:
         what = "expected reward" if self.expected_reward else "objective"
         names = {"gradient": "gradient of the", "cem": "cross-entropy method on the", "cma-es": "CMA-ES on the"}
         groups = {"expert": "", "layer": " and layer", "module": " and module"}
         shared = groups.get(self.granularity, " and group") if isinstance(self.granularity, str) else " and group"
-        return f"{names.get(self.name, self.name)} {what}, one weight per expert{shared}: {self.reason}"
+        return f"{names.get(self.name, f'{self.name} on the')} {what}, one weight per expert{shared}: {self.reason}"
 
 
-def choose_method(config: SearchConfig, objective: Objective, model: Any, optimizer: Any = None) -> Method:
+def choose_method(
+    config: SearchConfig, objective: Objective, examples: Sequence[int], model: Any, optimizer: Optimizer | None = None
+) -> Method:
     """
     Return the way of searching that the settings ask for, or that suits the task.
 
     Args:
         config ([`SearchConfig`]): With `method="auto"`, the objective and the model decide.
         objective ([`Objective`]): What is optimized.
+        examples (`Sequence[int]`): Indices of the examples of the search.
         model: The model; a gradient needs a backward pass through it.
         optimizer ([`Optimizer`], *optional*): A custom optimizer.
 
     Raises:
-        ValueError: The objective has no gradient, or no answers to collect.
+        ValueError: The objective has no gradient, or no answers to collect, or `optimizer_kwargs` have no method.
     """
-    reward, examples = objective.rewards_answers, len(objective.examples)
+    reward, count = objective.rewards_answers, len(set(questions(objective, examples)))
+    if config.optimizer_kwargs and (config.method == "auto" or optimizer is not None):
+        raise ValueError("`optimizer_kwargs` are arguments of one method. Pass it, such as method='cem'.")
     if optimizer is not None:
-        by_gradient, name, reason = optimizer.uses_gradient, type(optimizer).__name__, "a custom optimizer"
+        by_gradient, name, reason = optimizer.uses_gradient, optimizer.name, "a custom optimizer"
     elif config.method != "auto":
         by_gradient, name, reason = config.method == "gradient", config.method, "as asked"
     elif not (reward or objective.differentiable):
         by_gradient, name, reason = False, "cem", f"the objective {objective.name!r} has no gradient"
+    elif reward and config.expected_reward is False:
+        by_gradient, name, reason = False, "cem", "without the expected reward, there is no gradient"
     elif (obstacle := obstacle_to_gradient(model)) is not None:
         by_gradient, name, reason = False, "cem", obstacle
     else:
-        by_gradient, name, reason = True, "gradient", f"{examples} examples, and a backward pass is possible"
+        by_gradient, name, reason = True, "gradient", f"{count} examples, and a backward pass is possible"
     if by_gradient and not (reward or objective.differentiable):
         raise ValueError(
             f"The objective {objective.name!r} has no gradient. Use method='cem', or an objective that declares "
@@ -81,7 +94,7 @@ def choose_method(config: SearchConfig, objective: Objective, model: Any, optimi
         raise ValueError("The gradient of a reward needs `expected_reward`. Leave it out, or use method='cem'.")
     granularity = config.granularity
     if granularity is None:
-        granularity = "layer" if by_gradient and reward and examples >= FEW else "expert"
+        granularity = "layer" if by_gradient and reward and count >= FEW else "expert"
     return Method(name, granularity, collects, reason)
 
 

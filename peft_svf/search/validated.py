@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -80,11 +81,13 @@ class ValidatedSearch:
             ValueError: The settings do not fit the objective, or the checkpoint does not belong to this search.
         """
         config, split = self.config, self.split
-        method = choose_method(config, self.objective, self.model, self.optimizer)
+        method = choose_method(config, self.objective, split.search, self.model, self.optimizer)
         space = self.make_space(method.granularity)
         rewarded = Evaluator(self.model, space, self.objective, batch_size=config.batch_size, seed=config.seed)
+        self._method, self._evaluator = method, rewarded
+        self._optimizer(config.seed, _neutral(space))  # wrong arguments are told before anything is generated
         if self.checkpoint is not None:
-            self.checkpoint.open(rewarded)
+            self.checkpoint.open(rewarded, method.settings())
         with progress_bar(desc=f"Searching ({self.objective.name})", unit="evaluation") as bar:
             rewarded.on_evaluations = bar.update
             evaluator = rewarded
@@ -185,7 +188,8 @@ class ValidatedSearch:
             return method, rewarded, evaluator
         if self.config.method != "auto" or self.config.expected_reward or self.optimizer is not None:
             warnings.warn(
-                f"The expected reward cannot guide the search: {lack}. Use another reward or method='cem'.",
+                f"The expected reward cannot guide the search: {lack}. Use another reward, or method='cem' without "
+                "`expected_reward`.",
                 stacklevel=4,
             )
             return method, rewarded, evaluator
@@ -231,8 +235,7 @@ class ValidatedSearch:
         candidates that were scored with their examples."""
         evaluator, split, space = self._evaluator, self.split, self._evaluator.space
         # there is no finalist if the first generation was interrupted
-        neutral = np.clip(space.baselines()[space.neutral], *_box(space))
-        searched = main.finalists[0] if main.finalists else neutral
+        searched = main.finalists[0] if main.finalists else _neutral(space)
 
         def score(examples: list[int]) -> np.ndarray:
             # once more if the objective samples: the best of several scores would be a lucky one
@@ -300,11 +303,10 @@ class ValidatedSearch:
         return None if limit is None else (limit - self._evaluator.usage.seconds) / (1 + len(self.split.parts))
 
     def _settings(self, optimizer: Optimizer) -> dict[str, Any]:
-        granularity = self._method.granularity
+        generation = json.dumps(dict(self.objective.generation_kwargs), default=str)
         return asdict(self.config) | {
-            "method": self._method.name,
-            "granularity": granularity if isinstance(granularity, str) else dict(granularity),
-            "expected_reward": self._method.expected_reward,
+            **self._method.settings(),
+            "generation_kwargs": json.loads(generation),
             "num_generations": self._num_generations(optimizer),
             "population_size": optimizer.population_size,
             "examples": len(self.objective.examples),
@@ -336,6 +338,11 @@ def _interrupt(main: Outcome) -> None:
     if processes().num_processes > 1:
         raise
     main.stopped = "interrupted"
+
+
+def _neutral(space: SearchSpace) -> np.ndarray:
+    """Return the neutral baseline, within the bounds."""
+    return np.clip(space.baselines()[space.neutral], *_box(space))
 
 
 def _box(space: SearchSpace) -> tuple[np.ndarray, np.ndarray]:
