@@ -202,7 +202,7 @@ class AdaptiveMixture:
         alpha = np.array(weights, dtype=np.float64)
         shape = (len(self.experts),) if group_of is None else (len(self.experts), max(group_of.values()) + 1)
         if alpha.shape != shape or not np.isfinite(alpha).all():
-            raise ValueError(f"Expected {list(shape)} finite weights, got {alpha.tolist()}.")
+            raise ValueError(f"Expected {' × '.join(map(str, shape))} finite weights, got {alpha.tolist()}.")
         self._check_present()
         if any(layer.merged for layer in self._layers()):
             raise ValueError("The model is merged, so other weights have no effect. Call `unmerge_adapter()` first.")

@@ -79,7 +79,7 @@ class Checkpoint:
             )
         with self._naming_the_file():
             content = json.loads(self.path.read_text(encoding="utf-8"))
-            identity, _, _ = dict(content["identity"]), content["scores"], content["seconds"]
+            identity, _, _ = {**content["identity"]}, content["scores"], content["seconds"]
         for name, value in self.identity.items():
             if identity.get(name) != value:
                 raise ValueError(
