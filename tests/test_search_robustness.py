@@ -236,7 +236,9 @@ def test_a_folder_is_no_checkpoint(mixture: AdaptiveMixture, tmp_path: Path) -> 
 
 def test_the_searched_mixture_is_within_the_bounds(mixture: AdaptiveMixture) -> None:
     for method in ("cem", "gradient", "cma-es"):
-        result = mixture.search(EXAMPLES, bounds=(0, 0.3), validation=None, **QUICK | {"method": method, "population_size": 4})
+        result = mixture.search(
+            EXAMPLES, bounds=(0, 0.3), validation=None, **QUICK | {"method": method, "population_size": 4}
+        )
         assert max(result.searched_weights.values()) <= 0.3
         assert max(max(entry["incumbent"]) for entry in result.history) <= 0.3
 
