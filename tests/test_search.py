@@ -912,7 +912,7 @@ def test_an_optimizer_that_is_none(mixture: AdaptiveMixture) -> None:
         mixture.search(objective=Distance(TARGET), optimizer=Half())
     with pytest.raises(TypeError, match="str has no `ask`"):
         mixture.search(objective=Distance(TARGET), optimizer="cem")
-    with pytest.raises(ValueError, match="`optimizer_kwargs` are arguments of one method"):
+    with pytest.raises(ValueError, match="`optimizer_kwargs` belong to one method"):
         mixture.search(objective=Distance(TARGET), optimizer=RandomSearch(), optimizer_kwargs={"std": 0.1})
 
 

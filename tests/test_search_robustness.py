@@ -177,7 +177,7 @@ def test_settings_of_numpy_are_settings(mixture: AdaptiveMixture, tmp_path: Path
         ({"temperature": 0}, "`temperature` must be above 0"),
         ({"generation_kwargs": 3}, "`generation_kwargs` must be a dict, got 3"),
         ({"method": "cem", "optimizer_kwargs": {"elite_ratio": 2.0}}, "`elite_ratio` must be in"),
-        ({"optimizer_kwargs": {"std": 0.1}}, "`optimizer_kwargs` are arguments of one method"),
+        ({"optimizer_kwargs": {"std": 0.1}}, "`optimizer_kwargs` belong to one method"),
         ({"method": "gradient", "expected_reward": False}, "gradient of a reward needs `expected_reward`"),
     ],
 )

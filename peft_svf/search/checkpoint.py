@@ -12,6 +12,7 @@ from typing import Any
 from ..utils.files import write_whole
 from ..utils.processes import by_main_process
 from .answers import Answers
+from .config import as_json
 from .evaluator import Evaluator
 
 
@@ -29,7 +30,7 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | os.PathLike[str], resume: bool, identity: dict[str, Any]) -> None:
-        self.path, self.resume, self.identity = Path(path), resume, json.loads(json.dumps(identity))
+        self.path, self.resume, self.identity = Path(path), resume, as_json(identity)
         self.answers: Answers | None = None
         self._content: dict[str, Any] | None = None
 
@@ -43,7 +44,7 @@ class Checkpoint:
         Raises:
             ValueError: The file is no checkpoint, belongs to another search, or exists without `resume`.
         """
-        self.identity |= json.loads(json.dumps(decided))
+        self.identity |= as_json(decided)
         self._content = by_main_process(self._read)  # the file may be on the disk of one process only
         if self._content is not None and self._content["answers"]:
             vocabulary = evaluator.model.get_input_embeddings().num_embeddings

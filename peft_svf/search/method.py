@@ -12,9 +12,8 @@ from ..scoring.expected_reward import ExpectedRewardObjective
 from ..scoring.objectives import Objective
 from ..utils.processes import is_sharded
 from .config import SearchConfig
-from .optimizers import Optimizer
-from .validation import FEW, questions
 
+FEW = 6  # examples; below that a weight per layer cannot be cross-validated
 SMALLEST_DIFFERENCE = 1e-6  # of expected rewards, to have a gradient to speak of
 
 
@@ -36,9 +35,8 @@ class Method:
     reason: str
 
     def settings(self) -> dict[str, Any]:
-        """Return the fields of [`SearchConfig`] that were decided, as JSON-serializable values."""
-        granularity = self.granularity if isinstance(self.granularity, str) else dict(self.granularity)
-        return {"method": self.name, "granularity": granularity, "expected_reward": self.expected_reward}
+        """Return the fields of [`SearchConfig`] that were decided."""
+        return {"method": self.name, "granularity": self.granularity, "expected_reward": self.expected_reward}
 
     def __str__(self) -> str:
         what = "expected reward" if self.expected_reward else "objective"
@@ -49,7 +47,7 @@ class Method:
 
 
 def choose_method(
-    config: SearchConfig, objective: Objective, examples: Sequence[int], model: Any, optimizer: Optimizer | None = None
+    config: SearchConfig, objective: Objective, examples: int, model: Any, optimizer: Any = None
 ) -> Method:
     """
     Return the way of searching that the settings ask for, or that suits the task.
@@ -57,16 +55,14 @@ def choose_method(
     Args:
         config ([`SearchConfig`]): With `method="auto"`, the objective and the model decide.
         objective ([`Objective`]): What is optimized.
-        examples (`Sequence[int]`): Indices of the examples of the search.
+        examples (`int`): Number of different prompts in the examples of the search.
         model: The model; a gradient needs a backward pass through it.
         optimizer ([`Optimizer`], *optional*): A custom optimizer.
 
     Raises:
-        ValueError: The objective has no gradient, or no answers to collect, or `optimizer_kwargs` have no method.
+        ValueError: The objective has no gradient, or no answers to collect.
     """
-    reward, count = objective.rewards_answers, len(set(questions(objective, examples)))
-    if config.optimizer_kwargs and (config.method == "auto" or optimizer is not None):
-        raise ValueError("`optimizer_kwargs` are arguments of one method. Pass it, such as method='cem'.")
+    reward = objective.rewards_answers
     if optimizer is not None:
         by_gradient, name, reason = optimizer.uses_gradient, optimizer.name, "a custom optimizer"
     elif config.method != "auto":
@@ -74,11 +70,11 @@ def choose_method(
     elif not (reward or objective.differentiable):
         by_gradient, name, reason = False, "cem", f"the objective {objective.name!r} has no gradient"
     elif reward and config.expected_reward is False:
-        by_gradient, name, reason = False, "cem", "without the expected reward, there is no gradient"
+        by_gradient, name, reason = False, "cem", "a reward has no gradient, and `expected_reward` is off"
     elif (obstacle := obstacle_to_gradient(model)) is not None:
         by_gradient, name, reason = False, "cem", obstacle
     else:
-        by_gradient, name, reason = True, "gradient", f"{count} examples, and a backward pass is possible"
+        by_gradient, name, reason = True, "gradient", f"{examples} examples, and a backward pass is possible"
     if by_gradient and not (reward or objective.differentiable):
         raise ValueError(
             f"The objective {objective.name!r} has no gradient. Use method='cem', or an objective that declares "
@@ -94,7 +90,7 @@ def choose_method(
         raise ValueError("The gradient of a reward needs `expected_reward`. Leave it out, or use method='cem'.")
     granularity = config.granularity
     if granularity is None:
-        granularity = "layer" if by_gradient and reward and count >= FEW else "expert"
+        granularity = "layer" if by_gradient and reward and examples >= FEW else "expert"
     return Method(name, granularity, collects, reason)
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import json
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from ..utils.processes import processes
 from ..utils.progress import progress_bar, progress_note
 from .answers import collect_answers
 from .checkpoint import Checkpoint
-from .config import SearchConfig
+from .config import SearchConfig, as_json
 from .evaluator import Evaluator
 from .in_context import in_context_scores
 from .loop import FINALISTS, Outcome, run_search
@@ -26,7 +25,7 @@ from .optimizers import Optimizer, make_optimizer
 from .selection import per_question
 from .space import BASE, SearchSpace
 from .statistics import IN_CONTEXT, SEARCHED, compared, interval
-from .validation import Split
+from .validation import Split, questions
 
 GENERATIONS, STEPS = 6, 12  # default number of generations, and of steps of the gradient
 
@@ -81,11 +80,12 @@ class ValidatedSearch:
             ValueError: The settings do not fit the objective, or the checkpoint does not belong to this search.
         """
         config, split = self.config, self.split
-        method = choose_method(config, self.objective, split.search, self.model, self.optimizer)
+        distinct = len(set(questions(self.objective, split.search)))
+        method = choose_method(config, self.objective, distinct, self.model, self.optimizer)
         space = self.make_space(method.granularity)
         rewarded = Evaluator(self.model, space, self.objective, batch_size=config.batch_size, seed=config.seed)
         self._method, self._evaluator = method, rewarded
-        self._optimizer(config.seed, _neutral(space))  # wrong arguments are told before anything is generated
+        self._optimizer(config.seed, self._neutral())  # so that a wrong argument fails before the work
         if self.checkpoint is not None:
             self.checkpoint.open(rewarded, method.settings())
         with progress_bar(desc=f"Searching ({self.objective.name})", unit="evaluation") as bar:
@@ -230,12 +230,17 @@ class ValidatedSearch:
         best = baselines[space.neutral if scores.min() == scores.max() else names[int(scores.argmax())]]
         return np.clip(best, *_box(space))
 
+    def _neutral(self) -> np.ndarray:
+        """Return the neutral baseline, within the bounds."""
+        space = self._evaluator.space
+        return np.clip(space.baselines()[space.neutral], *_box(space))
+
     def _evaluated(self, main: Outcome) -> tuple[np.ndarray, np.ndarray, str, Scored]:
         """Return the searched candidate, its score of each evaluated example, what those examples are, and the
         candidates that were scored with their examples."""
-        evaluator, split, space = self._evaluator, self.split, self._evaluator.space
+        evaluator, split = self._evaluator, self.split
         # there is no finalist if the first generation was interrupted
-        searched = main.finalists[0] if main.finalists else _neutral(space)
+        searched = main.finalists[0] if main.finalists else self._neutral()
 
         def score(examples: list[int]) -> np.ndarray:
             # once more if the objective samples: the best of several scores would be a lucky one
@@ -303,14 +308,17 @@ class ValidatedSearch:
         return None if limit is None else (limit - self._evaluator.usage.seconds) / (1 + len(self.split.parts))
 
     def _settings(self, optimizer: Optimizer) -> dict[str, Any]:
-        generation = json.dumps(dict(self.objective.generation_kwargs), default=str)
-        return asdict(self.config) | {
+        generation = self.objective.generation_kwargs
+        led_to = {
             **self._method.settings(),
-            "generation_kwargs": json.loads(generation),
             "num_generations": self._num_generations(optimizer),
             "population_size": optimizer.population_size,
+            "max_new_tokens": generation.get("max_new_tokens"),
+            "generation_kwargs": generation,
             "examples": len(self.objective.examples),
         }
+        settings: dict[str, Any] = as_json(vars(self.config) | led_to)
+        return settings
 
     def _save(self) -> None:
         if self.checkpoint is not None:
@@ -338,11 +346,6 @@ def _interrupt(main: Outcome) -> None:
     if processes().num_processes > 1:
         raise
     main.stopped = "interrupted"
-
-
-def _neutral(space: SearchSpace) -> np.ndarray:
-    """Return the neutral baseline, within the bounds."""
-    return np.clip(space.baselines()[space.neutral], *_box(space))
 
 
 def _box(space: SearchSpace) -> tuple[np.ndarray, np.ndarray]:
