@@ -123,16 +123,16 @@ class SearchConfig:
             raise ValueError("`optimizer_kwargs` belong to one method. Name it, such as method='gradient'.")
         if doubled := [name for name in OF_SEARCH if name in self.optimizer_kwargs]:
             raise ValueError(f"Pass `{doubled[0]}` itself, not in `optimizer_kwargs`.")
-        try:
-            self.bounds = tuple(float(bound) for bound in self.bounds)  # type: ignore[assignment]
-        except (TypeError, ValueError):
-            raise ValueError(f"`bounds` must be a smallest and a largest weight, got {self.bounds!r}.") from None
         if self.checkpoint is not None:
             self.checkpoint = os.fspath(self.checkpoint)
         if isinstance(self.validation, Real):  # numpy's numbers, too
             self.validation = int(self.validation) if isinstance(self.validation, Integral) else float(self.validation)
         if self.reward_weights is not None:
             self.reward_weights = [float(weight) for weight in self.reward_weights]
+        try:
+            self.bounds = tuple(float(bound) for bound in self.bounds)  # type: ignore[assignment]
+        except (TypeError, ValueError):
+            raise ValueError(f"`bounds` must be a smallest and a largest weight, got {self.bounds!r}.") from None
 
     def changed(self, **overrides: Any) -> SearchConfig:
         """Return a copy with other values.

@@ -34,10 +34,6 @@ class Method:
     expected_reward: bool
     reason: str
 
-    def settings(self) -> dict[str, Any]:
-        """Return the fields of [`SearchConfig`] that were decided."""
-        return {"method": self.name, "granularity": self.granularity, "expected_reward": self.expected_reward}
-
     def __str__(self) -> str:
         what = "expected reward" if self.expected_reward else "objective"
         names = {"gradient": "gradient of the", "cem": "cross-entropy method on the", "cma-es": "CMA-ES on the"}

@@ -87,7 +87,8 @@ class ValidatedSearch:
         self._method, self._evaluator = method, rewarded
         self._optimizer(config.seed, self._neutral())  # so that a wrong argument fails before the work
         if self.checkpoint is not None:
-            self.checkpoint.open(rewarded, method.settings())
+            decided = {"method": method.name, "granularity": method.granularity}
+            self.checkpoint.open(rewarded, {**decided, "expected_reward": method.expected_reward})
         with progress_bar(desc=f"Searching ({self.objective.name})", unit="evaluation") as bar:
             rewarded.on_evaluations = bar.update
             evaluator = rewarded
@@ -310,7 +311,9 @@ class ValidatedSearch:
     def _settings(self, optimizer: Optimizer) -> dict[str, Any]:
         generation = self.objective.generation_kwargs
         led_to = {
-            **self._method.settings(),
+            "method": self._method.name,
+            "granularity": self._method.granularity,
+            "expected_reward": self._method.expected_reward,
             "num_generations": self._num_generations(optimizer),
             "population_size": optimizer.population_size,
             "max_new_tokens": generation.get("max_new_tokens"),

@@ -44,7 +44,7 @@ def make_optimizer(
         kwargs: Arguments of the optimizer that replace these; `mean` may be a number for all variables.
 
     Raises:
-        ValueError: An unknown name, or an argument out of range.
+        ValueError: An unknown name.
         TypeError: An argument that the optimizer does not have.
         ImportError: `cmaes` is not installed.
     """
