@@ -1,8 +1,7 @@
-"""The cross-entropy method as an optimiser, apart from any model."""
+"""The cross-entropy method as an optimizer, apart from any model."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +29,7 @@ def sphere(x: np.ndarray) -> float:
 
 @pytest.mark.parametrize("dim", [1, 3, 8])
 @pytest.mark.parametrize("seed", range(3))
-def test_minimises_a_quadratic(dim: int, seed: int) -> None:
+def test_minimizes_a_quadratic(dim: int, seed: int) -> None:
     target, scale = np.linspace(-1, 2, dim), np.linspace(1, 5, dim)
     optimizer = CrossEntropyMethod(np.zeros(dim), 1.0, population_size=80, smoothing=0.5, seed=seed)
     for _ in range(60):
@@ -108,7 +107,7 @@ def test_one_live_dimension_keeps_the_search_going() -> None:
     assert not optimizer.should_stop()
 
 
-def test_the_incumbent_is_asked_first_and_judged_anew() -> None:
+def test_the_incumbent_is_asked_first_and_evaluated_again() -> None:
     """A candidate whose first score was luck is the incumbent for one generation."""
     optimizer = CrossEntropyMethod(np.zeros(2), 1.0, population_size=6, seed=3)
     first = [optimizer.ask() for _ in range(6)]
@@ -138,37 +137,6 @@ def test_arguments_are_not_shared_with_the_caller() -> None:
     mean, std, bounds = np.zeros(2), np.ones(2), np.array([[-1.0, 1.0]] * 2)
     generation(CrossEntropyMethod(mean, std, bounds=bounds, population_size=4, seed=0), sphere)
     assert (mean.tolist(), std.tolist(), bounds.tolist()) == ([0, 0], [1, 1], [[-1, 1], [-1, 1]])
-
-
-@pytest.mark.parametrize("generations", [0, 2])
-@pytest.mark.parametrize("asked", [0, 1, 3])
-def test_a_saved_state_goes_on_identically(generations: int, asked: int) -> None:
-    """Also in the midst of a generation, and through strict JSON, in which there is no `Infinity`."""
-
-    def make(seed: int) -> CrossEntropyMethod:
-        return CrossEntropyMethod(np.zeros(2), 1.0, bounds=np.array([[-2.0, 2.0]] * 2), population_size=5, seed=seed)
-
-    original, copy = make(1), make(2)
-    for _ in range(generations):
-        generation(original, sphere)
-    begun = [original.ask() for _ in range(asked)]
-    copy.load_state_dict(json.loads(json.dumps(original.state_dict(), allow_nan=False)))
-    assert copy.generation == generations
-
-    def go_on(optimizer: CrossEntropyMethod) -> list[list[float]]:
-        xs = begun + [optimizer.ask() for _ in range(5 - asked)]
-        optimizer.tell([(x, sphere(x)) for x in xs])
-        xs += [x for _ in range(2) for x, _ in generation(optimizer, sphere)]
-        return [x.tolist() for x in xs]
-
-    assert go_on(copy) == go_on(original)
-    assert copy.state_dict() == original.state_dict()
-
-
-def test_a_state_of_another_size_is_refused() -> None:
-    state = CrossEntropyMethod(np.zeros(3), 1.0).state_dict()
-    with pytest.raises(ValueError, match="3 variables, this optimiser 2"):
-        CrossEntropyMethod(np.zeros(2), 1.0).load_state_dict(state)
 
 
 nan, inf = float("nan"), float("inf")
@@ -221,11 +189,13 @@ def test_tell_wants_a_whole_generation(count: int) -> None:
 
 
 def test_tell_refuses_nan_and_is_as_before() -> None:
-    optimizer = CrossEntropyMethod(np.zeros(2), 1.0, population_size=4, seed=0)
-    before = optimizer.state_dict()
+    optimizer, other = (CrossEntropyMethod(np.zeros(2), 1.0, population_size=4, seed=0) for _ in range(2))
     with pytest.raises(ValueError, match="Candidate 2 has the value NaN"):
         optimizer.tell([(np.zeros(2), value) for value in (0.0, 1.0, nan, nan)])
-    assert optimizer.state_dict() == before
+    assert (optimizer.mean.tolist(), optimizer.std.tolist(), optimizer.generation) == ([0, 0], [1, 1], 0)
+    for _ in range(2):
+        found, expected = generation(optimizer, sphere), generation(other, sphere)
+        assert [x.tolist() for x, _ in found] == [x.tolist() for x, _ in expected]
 
 
 def test_infinite_values_lose() -> None:

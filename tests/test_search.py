@@ -1,4 +1,4 @@
-"""The search behind `AdaptiveMixture`: batches of candidates, racing, validation, limits, checkpoints, optimisers."""
+"""The search behind `AdaptiveMixture`: batches of candidates, racing, validation, limits, checkpoints, optimizers."""
 
 from __future__ import annotations
 
@@ -10,11 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
-from peft_svf.search.procedure import Procedure
-from test_adaptation import EXAMPLES, EXPERTS, IDS, Distance, base_model, count_letters, logits, save_expert
+from test_adaptation import (
+    EXAMPLES,
+    EXPERTS,
+    IDS,
+    Distance,
+    base_model,
+    count_letters,
+    logits,
+    save_expert,
+)
 from test_adaptation import experts as experts
 from test_adaptation import mixture as mixture
 from test_adaptation import tokenizer as tokenizer
@@ -25,7 +34,9 @@ from peft_svf import (
     Evaluator,
     GradientDescent,
     LogLikelihoodObjective,
+    Optimizer,
     RewardObjective,
+    SearchConfig,
     SVFConfig,
     SVFLayer,
     WeightedObjective,
@@ -34,13 +45,28 @@ from peft_svf import (
 from peft_svf.scoring import read_prefix
 from peft_svf.scoring.prefix import common_prefix
 from peft_svf.search.in_context import answer_of, with_demonstrations
-from peft_svf.search.loop import Plan, chosen_first, run_search
-from peft_svf.search.optimizers.optimizer import OPTIMIZERS, RandomShooting, make_optimizer
+from peft_svf.search.loop import run_search
+from peft_svf.search.optimizers import make_optimizer
+from peft_svf.search.selection import ranked
 from peft_svf.search.statistics import compared, interval
+from peft_svf.search.validated import ValidatedSearch
 from peft_svf.search.validation import Split, split_examples
 
 ROWS = EXAMPLES[:4]
 TARGET = {"all": 0.6, "narrow": 0.2, "last": 0.9}
+
+
+class RandomSearch(Optimizer):
+    """Candidates drawn evenly from a box."""
+
+    def __init__(self, dim: int = 3, population_size: int = 32) -> None:
+        self.dim, self.population_size, self.rng = dim, population_size, np.random.default_rng(0)
+
+    def ask(self) -> np.ndarray:
+        return self.rng.uniform(0, 1, self.dim)
+
+    def tell(self, solutions: Sequence[tuple[np.ndarray, float]], gradients: Any = None) -> None:
+        pass
 
 
 def modules(mixture: AdaptiveMixture) -> list[str]:
@@ -79,7 +105,7 @@ def test_scores_in_batches_are_those_of_the_mixtures_one_by_one(
         candidates, range(len(objective.examples))
     )
     for x, scores in zip(candidates, found, strict=True):
-        mixture._put_groups(space.weights(x), space.group_of)
+        mixture.set_weights(space.weights(x), space.group_of)
         assert scores == pytest.approx(objective(mixture.model), abs=1e-4)
     assert len({scores.tobytes() for scores in found}) > 1
 
@@ -118,7 +144,7 @@ def of_led(name: str, tokenizer: Any, spy: Any = count_letters, **kwargs: Any) -
 
 @pytest.mark.parametrize("batch_size", [2, 7, 64])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_what_all_prompts_begin_with_is_read_once_for_each_candidate(
+def test_the_common_prefix_is_read_once_for_each_candidate(
     name: str, batch_size: int, mixture: AdaptiveMixture, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts: list[str] = []
@@ -147,7 +173,7 @@ def test_what_all_prompts_begin_with_is_read_once_for_each_candidate(
     together = sorted(texts)
     texts.clear()
     for x, scores in zip(candidates, found, strict=True):
-        mixture._put_groups(space.weights(x), space.group_of)
+        mixture.set_weights(space.weights(x), space.group_of)
         assert scores == pytest.approx(objective(mixture.model), abs=1e-5)
     assert together == sorted(texts)
     assert len({scores.tobytes() for scores in found}) > 1
@@ -206,14 +232,36 @@ def test_beams_of_the_model_s_own_settings(mixture: AdaptiveMixture, tokenizer: 
         several.score(mixture.model, [0])
 
 
-def test_an_objective_of_the_old_kind_still_works(mixture: AdaptiveMixture, tokenizer: Any) -> None:
-    class Own(RewardObjective):
+def test_a_subclass_with_another_score_declares_what_it_can_do(mixture: AdaptiveMixture, tokenizer: Any) -> None:
+    class Plain(RewardObjective):
         def score(self, model: Any, indices: Sequence[int]) -> list[float]:  # type: ignore[override]
             return super().score(model, indices)
 
-    objective = Own(LED, count_letters, tokenizer, generation_kwargs={"max_new_tokens": 2})
-    assert objective.prefix_ids
-    Evaluator(mixture.model, WeightSpace(mixture.experts, []), objective).scores([np.zeros(3)], range(3))
+    class Sharing(RewardObjective):
+        shares_prefix = True
+
+        def score(self, model: Any, indices: Sequence[int], prefix: Any = None) -> list[float]:
+            shared.append(prefix is not None)
+            return super().score(model, indices, prefix)
+
+    class Renamed(Sharing):
+        name = "renamed"
+
+    class Smooth(LogLikelihoodObjective):
+        def score(self, model: Any, indices: Sequence[int]) -> list[float]:  # type: ignore[override]
+            return super().score(model, indices)
+
+    assert (Plain.shares_prefix, Plain.rewards_answers, Plain.differentiable) == (False, False, False)
+    assert (Sharing.shares_prefix, Sharing.rewards_answers) == (True, False)
+    assert (Renamed.shares_prefix, Renamed.rewards_answers) == (True, False)
+    assert not Smooth.differentiable
+    shared: list[bool] = []
+    for kind in (Plain, Renamed):
+        objective = kind(LED, count_letters, tokenizer, generation_kwargs={"max_new_tokens": 2})
+        assert objective.prefix_ids
+        space = WeightSpace(mixture.experts, [])
+        Evaluator(mixture.model, space, objective).scores([np.zeros(3)], range(3))
+    assert shared == [True]
 
 
 @pytest.mark.parametrize("kwargs", [{"num_beams": 2}, {"cache_implementation": "static"}, {"use_cache": False}])
@@ -268,8 +316,8 @@ def test_no_pair_is_evaluated_twice(mixture: AdaptiveMixture) -> None:
     assert first[0].tolist() == first[2].tolist() != first[1].tolist()
     evaluator.scores([y, x], [1, 2])
     assert sorted(seen) == [0, 0, 1, 1, 2, 2]
-    assert evaluator.usage.rows == 6
-    assert evaluator.evaluations == 2
+    assert evaluator.usage.evaluations == 6
+    assert evaluator.candidates == 2
 
 
 def test_a_batch_that_does_not_fit_is_halved(mixture: AdaptiveMixture) -> None:
@@ -290,7 +338,7 @@ def test_a_batch_that_does_not_fit_is_halved(mixture: AdaptiveMixture) -> None:
     assert evaluator.batch_size == 2
     assert sizes[:3] == [16, 8, 4]
     assert sum(size for size in sizes if size <= 3) == 20
-    assert evaluator.usage.rows == 20
+    assert evaluator.usage.evaluations == 20
 
     class Larger(Distance):
         def score(self, model: Any, indices: Sequence[int]) -> list[float]:
@@ -305,20 +353,19 @@ def test_a_search_changes_nothing_but_the_mixture(mixture: AdaptiveMixture) -> N
     mixture.set_weights([0.1, 0.2, 0.3])
     mixture.apply("kept")
     before = {name: p.clone() for name, p in mixture.model.named_parameters() if ".svf_delta.mixture." not in name}
-    mixture.search(ROWS, count_letters, num_generations=2, population_size=4, generation_kwargs={"max_new_tokens": 4})
+    mixture.search(ROWS, count_letters, num_generations=2, max_new_tokens=4)
     after = dict(mixture.model.named_parameters())
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert all(layer.rows is None for layer in mixture.model.modules() if isinstance(layer, SVFLayer))
 
 
+@pytest.mark.parametrize("method", ["cem", "gradient"])
 def test_a_search_that_samples_repeats_itself_and_leaves_the_random_numbers_alone(
-    mixture: AdaptiveMixture,
+    method: str, mixture: AdaptiveMixture
 ) -> None:
     def run(**options: Any) -> dict[str, Any]:
-        sampled = {"max_new_tokens": 6, "do_sample": True, "temperature": 2.0}
-        result = mixture.search(
-            ROWS, count_letters, num_generations=2, population_size=4, generation_kwargs=sampled, **options
-        )
+        options |= {"max_new_tokens": 6, "generation_kwargs": {"do_sample": True, "temperature": 2.0}}
+        result = mixture.search(ROWS, count_letters, method=method, num_generations=2, population_size=4, **options)
         return {**result.to_dict(), "usage": None}
 
     torch.manual_seed(5)
@@ -333,22 +380,19 @@ def test_a_search_that_samples_repeats_itself_and_leaves_the_random_numbers_alon
 # ------------------------------------------------------------------------------------------ space
 
 
-@given(st.data())
-@settings(max_examples=50, deadline=None)
-def test_normalised_weights_are_never_larger_than_an_expert(data: st.DataObject) -> None:
-    experts, layers = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 3))
-    names = [f"layers.{i}.{kind}" for i in range(layers) for kind in ("q", "up")]
-    low, high = data.draw(st.tuples(st.floats(-2, 0), st.floats(0.1, 2)))
-    kind = data.draw(st.sampled_from(["expert", "layer", "module"]))
-    space = WeightSpace([f"e{k}" for k in range(experts)], names, kind, (low, high), normalize=True)
-    x = np.array(data.draw(st.lists(st.floats(low, high), min_size=space.dim, max_size=space.dim)))
-    alpha = space.weights(x)
-    assert alpha.shape == (experts, {"expert": 1, "layer": layers, "module": 2 * layers}[kind])
-    assert (np.abs(alpha).sum(axis=0) <= 1 + 1e-12).all()
-    free = WeightSpace(space.experts, names, kind, (low, high)).weights(x)
-    small = np.abs(free).sum(axis=0) <= 1
-    assert np.array_equal(alpha[:, small], free[:, small])
-    assert not space.weights(space.simple()["base"]).any()
+def test_the_baselines_of_a_space(mixture: AdaptiveMixture) -> None:
+    space = WeightSpace(["a", "b"], ["model.layers.0.q", "model.layers.1.q"], "layer", (-1.0, 2.0))
+    found = {name: space.weights(x).tolist() for name, x in space.baselines().items()}
+    assert found == {
+        "base": [[0, 0], [0, 0]],
+        "a": [[1, 1], [0, 0]],
+        "b": [[0, 0], [1, 1]],
+        "uniform": [[0.5, 0.5], [0.5, 0.5]],
+    }
+    assert space.neutral == "uniform"
+    assert space.bounds.tolist() == [[-1, 2]] * 4
+    with pytest.raises(ValueError, match="Expected 4 finite weights"):
+        space.weights(np.zeros(3))
 
 
 def test_groups_of_modules() -> None:
@@ -384,6 +428,7 @@ def test_a_search_with_weights_of_groups(granularity: Any, mixture: AdaptiveMixt
         granularity = {name: "attention" if "self_attn" in name else "mlp" for name in modules(mixture)}
     result = mixture.search(
         ROWS,
+        method="cem",
         granularity=granularity,
         validation=None,
         num_generations=8,
@@ -402,11 +447,14 @@ def test_a_search_with_weights_of_groups(granularity: Any, mixture: AdaptiveMixt
     assert not torch.allclose(logits(mixture.model), saved)
 
 
-# ------------------------------------------------------------------------------------------ optimisers
+# ------------------------------------------------------------------------------------------ optimizers
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_every_optimizer_finds_a_planted_mixture(name: str, tmp_path: Path, tokenizer: Any) -> None:
+PAPER = {"mean": 1 / 2, "std": 0.5, "min_std": 0.0}  # the cross-entropy method of the paper's code, for two experts
+
+
+@pytest.mark.parametrize("name", ["gradient", "cem", "cma-es", "paper"])
+def test_every_method_finds_a_planted_mixture(name: str, tmp_path: Path, tokenizer: Any) -> None:
     """The answers were sampled from a mixture, so hardly any other makes many of them more likely."""
     names = {
         name: save_expert(tmp_path / name, SVFConfig(target_modules="all-linear"), seed=10 + i)
@@ -426,14 +474,14 @@ def test_every_optimizer_finds_a_planted_mixture(name: str, tmp_path: Path, toke
         for prompt, answer in zip(tokenizer.batch_decode(prompts), answers, strict=True)
     ]
     truth = np.mean(LogLikelihoodObjective(rows, tokenizer)(mixture.model))
-    # random candidates come near by chance only, and the paper's settings may shrink too soon
-    rough = name in ("random", "cem-paper")
-    generations, population = (40, 1) if name == "gradient" else (10, 12)
+    rough = name == "paper"  # may shrink too soon
+    generations = 40 if name == "gradient" else 10
     result = mixture.search(
         rows,
-        optimizer=name,
+        method="cem" if rough else name,
+        optimizer_kwargs=PAPER if rough else {},
         num_generations=generations,
-        population_size=population,
+        population_size=12,
         validation=None,
         in_context=False,
     )
@@ -455,7 +503,7 @@ def test_the_gradient_is_that_of_the_score(mixture: AdaptiveMixture, tokenizer: 
         assert gradient[i] == pytest.approx((high - low) / 2e-2, abs=2e-3)
 
 
-def test_the_gradient_goes_through_what_all_prompts_begin_with(
+def test_the_gradient_goes_through_the_common_prefix(
     mixture: AdaptiveMixture, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     objective, read = of_led("log-likelihood", tokenizer), []
@@ -479,49 +527,41 @@ def test_the_gradient_goes_through_what_all_prompts_begin_with(
     assert np.abs(slope).max() > 1e-3
 
 
-def test_gradient_descent_minimises_a_quadratic_within_bounds() -> None:
+def test_gradient_descent_minimizes_a_quadratic_within_bounds() -> None:
     optimizer = GradientDescent(np.array([0.5, 0.5]), bounds=np.array([[0.0, 1.0]] * 2))
     target = np.array([0.8, 1.5])
     for _ in range(200):
         x = optimizer.ask()
         optimizer.tell([(x, float(np.square(x - target).sum()))], [2 * (x - target)])
     assert optimizer.ask() == pytest.approx([0.8, 1.0], abs=1e-2)
-    with pytest.raises(ValueError, match="needs gradients"):
+    with pytest.raises(ValueError, match="needs `gradients`"):
         optimizer.tell([(x, 0.0)])
+    assert GradientDescent(np.array([-1.0, 2.0]), bounds=np.array([[0.0, 1.0]] * 2)).ask().tolist() == [0, 1]
 
 
-def test_gradient_descent_needs_a_gradient(mixture: AdaptiveMixture) -> None:
+def test_a_gradient_needs_an_objective_that_has_one(mixture: AdaptiveMixture, tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match=r"'distance' has no gradient\. Use method='cem'"):
+        mixture.search(objective=Distance(TARGET), method="gradient")
     with pytest.raises(ValueError, match="'distance' has no gradient"):
-        mixture.search(objective=Distance(TARGET), optimizer="gradient")
-    with pytest.raises(ValueError, match="`normalize` cannot be differentiated"):
-        mixture.search(ROWS, optimizer="gradient", normalize=True)
+        mixture.search(objective=Distance(TARGET), optimizer=GradientDescent(np.zeros(3)))
+    with pytest.raises(ValueError, match=r"'reward \+ 0.01 log-likelihood' has no gradient"):
+        mixture.search(objective=OBJECTIVES["both"](tokenizer), method="gradient")
+    evaluator = Evaluator(mixture.model, WeightSpace(mixture.experts, modules(mixture)), Distance(TARGET))
+    with pytest.raises(ValueError, match="'distance' has no gradient"):
+        evaluator.value_and_gradient(np.zeros(3), [0])
 
 
-def test_random_shooting_stays_in_its_box() -> None:
-    box = np.array([[-1.0, 0.0], [0.0, 3.0]])
-    optimizer = RandomShooting(box, population_size=3, seed=0)
-    drawn = np.array([optimizer.ask() for _ in range(200)])
-    assert (drawn >= box[:, 0]).all()
-    assert (drawn <= box[:, 1]).all()
-    assert drawn[:, 1].max() > 2.5
-
-
-def test_an_optimizer_that_does_not_exist(mixture: AdaptiveMixture) -> None:
-    with pytest.raises(ValueError, match="no optimizer 'cme'; expected one of cem, "):
-        mixture.search(ROWS, optimizer="cme")
-
-
-@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "gradient"])
+@pytest.mark.parametrize("name", ["cem", "cma-es"])
 def test_optimizers_respect_bounds_and_start_inside(name: str) -> None:
     space = WeightSpace(["a", "b"], ["q"], bounds=(-0.2, 0.3))
-    optimizer = make_optimizer(name, space, population_size=6, seed=0)
+    optimizer = make_optimizer(name, space, start=np.zeros(2), population_size=6, seed=0)
     for _ in range(3):
         candidates = [optimizer.ask() for _ in range(6)]
         assert all((space.low <= x).all() and (x <= space.high).all() for x in candidates)
         optimizer.tell([(x, float(x.sum())) for x in candidates])
 
 
-# ------------------------------------------------------------------------------------------ racing, limits, penalties
+# ------------------------------------------------------------------------------------------ racing, limits
 
 
 class Noisy(Distance):
@@ -534,12 +574,10 @@ class Noisy(Distance):
 
 def test_racing_comes_to_the_same_for_less(mixture: AdaptiveMixture) -> None:
     found = {
-        racing: mixture.search(
-            objective=Noisy(TARGET, 12), racing=racing, validation=None, population_size=32, num_generations=8
-        )
+        racing: mixture.search(objective=Noisy(TARGET, 12), racing=racing, validation=None, num_generations=8)
         for racing in (False, True)
     }
-    assert found[True].usage.rows < 0.7 * found[False].usage.rows
+    assert found[True].usage.evaluations < 0.7 * found[False].usage.evaluations
     for result in found.values():
         assert result.searched_weights == pytest.approx(TARGET, abs=0.12)
 
@@ -547,9 +585,11 @@ def test_racing_comes_to_the_same_for_less(mixture: AdaptiveMixture) -> None:
 def test_dropped_candidates_are_told_behind_those_that_were_not(mixture: AdaptiveMixture) -> None:
     told: list[list[tuple[np.ndarray, float]]] = []
 
-    class Spy(RandomShooting):
-        def tell(self, solutions: list[tuple[np.ndarray, float]]) -> None:
-            told.append(solutions)
+    class Spy(RandomSearch):
+        num_elites = 1  # a race may drop all but the best
+
+        def tell(self, solutions: Sequence[tuple[np.ndarray, float]], gradients: Any = None) -> None:
+            told.append(list(solutions))
 
     class Misleading(Distance):
         """Example 0 is the only one that says something; the others are the same for all."""
@@ -559,9 +599,11 @@ def test_dropped_candidates_are_told_behind_those_that_were_not(mixture: Adaptiv
 
     space = WeightSpace(mixture.experts, modules(mixture))
     evaluator = Evaluator(mixture.model, space, Misleading(TARGET, 8))
-    outcome = run_search(evaluator, Spy(space.bounds, population_size=16, seed=0), range(8), Plan(1, racing=True))
+    spy = Spy(population_size=16)
+    outcome = run_search(evaluator, spy, range(8), SearchConfig(racing=True), num_generations=1)
+    on_all = {tuple(entry["candidate"]): len(entry["examples"]) for entry in evaluator.state_dict()}
     values = np.array([value for _, value in told[0]])
-    seen = [sum(i in evaluator._recall(x, range(8)) for i in range(8)) for x, _ in told[0]]
+    seen = [on_all[tuple(x)] for x, _ in told[0]]
     assert {size: seen.count(size) for size in (2, 4, 8)} == {2: 8, 4: 4, 8: 4}
     assert max(values[np.array(seen) == 8]) < min(values[np.array(seen) == 4])
     assert max(values[np.array(seen) == 4]) < min(values[np.array(seen) == 2])
@@ -570,19 +612,35 @@ def test_dropped_candidates_are_told_behind_those_that_were_not(mixture: Adaptiv
     assert outcome.finalists[0].tolist() == told[0][int(np.argmin(distances))][0].tolist()
 
 
-def test_limits_are_kept(mixture: AdaptiveMixture) -> None:
-    options: dict[str, Any] = {"racing": False, "validation": None, "population_size": 5, "optimizer": "random"}
-    result = mixture.search(objective=Distance(TARGET, 4), max_rows=100, **options)
-    assert result.stopped == "max_rows"
-    assert len(result.history) == 4  # 5 simple choices × 4 and 4 × 20
-    assert result.usage.rows == 100
-    result = mixture.search(ROWS, max_tokens=1, num_generations=5, validation=None)
-    assert (result.stopped, len(result.history)) == ("max_tokens", 1)
-    result = mixture.search(ROWS, max_seconds=1e-6, num_generations=5, validation=None)
+@pytest.mark.parametrize("method", ["cem", "gradient"])
+def test_a_search_keeps_to_its_time(
+    method: str, mixture: AdaptiveMixture, monkeypatch: pytest.MonkeyPatch, tokenizer: Any
+) -> None:
+    """A clock that a batch of scores or a step of the gradient moves by one second, and nothing else does."""
+    clock = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+
+    class Slow(LogLikelihoodObjective):
+        differentiable = True
+
+        def score(self, model: Any, indices: Sequence[int], prefix: Any = None) -> list[float]:
+            clock[0] += 1
+            return super().score(model, indices)
+
+        def score_tensor(self, model: Any, indices: Sequence[int], prefix: Any = None) -> torch.Tensor:
+            clock[0] += torch.is_grad_enabled()
+            return super().score_tensor(model, indices)
+
+    options: dict[str, Any] = {"method": method, "racing": False, "population_size": 4, "num_generations": 99}
+    options |= {"in_context": False, "batch_size": 64, "objective": Slow(EXAMPLES * 2, tokenizer)}
+    for validation, searches in ((None, 1), (4, 5)):
+        result = mixture.search(max_seconds=31, validation=validation, **options)
+        assert result.stopped == "max_seconds"
+        assert len(result.history) == 30 // searches  # one second for the baselines
+        assert result.evaluated_on == ("cross-validation" if validation else "search")
+        assert result.seconds <= 31 + 2 * searches + 4  # the choice among the finalists, and the scores of each part
+    result = mixture.search(max_seconds=0, validation=None, **options)
     assert (result.stopped, len(result.history)) == ("max_seconds", 1)
-    folded = mixture.search(objective=Distance(TARGET, 6), max_rows=400, population_size=5, validation=3)
-    assert folded.judged_on == "cross-validation"
-    assert folded.usage.rows <= 400 + 2 * 6
 
 
 def test_a_search_without_progress_stops(mixture: AdaptiveMixture) -> None:
@@ -594,19 +652,7 @@ def test_a_search_without_progress_stops(mixture: AdaptiveMixture) -> None:
     assert (result.stopped, len(result.history)) == ("patience", 4)
 
 
-@pytest.mark.parametrize("penalty", ["l1", "l2"])
-@pytest.mark.parametrize("optimizer", ["cem", "gradient"])
-def test_a_penalty_draws_the_weights_to_the_base_model(penalty: str, optimizer: str, mixture: AdaptiveMixture) -> None:
-    options: dict[str, Any] = {"validation": None, "optimizer": optimizer, "num_generations": 12, "in_context": False}
-    options["one_standard_error"] = False
-    free = mixture.search(ROWS, **options)
-    drawn = mixture.search(ROWS, **options, **{penalty: 100.0})
-    assert sum(free.searched_weights.values()) > 0.2
-    assert sum(drawn.searched_weights.values()) < 0.3 * sum(free.searched_weights.values())
-    assert drawn.scores["base"] == pytest.approx(free.scores["base"])  # which are reported without it
-
-
-def test_ctrl_c_keeps_what_was_found(mixture: AdaptiveMixture) -> None:
+def test_ctrl_c_keeps_the_best_so_far(mixture: AdaptiveMixture) -> None:
     class Interrupted(Distance):
         calls = 0
 
@@ -618,7 +664,7 @@ def test_ctrl_c_keeps_what_was_found(mixture: AdaptiveMixture) -> None:
 
     result = mixture.search(objective=Interrupted(TARGET, 6), racing=False)
     assert result.stopped == "interrupted"
-    assert result.judged_on == "search"  # there was no time for more
+    assert result.evaluated_on == "search"  # there was no time for more
     assert len(result.history) == 1  # the second generation was not over
     assert result.score == max(result.scores.values())
     assert mixture.weights == result.weights
@@ -633,56 +679,45 @@ def test_ctrl_c_keeps_what_was_found(mixture: AdaptiveMixture) -> None:
 # ------------------------------------------------------------------------------------------ honest results
 
 
-class Memorised(Distance):
+class Overfit(Distance):
     """A search can fit the first examples exactly, which says nothing about the others: for those only 0 is good."""
 
-    def __init__(self, fitted: int, others: int) -> None:
-        super().__init__(TARGET, fitted + others)
+    def __init__(self, fitted: int) -> None:
+        super().__init__(TARGET, fitted)
         self.fitted = fitted
 
     def score(self, model: Any, indices: Sequence[int]) -> list[float]:
-        layer = next(module for module in model.modules() if isinstance(module, SVFLayer))
-        assert layer.rows is not None
-        norms = layer.rows._weights.abs().sum(-1).tolist()
+        norms = self.weights(model, indices).abs().sum(-1).tolist()
         fits = super().score(model, indices)
         return [fit if i < self.fitted else -norm for fit, norm, i in zip(fits, norms, indices, strict=True)]
 
 
-def test_what_only_fits_the_examples_of_the_search_is_not_kept(mixture: AdaptiveMixture) -> None:
-    space = WeightSpace(mixture.experts, modules(mixture))
-    evaluator = Evaluator(mixture.model, space, Memorised(4, 6))
-    procedure = Procedure(
-        evaluator,
-        Split([0, 1, 2, 3], held_out=[4, 5, 6, 7, 8, 9]),
-        Plan(8),
-        lambda seed, start: make_optimizer("cem", space, population_size=16, seed=seed, start=start),
-    )
-    result, chosen = procedure({})
-    assert result.judged_on == "validation"
+def test_a_mixture_that_only_fits_the_examples_of_the_search_is_not_kept(mixture: AdaptiveMixture) -> None:
+    held_out = [{"prompt": f"y{i}"} for i in range(6)]
+    result = mixture.search(objective=Overfit(4), eval_examples=held_out, num_generations=8, population_size=16)
+    assert result.evaluated_on == "validation"
     assert result.history[-1]["best"] > -0.3  # it does fit
     assert (result.choice, result.improved) == ("base", False)
-    assert not chosen.any()
+    assert not any(mixture.weights.values())
     assert result.difference[0] < 0
     assert result.certain
 
 
 def test_cross_validation_scores_each_example_by_a_search_without_it(mixture: AdaptiveMixture) -> None:
-    sums: dict[int, set[int]] = {}
+    sums: dict[tuple[float, ...], set[int]] = {}
 
     class Own(Distance):
-        """Each example has a target of its own; remembers on which examples each candidate was scored."""
+        """Each example has its own target. Remembers on which examples each candidate was scored."""
 
         def score(self, model: Any, indices: Sequence[int]) -> list[float]:
-            layer = next(module for module in model.modules() if isinstance(module, SVFLayer))
-            assert layer.rows is not None
-            weights = layer.rows._weights
-            for row, i in zip(weights, indices, strict=True):
-                sums.setdefault(hash(tuple(row.tolist())), set()).add(i)
+            weights = self.weights(model, indices)
+            for row, i in zip(weights.round(decimals=3), indices, strict=True):
+                sums.setdefault(tuple(row.tolist()), set()).add(i)
             return [-float((row - i / 6).abs().sum()) for row, i in zip(weights, indices, strict=True)]
 
     result = mixture.search(objective=Own(TARGET, 6), validation=3, num_generations=4, population_size=8, racing=False)
-    assert result.judged_on == "cross-validation"
-    # candidates of the searches without a fold, and the one of each that was then scored on the fold
+    assert result.evaluated_on == "cross-validation"
+    # candidates of the searches without a part, and the one of each that was then scored on the part
     assert {len(examples) for examples in sums.values()} == {4, 6}
     assert result.scores["searched"] <= max(entry["best"] for entry in result.history) + 1e-9
 
@@ -697,38 +732,36 @@ def test_cross_validation_scores_each_example_by_a_search_without_it(mixture: Ad
         ({"base": 1, "all": 1, "narrow": 1, "last": 1, "uniform": 1}, [1 / 3, 1 / 3, 1 / 3]),
     ],
 )
-def test_a_search_starts_at_the_best_simple_choice(
-    scores: dict[str, float], start: list[float], mixture: AdaptiveMixture
+def test_a_search_starts_at_the_best_baseline(
+    scores: dict[str, float], start: list[float], mixture: AdaptiveMixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     space = WeightSpace(mixture.experts, modules(mixture))
-    values = {tuple(np.float32(x)): scores[name] for name, x in space.simple().items()}
+    values = {tuple(x.round(3)): scores[name] for name, x in space.baselines().items()}
     starts: list[np.ndarray] = []
 
     class Known(Distance):
         def score(self, model: Any, indices: Sequence[int]) -> list[float]:
-            layer = next(module for module in model.modules() if isinstance(module, SVFLayer))
-            assert layer.rows is not None
-            return [float(values.get(tuple(row.numpy()), -1)) for row in layer.rows._weights]
+            return [float(values.get(tuple(row), -1)) for row in self.weights(model, indices).numpy().round(3)]
 
-    def make(seed: int, start: np.ndarray) -> Any:
+    def spy(name: str, space: Any, *, start: np.ndarray, **kwargs: Any) -> Any:
         starts.append(start)
-        return make_optimizer("cem", space, population_size=4, seed=seed, start=start)
+        return make_optimizer(name, space, start=start, **kwargs)
 
-    evaluator = Evaluator(mixture.model, space, Known(TARGET, 4))
-    Procedure(evaluator, Split([0, 1, 2, 3]), Plan(1), make, in_context=False)({})
-    assert starts[0].tolist() == pytest.approx(start)
+    monkeypatch.setattr("peft_svf.search.validated.make_optimizer", spy)
+    config = SearchConfig(method="cem", num_generations=1, population_size=4, in_context=False)
+    split = Split([0, 1, 2, 3])
+    ValidatedSearch(mixture.model, Known(TARGET, 4), split, config, lambda granularity: space).run()
+    assert starts[-1].tolist() == pytest.approx(start)
 
 
-def test_what_is_simple_stays_unless_another_is_better_beyond_the_noise(mixture: AdaptiveMixture) -> None:
+def test_the_start_stays_unless_another_is_better_by_one_standard_error(mixture: AdaptiveMixture) -> None:
     space = WeightSpace(mixture.experts, modules(mixture))
     start, mean, best = np.zeros(3), np.full(3, 0.5), np.ones(3)
     scores: dict[float, list[float]] = {}
 
     class Known(Distance):
         def score(self, model: Any, indices: Sequence[int]) -> list[float]:
-            layer = next(module for module in model.modules() if isinstance(module, SVFLayer))
-            assert layer.rows is not None
-            rows = layer.rows._weights[:, 0].tolist()
+            rows = self.weights(model, indices)[:, 0].numpy().round(3).tolist()
             return [scores[row][i] for row, i in zip(rows, indices, strict=True)]
 
     for of_mean, of_best, expected in (
@@ -740,24 +773,26 @@ def test_what_is_simple_stays_unless_another_is_better_beyond_the_noise(mixture:
     ):
         scores |= {0.0: [0.0] * 4, 0.5: [float(x) for x in of_mean], 1.0: [float(x) for x in of_best]}
         evaluator = Evaluator(mixture.model, space, Known(TARGET, 4))
-        found = chosen_first(evaluator, [start, mean], [best], range(4), Plan(1))
+        found = ranked(evaluator, [start, mean], [best], range(4), one_standard_error=True)
         assert found[0] is expected
         assert len(found) == 3
     scores |= {0.5: [1.0, 0, 0, 0], 1.0: [1.0, 0, 0, 0]}
     evaluator = Evaluator(mixture.model, space, Known(TARGET, 4))
-    found = chosen_first(evaluator, [start, mean], [best], range(4), Plan(1, one_standard_error=False))
+    found = ranked(evaluator, [start, mean], [best], range(4), one_standard_error=False)
     assert found[0] is mean
 
 
-def test_validation_rows_of_their_own(mixture: AdaptiveMixture) -> None:
-    result = mixture.search(ROWS[:2], validation=ROWS[2:], num_generations=2, population_size=4)
-    assert result.judged_on == "validation"
+@pytest.mark.parametrize("as_dataset", [False, True])
+def test_evaluation_examples(as_dataset: bool, mixture: AdaptiveMixture) -> None:
+    rows: Any = Dataset.from_list(ROWS[2:]) if as_dataset else ROWS[2:]
+    result = mixture.search(ROWS[:2], eval_examples=rows, method="cem", num_generations=2, population_size=4)
+    assert (result.evaluated_on, result.num_evaluated) == ("validation", 2)
     assert len(result.history) == 2
     assert result.settings["examples"] == 4
 
 
 @pytest.mark.parametrize(
-    ("count", "validation", "held_out", "folds"),
+    ("count", "validation", "held_out", "parts"),
     [
         (30, "auto", 10, 0),
         (12, "auto", 0, 3),
@@ -768,16 +803,17 @@ def test_validation_rows_of_their_own(mixture: AdaptiveMixture) -> None:
         (3, 3, 0, 3),
     ],
 )
-def test_which_examples_are_for_what(count: int, validation: Any, held_out: int, folds: int) -> None:
+def test_which_examples_are_for_what(count: int, validation: Any, held_out: int, parts: int) -> None:
     objective = Distance(TARGET, count)
-    _, split = split_examples(objective, validation, seed=0)
+    split = split_examples(objective, validation, seed=0)
     assert len(split.held_out) == held_out
-    assert len(split.folds) == folds
+    assert len(split.parts) == parts
     assert sorted(split.search + split.held_out) == list(range(count))
-    if folds:
-        assert sorted(i for fold in split.folds for i in fold) == split.search == split.judged
+    if parts:
+        assert sorted(i for part in split.parts for i in part) == split.search == split.evaluated
+        assert all(sorted(split.rest(part) + part) == split.search for part in split.parts)
     elif held_out:
-        assert split.judged == split.held_out
+        assert split.evaluated == split.held_out
 
 
 def test_the_same_question_is_on_one_side_only(mixture: AdaptiveMixture) -> None:
@@ -785,8 +821,8 @@ def test_the_same_question_is_on_one_side_only(mixture: AdaptiveMixture) -> None
     for i in range(6):  # three of four
         objective.examples[i]["prompt"] = f"q{i % 2}"
     for validation in (3, 0.3, "auto"):
-        _, split = split_examples(objective, validation, seed=0)
-        for part in split.folds or [split.held_out]:
+        split = split_examples(objective, validation, seed=0)
+        for part in split.parts or [split.held_out]:
             inside = {objective.examples[i]["prompt"] for i in part}
             assert not inside & {objective.examples[i]["prompt"] for i in split.search if i not in part}
     seen: list[str] = []
@@ -796,7 +832,7 @@ def test_the_same_question_is_on_one_side_only(mixture: AdaptiveMixture) -> None
         return [0.0] * len(completions)
 
     rows = [{"prompt": f"q{i % 3}?", "answer": f"a{i % 3}"} for i in range(6)]
-    options: dict[str, Any] = {"num_generations": 1, "population_size": 2, "generation_kwargs": {"max_new_tokens": 1}}
+    options: dict[str, Any] = {"method": "cem", "num_generations": 1, "population_size": 2, "max_new_tokens": 1}
     for validation in (None, 3):
         mixture.search(rows, spy, validation=validation, **options)
     assert seen
@@ -812,7 +848,7 @@ def test_a_score_that_is_no_number_is_an_error(score: float, mixture: AdaptiveMi
             return [score if i == 1 else 0.0 for i in indices]
 
     with pytest.raises(ValueError, match=rf"'distance' returned {score} for example 1"):
-        mixture.search(objective=Broken(TARGET, 3), optimizer="random")
+        mixture.search(objective=Broken(TARGET, 3))
 
 
 def test_an_answer_ends_at_any_of_the_end_tokens(mixture: AdaptiveMixture, tokenizer: Any) -> None:
@@ -833,34 +869,33 @@ def test_an_answer_ends_at_any_of_the_end_tokens(mixture: AdaptiveMixture, token
     assert len(set(lengths)) > 1
 
 
-def test_validation_rows_that_are_examples_of_the_search_are_refused(mixture: AdaptiveMixture) -> None:
-    with pytest.raises(ValueError, match="Row 1 of `validation` asks the same as example 2"):
-        mixture.search(ROWS[:3], validation=[ROWS[3], ROWS[2]])
+def test_evaluation_examples_that_make_no_sense(mixture: AdaptiveMixture) -> None:
+    with pytest.raises(ValueError, match="Example 1 of `eval_examples` has the prompt of example 2 of the search"):
+        mixture.search(ROWS[:3], eval_examples=[ROWS[3], ROWS[2]])
+    with pytest.raises(ValueError, match="`eval_examples` is empty"):
+        mixture.search(ROWS, eval_examples=[])
+    with pytest.raises(ValueError, match="Pass `eval_examples` or `validation=3`, not both"):
+        mixture.search(ROWS[:3], eval_examples=[ROWS[3]], validation=3)
+    with pytest.raises(ValueError, match="Example 1 is 'y'; expected rows with a column 'prompt'"):
+        mixture.search(objective=Distance(TARGET), eval_examples=["y"])  # type: ignore[list-item]
 
 
-def test_validation_as_a_dataset_or_a_number_of_numpy() -> None:
-    datasets = pytest.importorskip("datasets")
+def test_validation_may_be_a_number_of_numpy() -> None:
     objective = Distance(TARGET, 12)
-    _, split = split_examples(objective, np.int64(4), seed=0)
-    assert len(split.folds) == 4
-    _, split = split_examples(objective, np.float32(0.25), seed=0)
-    assert len(split.held_out) == 3
-    rows = datasets.Dataset.from_list([{"prompt": "of its own"}])
-    objective.with_examples = lambda examples: Distance(TARGET, len(examples))  # type: ignore[attr-defined]
-    _, split = split_examples(objective, rows, seed=0)
-    assert split.held_out == [12]
+    config = SearchConfig(validation=np.int64(4))  # type: ignore[arg-type]
+    assert len(split_examples(objective, config.validation, seed=0).parts) == 4
+    config = SearchConfig(validation=np.float32(0.25))  # type: ignore[arg-type]
+    assert len(split_examples(objective, config.validation, seed=0).held_out) == 3
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"l1": -1.0}, "`l1` must be a number of at least 0"),
-        ({"l2": float("nan")}, "`l2`"),
         ({"seed": -1}, "`seed`"),
         ({"seed": None}, "`seed`"),
         ({"seed": 0.5}, "`seed`"),
         ({"population_size": 1}, "`population_size` must be .*at least 2"),
-        ({"population_size": 0, "optimizer": "cma-es"}, "`population_size` must be .*at least 2"),
+        ({"population_size": 0, "method": "cma-es"}, "`population_size` must be .*at least 2"),
     ],
 )
 def test_settings_that_make_no_sense(options: dict[str, Any], message: str, mixture: AdaptiveMixture) -> None:
@@ -875,16 +910,42 @@ def test_an_optimizer_that_is_none(mixture: AdaptiveMixture) -> None:
 
     with pytest.raises(TypeError, match="Half has no `tell`"):
         mixture.search(objective=Distance(TARGET), optimizer=Half())
-    with pytest.raises(ValueError, match="needs two weights"):
-        make_optimizer("sep-cma-es", WeightSpace(["one"], []), population_size=4, seed=0)
+    with pytest.raises(TypeError, match="str has no `ask`"):
+        mixture.search(objective=Distance(TARGET), optimizer="cem")
+    with pytest.raises(ValueError, match="`optimizer_kwargs` belong to one method"):
+        mixture.search(objective=Distance(TARGET), optimizer=RandomSearch(), optimizer_kwargs={"std": 0.1})
 
 
-def test_a_mean_that_is_a_function_is_no_candidate(mixture: AdaptiveMixture) -> None:
-    class Own(RandomShooting):
+def test_an_optimizer_of_another_library_is_only_asked_and_told(mixture: AdaptiveMixture) -> None:
+    class Foreign:
+        """What else it has may mean something else than ours."""
+
+        population_size = 3
+        num_elites = "many"
+        uses_gradient = True
+
+        def ask(self) -> list[float]:
+            return [0.5, 0.5, 0.5]
+
+        def tell(self, solutions: list[tuple[np.ndarray, float]]) -> None:
+            assert len(solutions) == 3
+
         def mean(self) -> float:
             return 0.0
 
-    assert mixture.search(objective=Distance(TARGET), optimizer=Own(np.tile([0, 1], (3, 1)), seed=0)).history
+        def should_stop(self) -> bool:
+            return True
+
+    result = mixture.search(objective=Distance(TARGET, 4), optimizer=Foreign(), num_generations=2)
+    assert (result.method, result.stopped, len(result.history)) == ("Foreign", "num_generations", 2)
+
+
+def test_one_expert_can_be_searched_by_every_method(experts: dict[str, str], tokenizer: Any) -> None:
+    alone = {"all": experts["all"]}
+    mixture = AdaptiveMixture.from_pretrained(base_model(), alone, tokenizer=tokenizer)
+    for method in ("gradient", "cem", "cma-es"):
+        result = mixture.search(ROWS, method=method, num_generations=2, population_size=4)
+        assert len(result.history) == 2
 
 
 def test_several_answers_for_a_prompt_are_refused(tokenizer: Any) -> None:
@@ -910,10 +971,10 @@ def test_tokens_are_counted_by_pair_and_come_back_with_a_checkpoint(mixture: Ada
 
 def test_a_gradient_that_does_not_fit_is_made_of_parts(mixture: AdaptiveMixture, tokenizer: Any) -> None:
     class Large(LogLikelihoodObjective):
-        def differentiable(self, model: Any, indices: Sequence[int], prefix: Any = None) -> torch.Tensor:
+        def score_tensor(self, model: Any, indices: Sequence[int], prefix: Any = None) -> torch.Tensor:
             if len(indices) > 1:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
-            return super().differentiable(model, indices, prefix)
+            return super().score_tensor(model, indices, prefix)
 
     space, x = WeightSpace(mixture.experts, modules(mixture)), np.array([0.3, 0.5, 0.7])
     value, gradient = Evaluator(mixture.model, space, LogLikelihoodObjective(ROWS, tokenizer)).value_and_gradient(
@@ -926,9 +987,9 @@ def test_a_gradient_that_does_not_fit_is_made_of_parts(mixture: AdaptiveMixture,
     assert evaluator.batch_size == 1
 
 
-def test_ctrl_c_while_a_fold_is_scored_keeps_the_search(mixture: AdaptiveMixture) -> None:
+def test_ctrl_c_while_a_part_is_scored_keeps_the_search(mixture: AdaptiveMixture) -> None:
     class Interrupted(Distance):
-        """When a single candidate is scored on a fold, the second time: the first are the simple choices."""
+        """When a single candidate is scored on its part."""
 
         calls = 0
 
@@ -941,14 +1002,16 @@ def test_ctrl_c_while_a_fold_is_scored_keeps_the_search(mixture: AdaptiveMixture
     result = mixture.search(
         objective=Interrupted(TARGET, 6), validation=3, racing=False, num_generations=2, population_size=8
     )
-    assert (result.stopped, result.judged_on, len(result.history)) == ("interrupted", "search", 2)
+    assert (result.stopped, result.evaluated_on, len(result.history)) == ("interrupted", "search", 2)
 
 
 @pytest.mark.parametrize("what", ["memory", "template"])
 def test_a_search_does_without_in_context_prompting(what: str, mixture: AdaptiveMixture, tokenizer: Any) -> None:
     class Large(LogLikelihoodObjective):
+        shares_prefix = True
+
         def score(self, model: Any, indices: Sequence[int], prefix: Any = None) -> list[float]:
-            if what == "memory" and max(len(self._rows[i][0]) for i in indices) > 30:
+            if what == "memory" and max(self.lengths()[i] for i in indices) > 30:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
             return super().score(model, indices, prefix)
 
@@ -971,9 +1034,9 @@ def test_a_search_does_without_in_context_prompting(what: str, mixture: Adaptive
     assert "in-context" not in result.scores
 
 
-def test_ctrl_c_while_the_result_is_judged_keeps_it(mixture: AdaptiveMixture) -> None:
+def test_ctrl_c_while_the_result_is_evaluated_keeps_it(mixture: AdaptiveMixture) -> None:
     class Interrupted(Distance):
-        """At the first call for held-out examples after the one for the simple choices."""
+        """At the first call for held-out examples after the one for the baselines."""
 
         calls = 0
 
@@ -984,12 +1047,13 @@ def test_ctrl_c_while_the_result_is_judged_keeps_it(mixture: AdaptiveMixture) ->
                 raise KeyboardInterrupt
             return super().score(model, indices)
 
-    objective = Interrupted(TARGET, 4)
-    objective.with_examples = lambda examples: Interrupted(TARGET, len(examples))  # type: ignore[attr-defined]
     result = mixture.search(
-        objective=objective, validation=[{"prompt": "y"}, {"prompt": "z"}], racing=False, num_generations=3
+        objective=Interrupted(TARGET, 4),
+        eval_examples=[{"prompt": "y"}, {"prompt": "z"}],
+        racing=False,
+        num_generations=3,
     )
-    assert (result.stopped, result.judged_on, len(result.history)) == ("interrupted", "validation", 3)
+    assert (result.stopped, result.evaluated_on, len(result.history)) == ("interrupted", "validation", 3)
     assert mixture.weights == result.weights
 
 
@@ -1020,7 +1084,7 @@ def test_the_interval_is_as_wide_as_students(count: int, quantile: float) -> Non
     assert (high - low) / 2 == pytest.approx(quantile * values.std(ddof=1) / np.sqrt(count), rel=0.08)
 
 
-def test_ties_go_to_the_simpler() -> None:
+def test_ties_go_to_the_baseline() -> None:
     scores = {"base": np.array([0.0, 1.0]), "math": np.array([1.0, 0.0]), "searched": np.array([0.5, 0.5])}
     assert compared(scores, ["base", "math"])[:2] == ("base", False)
     scores["searched"] = np.array([0.5, 0.6])
@@ -1040,38 +1104,62 @@ def test_a_tie_is_not_broken_by_rounding() -> None:
     assert compared({"base": values, "searched": values + 1e-16}, ["base"])[2] == (0, 0, 0)
 
 
-def test_a_simple_choice_that_was_found_is_called_by_its_name(
-    mixture: AdaptiveMixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # the folds find something good, but the search on all examples comes back to an expert
-    def judge(self: Any, main: Any, plan: Any, on_generation: Any) -> Any:
-        found = self.evaluator.space.simple()["narrow"]
-        return found, np.full(len(ROWS), 1e3), "cross-validation", [(found, list(range(len(ROWS))))]
+def test_a_search_that_ends_at_a_baseline_names_it(mixture: AdaptiveMixture) -> None:
+    """The searches without a part find something good, but the search on all examples ends at an expert."""
+    target = {"all": 0.6, "narrow": 0.3, "last": 0.9}
+    told: list[int] = []
 
-    monkeypatch.setattr("peft_svf.search.procedure.Procedure._judge", judge)
-    result = mixture.search(ROWS, count_letters, validation=2, num_generations=1, population_size=4)
-    simple = {name: result.scores[name] for name in ("base", "all", "narrow", "last", "uniform")}
+    class Scripted(RandomSearch):
+        """Copied for each search: the second to fourth end at the target."""
+
+        def __init__(self) -> None:
+            super().__init__(population_size=2)
+
+        def __deepcopy__(self, memo: Any) -> Any:
+            return type(self)()
+
+        def ask(self) -> np.ndarray:
+            return np.array([0.0, 1.0, 0.0] if len(told) < 2 else list(target.values()))
+
+        def tell(self, solutions: Sequence[tuple[np.ndarray, float]], gradients: Any = None) -> None:
+            told.append(len(solutions))
+
+    result = mixture.search(
+        objective=Distance(target, 6), optimizer=Scripted(), validation=3, num_generations=2, one_standard_error=False
+    )
+    baselines = {name: result.scores[name] for name in ("base", "all", "narrow", "last", "uniform")}
     assert not result.improved
-    assert simple[result.choice] == max(simple.values()) == result.score
-    assert f"found nothing new, and {result.choice!r} was kept" in str(result)
+    assert result.difference[0] > 0
+    assert baselines[result.choice] == max(baselines.values()) == result.score
+    assert f"The search on all examples ended at a baseline; {result.choice!r} is kept" in str(result)
 
 
 def test_the_result_as_text_and_picture(mixture: AdaptiveMixture, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     for granularity in ("expert", "module"):
-        result = mixture.search(ROWS, num_generations=2, population_size=4, granularity=granularity)
+        result = mixture.search(ROWS, method="cem", num_generations=2, population_size=4, granularity=granularity)
         result.plot(tmp_path / "search.png")
         assert (tmp_path / "search.png").read_bytes().startswith(b"\x89PNG")
-    result.difference, result.judged_on, result.judged = (0.1, 0.05, 0.2), "search", 12
-    assert "which may be luck" in str(result)
-    result.judged_on, result.judged = "validation", 5
-    assert "which may be luck" in str(result)
-    result.judged = 12
-    assert "luck" not in str(result)
+    assert "Method: cross-entropy method on the objective, one weight per expert and module: as asked." in str(result)
+    result.choice, result.difference = "searched", (0.1, 0.05, 0.2)
+    result.evaluated_on, result.num_evaluated = "search", 12
+    assert "The searched mixture beats every baseline: log-likelihood" in str(result)
+    assert "which may be chance" in str(result)
+    result.evaluated_on, result.num_evaluated = "validation", 5
+    assert "which may be chance" in str(result)
+    result.num_evaluated = 12
+    assert "chance" not in str(result)
+    assert "Validation on 12 examples" in str(result)
     result.difference = (0.1, -0.05, 0.2)
-    assert "which may be luck" in str(result)
-    result.scores["in-context"] = result.score + 1
-    assert "Prompting the base model with the examples themselves" in str(result)
+    assert "which may be chance" in str(result)
+    result.difference = (0.0, -0.05, 0.2)
+    assert "equals the best baseline and has a higher expected reward" in str(result)
+    result.expected = {"base": 0.25}
+    assert "Expected reward: base 0.250." in str(result)
+    result.scores["in-context"] = result.scores["searched"] + 1
+    assert "In-context prompting scores higher" in str(result)
+    result.choice, result.difference = "base", (-0.1, -0.2, 0.1)
+    assert "No searched mixture beats 'base', which is kept" in str(result)
 
 
 # ------------------------------------------------------------------------------------------ in-context prompting
@@ -1102,7 +1190,7 @@ def test_in_context_prompting_never_shows_the_answer_it_is_asked_for(mixture: Ad
         return [0.0] * len(completions)
 
     rows = [{"prompt": f"q{i}?", "answer": f"a{i}"} for i in range(6)]
-    options: dict[str, Any] = {"num_generations": 1, "population_size": 2, "generation_kwargs": {"max_new_tokens": 1}}
+    options: dict[str, Any] = {"method": "cem", "num_generations": 1, "population_size": 2, "max_new_tokens": 1}
     for validation in (None, 3, 1 / 3):
         seen.clear()
         result = mixture.search(rows, spy, validation=validation, **options)
@@ -1123,14 +1211,14 @@ def test_in_context_prompting_never_shows_the_answer_it_is_asked_for(mixture: Ad
 
 
 @pytest.mark.parametrize("sampling", [False, True])
-@pytest.mark.parametrize("optimizer", ["cem", "cma-es"])
+@pytest.mark.parametrize("method", ["cem", "cma-es"])
 def test_a_resumed_search_ends_as_one_that_was_not_stopped(
-    optimizer: str, sampling: bool, mixture: AdaptiveMixture, tokenizer: Any, tmp_path: Path
+    method: str, sampling: bool, mixture: AdaptiveMixture, tokenizer: Any, tmp_path: Path
 ) -> None:
     calls = 0
 
     class Counting(RewardObjective):
-        def score(self, model: Any, indices: Sequence[int]) -> list[float]:
+        def score(self, model: Any, indices: Sequence[int]) -> list[float]:  # type: ignore[override]
             nonlocal calls
             calls += 1
             if calls == stop_at:
@@ -1144,7 +1232,7 @@ def test_a_resumed_search_ends_as_one_that_was_not_stopped(
         objective = Counting(EXAMPLES * 2, count_letters, tokenizer, generation_kwargs=kwargs)
         result = mixture.search(
             objective=objective,
-            optimizer=optimizer,
+            method=method,
             num_generations=3,
             population_size=8,
             validation=2,
@@ -1152,7 +1240,10 @@ def test_a_resumed_search_ends_as_one_that_was_not_stopped(
             in_context=False,
             **options,
         )
-        return {**result.to_dict(), "usage": result.usage.rows}
+        found = {**result.to_dict(), "usage": result.usage.evaluations}
+        for name in ("checkpoint", "resume"):
+            del found["settings"][name]
+        return found
 
     stop_at = -1
     expected = run()
@@ -1166,23 +1257,40 @@ def test_a_resumed_search_ends_as_one_that_was_not_stopped(
 
 
 def test_a_checkpoint_of_another_search(mixture: AdaptiveMixture, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"num_generations": 1, "population_size": 3, "checkpoint": tmp_path / "search.json"}
+    options: dict[str, Any] = {"num_generations": 1, "checkpoint": tmp_path / "search.json"}
     mixture.search(ROWS, **options)
     with pytest.raises(ValueError, match=r"exists. Pass `resume=True`"):
         mixture.search(ROWS, **options)
-    with pytest.raises(ValueError, match="of another search: seed was 0, and is now 1"):
+    with pytest.raises(ValueError, match=r"another search: seed was 0 and is now 1\. Pass another path"):
         mixture.search(ROWS, **options, resume=True, seed=1)
-    with pytest.raises(ValueError, match="group of each module was None"):
+    with pytest.raises(ValueError, match=r"granularity was 'expert' and is now \{"):
         mixture.search(ROWS, **options, resume=True, granularity=dict.fromkeys(modules(mixture), "all"))
-    with pytest.raises(ValueError, match=r"objective was \['log-likelihood'"):
+    with pytest.raises(ValueError, match="method was 'gradient' and is now 'cem'"):
+        mixture.search(ROWS, **options, resume=True, method="cem")
+    with pytest.raises(ValueError, match="method was 'gradient' and is now 'RandomSearch'"):
+        mixture.search(ROWS, **options, resume=True, optimizer=RandomSearch())
+    with pytest.raises(ValueError, match="expected_reward was False and is now True"):
         mixture.search(ROWS, count_letters, **options, resume=True)
     with pytest.raises(ValueError, match="content of the examples was"):
         mixture.search([*ROWS[:3], EXAMPLES[4]], **options, resume=True)
-    longer = mixture.search(ROWS, **{**options, "num_generations": 2}, resume=True)
+    longer = mixture.search(ROWS, **{**options, "num_generations": 2}, resume=True, method="gradient")
     assert len(longer.history) == 2
+    other = {"validation": 2, "patience": 5, "in_context": False, "one_standard_error": False, "batch_size": 3}
+    assert mixture.search(ROWS, **options, **other, resume=True).evaluated_on == "cross-validation"
     (tmp_path / "search.json").write_text("{}")
     with pytest.raises(ValueError, match="is no checkpoint of a search"):
         mixture.search(ROWS, **options, resume=True)
+
+
+def test_a_checkpoint_does_not_survive_another_choice_of_auto(
+    mixture: AdaptiveMixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Expected rewards in the file must not be taken for rewards by a search that cannot use a gradient."""
+    options: dict[str, Any] = {"num_generations": 1, "max_new_tokens": 3, "checkpoint": tmp_path / "search.json"}
+    mixture.search(ROWS, count_letters, **options)
+    monkeypatch.setattr("peft_svf.search.method.is_sharded", lambda model: True)
+    with pytest.raises(ValueError, match="method was 'gradient' and is now 'cem'"):
+        mixture.search(ROWS, count_letters, resume=True, **options)
 
 
 def test_a_second_stop_loses_nothing(mixture: AdaptiveMixture) -> None:
@@ -1210,7 +1318,8 @@ def test_a_weighted_objective_breaks_ties(mixture: AdaptiveMixture, tokenizer: A
     assert objective.tokens == reward.tokens + likelihood.tokens
     assert objective.lengths() == likelihood.lengths()
     result = mixture.search(objective=objective, validation=None, num_generations=3)
-    alone = mixture.search(ROWS, validation=None, num_generations=3)
+    assert result.method == "cem"
+    alone = mixture.search(ROWS, method="cem", validation=None, num_generations=3)
     assert result.searched_weights == pytest.approx(alone.searched_weights, abs=1e-6)
     with pytest.raises(ValueError, match="as many weights as objectives"):
         WeightedObjective([reward], [1.0, 2.0])
@@ -1220,12 +1329,13 @@ def test_a_weighted_objective_breaks_ties(mixture: AdaptiveMixture, tokenizer: A
 
 def test_a_subclass_stays_what_it_is(mixture: AdaptiveMixture, tokenizer: Any) -> None:
     class Raised(RewardObjective):
-        def score(self, model: Any, indices: Sequence[int]) -> list[float]:
+        def score(self, model: Any, indices: Sequence[int]) -> list[float]:  # type: ignore[override]
             return [score + 100 for score in super().score(model, indices)]
 
     objective = Raised(ROWS, count_letters, tokenizer, generation_kwargs={"max_new_tokens": 2})
-    for validation in (None, EXAMPLES[4:]):
-        result = mixture.search(objective=objective, validation=validation, num_generations=1, population_size=2)
+    for held_out in (None, EXAMPLES[4:]):
+        result = mixture.search(objective=objective, eval_examples=held_out, num_generations=1, population_size=2)
+        assert result.method == "cem"
         assert "in-context" in result.scores
         assert min(result.scores.values()) >= 100
     both = WeightedObjective([objective, LogLikelihoodObjective(ROWS, tokenizer)], [1.0, 0.1])
@@ -1243,7 +1353,9 @@ def test_rewards_have_weights(mixture: AdaptiveMixture, tokenizer: Any) -> None:
     objective = RewardObjective(ROWS, [one, one], tokenizer, reward_weights=[0.5, 2.0], **options)
     assert objective(mixture.model) == [2.5] * 4
     with pytest.raises(ValueError, match="2 reward functions, but 1 `reward_weights`"):
-        mixture.search(ROWS, [one, one], reward_weights=[1.0], **options)
+        mixture.search(ROWS, [one, one], reward_weights=[1.0])
+    quick: dict[str, Any] = {"method": "cem", "num_generations": 1, "population_size": 2, "max_new_tokens": 1}
+    assert mixture.search(ROWS, [one, one], reward_weights=[0.5, 2.0], **quick).scores["base"] == 2.5
 
 
 def test_tokens_are_counted(mixture: AdaptiveMixture, tokenizer: Any) -> None:
@@ -1262,7 +1374,11 @@ def test_tokens_are_counted(mixture: AdaptiveMixture, tokenizer: Any) -> None:
         ({"objective": Distance(TARGET)}, "not all of them"),
         ({"batch_size": 0}, "`batch_size` must be .*at least 1"),
         ({"patience": 0}, "`patience` must be .*at least 1"),
-        ({"validation": 99}, "number of folds from 2 to 4"),
+        ({"validation": 99}, "number of cross-validation splits from 2 to 4, got 99"),
+        ({"max_new_tokens": 3}, "`max_new_tokens` would have no effect: there are no `reward_funcs`"),
+        ({"reward_weights": [1.0]}, "`reward_weights` would have no effect"),
+        ({"examples": None, "objective": Distance(TARGET), "generation_kwargs": {"do_sample": True}}, "no effect: the"),
+        ({"expected_reward": True}, "`expected_reward` needs rewards .* the objective is 'log-likelihood'"),
     ],
 )
 def test_arguments_that_make_no_sense(options: dict[str, Any], message: str, mixture: AdaptiveMixture) -> None:
@@ -1297,6 +1413,7 @@ def test_an_applied_mixture_is_an_adapter_of_its_own(mixture: AdaptiveMixture) -
 def test_grouped_weights_survive_saving(mixture: AdaptiveMixture, tmp_path: Path) -> None:
     result = mixture.search(
         ROWS,
+        method="cem",
         granularity="layer",
         validation=None,
         num_generations=3,

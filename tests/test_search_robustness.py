@@ -13,11 +13,12 @@ from test_adaptation import EXAMPLES, base_model, count_letters
 from test_adaptation import experts as experts
 from test_adaptation import mixture as mixture
 from test_adaptation import tokenizer as tokenizer
+from transformers import GenerationConfig
 
 from peft_svf import AdaptiveMixture, SVFLayer
 
-QUICK: dict[str, Any] = {"num_generations": 2, "population_size": 3}
-SHORT = {"max_new_tokens": 3}
+QUICK: dict[str, Any] = {"method": "cem", "num_generations": 2, "population_size": 3}
+SHORT: dict[str, Any] = {**QUICK, "max_new_tokens": 3}
 
 
 def deltas(mixture: AdaptiveMixture) -> list[torch.Tensor]:
@@ -52,12 +53,12 @@ def test_a_refused_search_leaves_the_mode_of_the_model(mixture: AdaptiveMixture)
 
     mixture.model.train()
     with pytest.raises(RuntimeError, match="no reward today"):
-        mixture.search(EXAMPLES, failing, generation_kwargs=SHORT, **QUICK)
+        mixture.search(EXAMPLES, failing, **SHORT)
     assert mixture.model.training
 
 
 def test_another_reward_of_the_same_name_does_not_take_the_scores(mixture: AdaptiveMixture, tmp_path: Path) -> None:
-    path, options = tmp_path / "search.json", {"generation_kwargs": SHORT, "in_context": False, **QUICK}
+    path, options = tmp_path / "search.json", {"in_context": False, **SHORT}
     mixture.search(EXAMPLES, lambda completions, **k: [float(len(c)) for c in completions], checkpoint=path, **options)
     with pytest.raises(ValueError, match="another search: objective"):
         mixture.search(
@@ -89,8 +90,8 @@ def test_copies_of_a_question_are_no_more_evidence(mixture: AdaptiveMixture) -> 
     rows = [
         {"prompt": prompt, "completion": answer} for prompt, answer in (("1+1=", "2"), ("ab", "ba"), ("what", "cat"))
     ]
-    result = mixture.search(rows * 8, validation=3, num_generations=4, population_size=16)
-    assert result.judged == 3
+    result = mixture.search(rows * 8, validation=3, method="cem", num_generations=4, population_size=16)
+    assert result.num_evaluated == 3
     assert not result.certain
 
 
@@ -101,14 +102,14 @@ def test_ctrl_c_while_prompting_is_scored_keeps_what_is_known(
     def interrupted(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("peft_svf.search.procedure.in_context_scores", interrupted)
+    monkeypatch.setattr("peft_svf.search.validated.in_context_scores", interrupted)
     result = mixture.search(EXAMPLES, validation=validation, **QUICK)
     assert result.stopped == "interrupted"
     assert set(mixture.experts) < set(result.scores)
     assert result.history == []
 
 
-def test_ctrl_c_between_folds_keeps_the_search(mixture: AdaptiveMixture) -> None:
+def test_ctrl_c_during_cross_validation_keeps_the_search(mixture: AdaptiveMixture) -> None:
     calls = 0
 
     def interrupted_at(call: int | None) -> Any:
@@ -123,13 +124,15 @@ def test_ctrl_c_between_folds_keeps_the_search(mixture: AdaptiveMixture) -> None
 
     options: dict[str, Any] = {
         "validation": 2,
-        "generation_kwargs": {**SHORT, "do_sample": True},
+        "method": "cem",
+        "max_new_tokens": 3,
+        "generation_kwargs": {"do_sample": True},
         "in_context": False,
         "num_generations": 1,
         "population_size": 3,
     }
     mixture.search(EXAMPLES, interrupted_at(None), **options)
-    whole, first = calls, 5  # before, the simple choices are scored, without which there is nothing to keep
+    whole, first = calls, 5  # before, the baselines are scored; without them there is nothing to keep
     assert whole > 2 * first
     for call in range(first, whole + 1):
         calls = 0
@@ -142,31 +145,40 @@ def test_settings_of_numpy_are_settings(mixture: AdaptiveMixture, tmp_path: Path
         EXAMPLES,
         count_letters,
         reward_weights=torch.tensor([1.0]),
-        generation_kwargs=SHORT,
+        method="cem",
+        max_new_tokens=np.int64(3),
+        generation_kwargs={"generation_config": GenerationConfig(repetition_penalty=1.5)},
+        optimizer_kwargs={"std": np.float32(0.25), "mean": np.full(3, 0.4)},
         num_generations=np.int64(2),
         population_size=np.int64(3),
         validation=np.int64(2),
         bounds=np.array([0, 1], dtype=np.float32),
-        l1=np.float32(0.01),
-        max_rows=np.int64(10_000),
+        temperature=np.float32(0.5),
+        max_seconds=np.float64(10_000),
         seed=np.int64(1),
         checkpoint=tmp_path / "search.json",
     )
-    assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["settings"]["validation"] == 2
+    settings = json.loads(json.dumps(result.to_dict(), allow_nan=False))["settings"]
+    assert (settings["validation"], settings["bounds"], settings["max_seconds"]) == (2, [0, 1], 10_000)
+    assert settings["generation_kwargs"]["max_new_tokens"] == 3
     mixture.save_pretrained(tmp_path / "mine")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"optimizer": "cemm"}, "no optimizer 'cemm'"),
+        ({"method": "cemm"}, "`method` must be one of 'auto', 'gradient', 'cem', 'cma-es', got 'cemm'"),
         ({"population_size": 1}, "`population_size` must be .*at least 2"),
-        ({"optimizer": "gradient", "normalize": True}, "`normalize` cannot be differentiated"),
-        ({"max_rows": "10"}, "`max_rows` must be an integer of at least 0, got '10'"),
-        ({"max_rows": -3}, "`max_rows` must be an integer of at least 0, got -3"),
         ({"max_seconds": float("nan")}, "`max_seconds` must be a number of at least 0, got nan"),
-        ({"bounds": (0, 1, 2)}, "`bounds` must be a smallest and a largest weight, got"),
+        ({"max_seconds": "10"}, "`max_seconds` must be a number of at least 0, got '10'"),
+        ({"bounds": (0, 1, 2)}, "`bounds` must be a smallest and a largest weight, with 0 between them, got"),
+        ({"bounds": "01x"}, "`bounds` must be a smallest and a largest weight, got '01x'"),
         ({"num_generations": 2.5}, "`num_generations` must be an integer"),
+        ({"temperature": 0}, "`temperature` must be above 0"),
+        ({"generation_kwargs": 3}, "`generation_kwargs` must be a dict, got 3"),
+        ({"method": "cem", "optimizer_kwargs": {"elite_ratio": 2.0}}, "`elite_ratio` must be in"),
+        ({"optimizer_kwargs": {"std": 0.1}}, "`optimizer_kwargs` belong to one method"),
+        ({"method": "gradient", "expected_reward": False}, "gradient of a reward needs `expected_reward`"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_generated(
@@ -176,7 +188,26 @@ def test_mistakes_are_told_before_anything_is_generated(
         raise AssertionError("too late")
 
     with pytest.raises(ValueError, match=message):
-        mixture.search(EXAMPLES, never, generation_kwargs=SHORT, **options)
+        mixture.search(EXAMPLES, never, max_new_tokens=3, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"populationsize": 8}, "no setting `populationsize`. Did you mean `population_size`"),
+        ({"zzz": 8}, "no setting `zzz`. It has method, granularity"),
+        ({"method": "cem", "optimizer_kwargs": {"learning_rate": 0.1}}, "do not fit the method 'cem': .*learning_rate"),
+        ({"method": "gradient", "optimizer_kwargs": {"std": 0.1}}, "do not fit the method 'gradient': .*std"),
+    ],
+)
+def test_unknown_settings_are_told_before_anything_is_generated(
+    options: dict[str, Any], message: str, mixture: AdaptiveMixture
+) -> None:
+    def never(**kwargs: Any) -> list[float]:
+        raise AssertionError("too late")
+
+    with pytest.raises(TypeError, match=message):
+        mixture.search(EXAMPLES, never, **options)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +217,7 @@ def test_mistakes_are_told_before_anything_is_generated(
         lambda content: content | {"scores": None},
         lambda content: content | {"identity": []},
         lambda content: content | {"seconds": "a"},
-        lambda content: content | {"scores": [{**content["scores"][0], "weights": [0.0]}]},
+        lambda content: content | {"scores": [{**content["scores"][0], "candidate": [0.0]}]},
         lambda content: content | {"scores": [{**content["scores"][0], "scores": [float("nan")]}]},
     ],
 )
@@ -203,9 +234,13 @@ def test_a_folder_is_no_checkpoint(mixture: AdaptiveMixture, tmp_path: Path) -> 
         mixture.search(EXAMPLES, checkpoint=tmp_path, resume=True, **QUICK)
 
 
-def test_what_is_found_is_within_the_bounds(mixture: AdaptiveMixture) -> None:
-    result = mixture.search(EXAMPLES, bounds=(0, 0.3), validation=None, **QUICK)
-    assert max(result.searched_weights.values()) <= 0.3
+def test_the_searched_mixture_is_within_the_bounds(mixture: AdaptiveMixture) -> None:
+    for method in ("cem", "gradient", "cma-es"):
+        result = mixture.search(
+            EXAMPLES, bounds=(0, 0.3), validation=None, **QUICK | {"method": method, "population_size": 4}
+        )
+        assert max(result.searched_weights.values()) <= 0.3
+        assert max(max(entry["incumbent"]) for entry in result.history) <= 0.3
 
 
 def test_a_plot_is_a_figure(mixture: AdaptiveMixture, tmp_path: Path) -> None:
@@ -218,7 +253,7 @@ def test_the_source_of_an_expert_is_not_overwritten(experts: Any, tokenizer: Any
     mixture = AdaptiveMixture.from_pretrained(base_model(), experts, tokenizer=tokenizer)
     name, folder = next(iter(experts.items()))
     before = (Path(folder) / "adapter_model.safetensors").read_bytes()
-    with pytest.raises(ValueError, match=f"expert '{name}' came from"):
+    with pytest.raises(ValueError, match=f"is the folder of expert '{name}'"):
         mixture.save_pretrained(folder)
     assert (Path(folder) / "adapter_model.safetensors").read_bytes() == before
 

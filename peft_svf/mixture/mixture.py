@@ -35,7 +35,17 @@ from .result import MixtureResult
 from .space import UNIFORM, Granularity, WeightSpace
 
 # Settings that do not change the scores, so that a resumed search may have others.
-_NOT_IDENTITY = ("checkpoint", "resume", "batch_size", "num_generations", "patience", "max_seconds", "validation")
+_NOT_IDENTITY = (
+    "checkpoint",
+    "resume",
+    "batch_size",
+    "num_generations",
+    "patience",
+    "max_seconds",
+    "validation",
+    "in_context",
+    "one_standard_error",
+)
 # Settings that an `objective` has already.
 _OF_REWARDS = ("max_new_tokens", "generation_kwargs", "reward_weights")
 
@@ -180,8 +190,8 @@ class AdaptiveMixture:
         Put other weights in place, and forget the result of a search.
 
         Args:
-            weights: α by expert (the others get 0), or `[experts]`, or with `group_of` `[experts, groups]`.
-            group_of (`dict[str, int]`, *optional*): Index of the group of each adapted module.
+            weights: α by expert (the others get 0), `[experts]`, or `[experts, groups]`.
+            group_of (`dict[str, int]`, *optional*): Index of the group of each adapted module; one group if `None`.
 
         Raises:
             ValueError: An unknown expert, another shape, a weight that is not finite, or a merged mixture.
@@ -191,13 +201,15 @@ class AdaptiveMixture:
                 raise ValueError(f"Unknown expert {unknown[0]!r}. The mixture has {', '.join(self.experts)}.")
             weights = [weights.get(name, 0.0) for name in self.experts]
         alpha = np.array(weights, dtype=np.float64)
-        shape = (len(self.experts),) if group_of is None else (len(self.experts), max(group_of.values()) + 1)
-        if alpha.shape != shape or not np.isfinite(alpha).all():
-            raise ValueError(f"Expected {list(shape)} finite weights, got {alpha.tolist()}.")
+        groups = 1 if group_of is None else max(group_of.values()) + 1
+        by_group = alpha[:, None] if alpha.ndim == groups == 1 else alpha
+        if by_group.shape != (len(self.experts), groups) or not np.isfinite(by_group).all():
+            wanted = f"{len(self.experts)}{f' × {groups}' if groups > 1 else ''}"
+            raise ValueError(f"Expected {wanted} finite weights, got {alpha.tolist()}.")
         self._check_present()
         if any(layer.merged for layer in self._layers()):
             raise ValueError("The model is merged, so other weights have no effect. Call `unmerge_adapter()` first.")
-        self._alpha, self._group_of = alpha.reshape(len(self.experts), -1), group_of
+        self._alpha, self._group_of = by_group, group_of
         self._mix(self.adapter_name)
         self.result = None
 
@@ -278,7 +290,7 @@ class AdaptiveMixture:
 
         checkpoint = None
         if config.checkpoint is not None:
-            identity = self._identity(objective, config, modules, None if custom is None else type(optimizer).__name__)
+            identity = self._identity(objective, config, modules)
             checkpoint = Checkpoint(config.checkpoint, config.resume, identity)
         trained = self.model.training
         self.model.eval()
@@ -289,8 +301,7 @@ class AdaptiveMixture:
             raise
         space: Any = found.space
         chosen, searched = space.weights(found.chosen), space.weights(found.searched)
-        groups = (chosen, space.group_of) if space.group_of is not None else (chosen[:, 0], None)
-        self.set_weights(*groups)
+        self.set_weights(chosen, space.group_of)
         self.activate()
         self.result = MixtureResult(
             **found.about,
@@ -355,14 +366,11 @@ class AdaptiveMixture:
             if getattr(config, name) != getattr(default, name):
                 raise ValueError(f"`{name}` would have no effect: {why}. Leave it out.")
 
-    def _identity(
-        self, objective: Objective, config: SearchConfig, modules: Sequence[str], optimizer: str | None
-    ) -> dict[str, Any]:
+    def _identity(self, objective: Objective, config: SearchConfig, modules: Sequence[str]) -> dict[str, Any]:
         """Return what two searches must have in common for one to use the scores of the other."""
         settings = {name: value for name, value in vars(config).items() if name not in (*_NOT_IDENTITY, *_OF_REWARDS)}
         return {
             **settings,
-            "optimizer": optimizer,
             "experts": self.experts,
             "values of the experts": digest_of_experts(self.model, self.experts),
             "values of the base model": digest_of_base(self.model),

@@ -16,8 +16,8 @@ def check_examples(examples: Sequence[dict[str, Any]], columns: Sequence[str]) -
     for i, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise ValueError(
-                f"Example {i} is {row!r}; expected rows with a column {columns[0]!r}, such as a list of dicts, "
-                'or of a DataFrame, `.to_dict("records")`.'
+                f"Example {i} is {row!r}; expected rows with a column 'prompt', such as a list of dicts, or of a "
+                'DataFrame, `.to_dict("records")`.'
             )
     rows = [{name: _plain(value, name) for name, value in row.items()} for row in rows]
     if not rows:

@@ -12,6 +12,7 @@ from typing import Any
 from ..utils.files import write_whole
 from ..utils.processes import by_main_process
 from .answers import Answers
+from .config import as_json
 from .evaluator import Evaluator
 
 
@@ -29,16 +30,21 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | os.PathLike[str], resume: bool, identity: dict[str, Any]) -> None:
-        self.path, self.resume, self.identity = Path(path), resume, json.loads(json.dumps(identity))
+        self.path, self.resume, self.identity = Path(path), resume, as_json(identity)
         self.answers: Answers | None = None
         self._content: dict[str, Any] | None = None
 
-    def open(self, evaluator: Evaluator) -> None:
+    def open(self, evaluator: Evaluator, decided: dict[str, Any]) -> None:
         """Read the file, if there is one, and give the scores of its answers to an evaluator of the rewards.
+
+        Args:
+            evaluator ([`Evaluator`]): The evaluator.
+            decided (`dict`): What was decided since the checkpoint was made. It belongs to the identity.
 
         Raises:
             ValueError: The file is no checkpoint, belongs to another search, or exists without `resume`.
         """
+        self.identity |= as_json(decided)
         self._content = by_main_process(self._read)  # the file may be on the disk of one process only
         if self._content is not None and self._content["answers"]:
             vocabulary = evaluator.model.get_input_embeddings().num_embeddings
@@ -74,7 +80,7 @@ class Checkpoint:
             )
         with self._naming_the_file():
             content = json.loads(self.path.read_text(encoding="utf-8"))
-            identity, _, _ = dict(content["identity"]), content["scores"], content["seconds"]
+            identity, _, _ = {**content["identity"]}, content["scores"], content["seconds"]
         for name, value in self.identity.items():
             if identity.get(name) != value:
                 raise ValueError(

@@ -8,6 +8,7 @@ This file imports nothing heavy, because the command line shows its fields as he
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import os
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from numbers import Integral, Real
 from typing import Any, Optional, Union
 
 METHODS = ("auto", "gradient", "cem", "cma-es")
+OF_SEARCH = ("population_size", "seed", "bounds")  # arguments of optimizers that are fields of their own
 
 
 def _option(default: Any, help: str, *, advanced: bool = False, least: float | None = None) -> Any:
@@ -117,12 +119,20 @@ class SearchConfig:
         for name in ("generation_kwargs", "optimizer_kwargs"):
             if not isinstance(getattr(self, name), Mapping):
                 raise ValueError(f"`{name}` must be a dict, got {getattr(self, name)!r}.")
+        if self.optimizer_kwargs and self.method == "auto":
+            raise ValueError("`optimizer_kwargs` belong to one method. Name it, such as method='gradient'.")
+        if doubled := [name for name in OF_SEARCH if name in self.optimizer_kwargs]:
+            raise ValueError(f"Pass `{doubled[0]}` itself, not in `optimizer_kwargs`.")
         if self.checkpoint is not None:
             self.checkpoint = os.fspath(self.checkpoint)
         if isinstance(self.validation, Real):  # numpy's numbers, too
             self.validation = int(self.validation) if isinstance(self.validation, Integral) else float(self.validation)
         if self.reward_weights is not None:
             self.reward_weights = [float(weight) for weight in self.reward_weights]
+        try:
+            self.bounds = tuple(float(bound) for bound in self.bounds)  # type: ignore[assignment]
+        except (TypeError, ValueError):
+            raise ValueError(f"`bounds` must be a smallest and a largest weight, got {self.bounds!r}.") from None
 
     def changed(self, **overrides: Any) -> SearchConfig:
         """Return a copy with other values.
@@ -137,3 +147,14 @@ class SearchConfig:
                 hint = f"Did you mean `{close[0]}`?" if close else f"It has {', '.join(names)}."
                 raise TypeError(f"A search has no setting `{name}`. {hint}")
         return replace(self, **overrides)
+
+
+def as_json(value: Any) -> Any:
+    """Return a value as JSON stores it: arrays as lists, and what JSON does not know as text."""
+
+    def plain(it: Any) -> Any:
+        if isinstance(it, Mapping):
+            return dict(it)
+        return it.tolist() if hasattr(it, "tolist") else str(it)
+
+    return json.loads(json.dumps(value, default=plain))

@@ -39,29 +39,34 @@ class Method:
         names = {"gradient": "gradient of the", "cem": "cross-entropy method on the", "cma-es": "CMA-ES on the"}
         groups = {"expert": "", "layer": " and layer", "module": " and module"}
         shared = groups.get(self.granularity, " and group") if isinstance(self.granularity, str) else " and group"
-        return f"{names.get(self.name, self.name)} {what}, one weight per expert{shared}: {self.reason}"
+        return f"{names.get(self.name, f'{self.name} on the')} {what}, one weight per expert{shared}: {self.reason}"
 
 
-def choose_method(config: SearchConfig, objective: Objective, model: Any, optimizer: Any = None) -> Method:
+def choose_method(
+    config: SearchConfig, objective: Objective, examples: int, model: Any, optimizer: Any = None
+) -> Method:
     """
     Return the way of searching that the settings ask for, or that suits the task.
 
     Args:
         config ([`SearchConfig`]): With `method="auto"`, the objective and the model decide.
         objective ([`Objective`]): What is optimized.
+        examples (`int`): Number of different prompts in the examples of the search.
         model: The model; a gradient needs a backward pass through it.
         optimizer ([`Optimizer`], *optional*): A custom optimizer.
 
     Raises:
         ValueError: The objective has no gradient, or no answers to collect.
     """
-    reward, examples = objective.rewards_answers, len(objective.examples)
+    reward = objective.rewards_answers
     if optimizer is not None:
-        by_gradient, name, reason = optimizer.uses_gradient, type(optimizer).__name__, "a custom optimizer"
+        by_gradient, name, reason = optimizer.uses_gradient, optimizer.name, "a custom optimizer"
     elif config.method != "auto":
         by_gradient, name, reason = config.method == "gradient", config.method, "as asked"
     elif not (reward or objective.differentiable):
         by_gradient, name, reason = False, "cem", f"the objective {objective.name!r} has no gradient"
+    elif reward and config.expected_reward is False:
+        by_gradient, name, reason = False, "cem", "a reward has no gradient, and `expected_reward` is off"
     elif (obstacle := obstacle_to_gradient(model)) is not None:
         by_gradient, name, reason = False, "cem", obstacle
     else:

@@ -6,7 +6,6 @@ A Gaussian with a diagonal covariance proposes candidates. It is refitted to the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -137,32 +136,6 @@ class CrossEntropyMethod(Optimizer):
     def should_stop(self) -> bool:
         """Whether the Gaussian has collapsed, so that all further candidates would be the same."""
         return bool((self.std <= np.finfo(np.float64).eps * np.maximum(1.0, np.abs(self.mean))).all())
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state as JSON-serializable values."""
-        return {
-            "mean": self.mean.tolist(),
-            "std": self.std.tolist(),
-            "generation": self.generation,
-            "incumbent": None if self.incumbent is None else self.incumbent.tolist(),
-            "incumbent_value": None if self.incumbent is None else self.incumbent_value,
-            "asked": self._asked,
-            "rng": self._rng.bit_generator.state,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a `state_dict` of an optimizer with the same arguments.
-
-        Raises:
-            ValueError: The state has another number of variables.
-        """
-        if len(state["mean"]) != self.dim:
-            raise ValueError(f"The state has {len(state['mean'])} variables, this optimizer has {self.dim}.")
-        self.mean, self.std = np.array(state["mean"]), np.array(state["std"])
-        self.generation, self._asked = state["generation"], state["asked"]
-        self.incumbent = None if state["incumbent"] is None else np.array(state["incumbent"])
-        self.incumbent_value = np.inf if self.incumbent is None else state["incumbent_value"]
-        self._rng.bit_generator.state = state["rng"]
 
     def _is_outside(self, x: np.ndarray) -> np.ndarray:
         if self.bounds is None:

@@ -16,7 +16,7 @@ class GradientDescent(Optimizer):
 
     Args:
         mean (`np.ndarray`): `[dim]`, where to start.
-        bounds (`np.ndarray`, *optional*): `[dim, 2]`; each step is clipped to them.
+        bounds (`np.ndarray`, *optional*): `[dim, 2]`; the start and each step are clipped to them.
         learning_rate (`float`): Length of the first steps, in units of the variables.
         betas (`tuple[float, float]`): Decay of the moments.
     """
@@ -34,6 +34,7 @@ class GradientDescent(Optimizer):
     ) -> None:
         self._x = torch.tensor(np.asarray(mean), dtype=torch.float64)
         self._bounds = None if bounds is None else torch.tensor(np.asarray(bounds), dtype=torch.float64)
+        self._clip()
         self._adam = torch.optim.Adam([self._x], lr=learning_rate, betas=betas)
 
     @property
@@ -56,5 +57,8 @@ class GradientDescent(Optimizer):
         (gradient,) = gradients
         self._x.grad = torch.tensor(gradient, dtype=torch.float64)
         self._adam.step()
+        self._clip()
+
+    def _clip(self) -> None:
         if self._bounds is not None:
             self._x.clamp_(self._bounds[:, 0], self._bounds[:, 1])

@@ -25,6 +25,11 @@ class Optimizer:
     mean: np.ndarray | None = None
 
     @property
+    def name(self) -> str:
+        """What results and checkpoints call it."""
+        return type(self).__name__
+
+    @property
     def num_elites(self) -> int:
         """How many candidates the next generation depends on. A race never drops as many."""
         return max(1, self.population_size // 4)
@@ -55,6 +60,10 @@ class ExternalOptimizer(Optimizer):
             if getattr(inner, name, None) is None:
                 raise TypeError(f"The optimizer {type(inner).__name__} has no `{name}`. See `peft_svf.Optimizer`.")
         self.inner, self.population_size = inner, int(inner.population_size)
+
+    @property
+    def name(self) -> str:
+        return type(self.inner).__name__
 
     def ask(self) -> np.ndarray:
         return np.asarray(self.inner.ask(), dtype=np.float64)
