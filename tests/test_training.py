@@ -13,7 +13,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional, Union
 
 import datasets
 import numpy as np
@@ -698,6 +698,15 @@ def test_a_deprecated_option_counts_and_our_defaults_use_none(words: tuple[str, 
         training = parse(["--use_cpu", "true", "--bf16", "false", *words])[1]
     assert training.gradient_checkpointing is on
     assert on or not any("deprecated" in str(warning.message) for warning in caught)
+
+
+def test_options_do_not_depend_on_types_that_others_have_made() -> None:
+    """`typing` gives `Union[str, dict]` for `Union[dict, str]` if somebody has asked for that shortly before."""
+    assert Optional[Union[str, dict[str, str]]]
+    assert Optional[Union[str, dict[str, Any]]]
+    script, _, adapter, _, _ = parse(["--categories", '{"a": "x", "b": "y"}', "--peft_kwargs", '{"bias": "none"}'])
+    assert script.categories == {"a": "x", "b": "y"}
+    assert adapter.peft_kwargs == {"bias": "none"}
 
 
 def test_an_option_is_not_abbreviated() -> None:

@@ -11,7 +11,7 @@ from typing import NoReturn
 from rich.console import Console
 
 # Errors that a user can cause. All others are bugs, which need their traceback.
-EXPECTED = (ValueError, TypeError, ImportError, OSError)
+EXPECTED = (ValueError, ImportError, OSError)
 
 _debug = False
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Optional, Union
+from typing import Any, Optional
 
 import torch
 from peft import PeftConfig
@@ -51,7 +51,8 @@ class TrainArguments(ScriptArguments):
             "reasoning_gym:chain_sum?max_terms=2. A custom module registers its datasets with reasoning_gym."
         },
     )
-    categories: Optional[Union[dict[str, str], str]] = field(
+    # `Union[dict, str]` may come back as `Union[str, dict]` from the cache of `typing`; the parser needs this order.
+    categories: dict[str, str] | str | None = field(
         default=None,
         metadata={"help": "Tasks by name (JSON), to train a classification expert that names the task of a prompt."},
     )
@@ -113,7 +114,7 @@ class AdapterArguments(ModelConfig):
         default=None, metadata={"help": "Modules to adapt. Default: all-linear."}
     )
     r: Optional[int] = field(default=None, metadata={"help": "Rank of SVF. Default: full."})
-    peft_kwargs: Optional[Union[dict[str, Any], str]] = field(
+    peft_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Further fields of the method's PEFT config (JSON)."}
     )
 
