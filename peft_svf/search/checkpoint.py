@@ -12,6 +12,7 @@ from typing import Any
 from ..utils.files import write_whole
 from ..utils.processes import by_main_process
 from .answers import Answers
+from .config import as_json
 from .evaluator import Evaluator
 
 
@@ -29,7 +30,7 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | os.PathLike[str], resume: bool, identity: dict[str, Any]) -> None:
-        self.path, self.resume, self.identity = Path(path), resume, json.loads(json.dumps(identity))
+        self.path, self.resume, self.identity = Path(path), resume, as_json(identity)
         self.answers: Answers | None = None
         self._content: dict[str, Any] | None = None
 

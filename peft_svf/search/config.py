@@ -8,6 +8,7 @@ This file imports nothing heavy, because the command line shows its fields as he
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import os
 from collections.abc import Mapping
@@ -16,11 +17,12 @@ from numbers import Integral, Real
 from typing import Any, Optional, Union
 
 METHODS = ("auto", "gradient", "cem", "cma-es")
+OF_SEARCH = ("population_size", "seed", "bounds")  # arguments of optimizers that are fields of their own
 
 
 def _option(default: Any, help: str, *, advanced: bool = False, least: float | None = None) -> Any:
-    """Make a field with its help. The command line shows the first sentence, of `advanced` fields on request only.
-    `least` is the smallest value."""
+    """Make a field with its help. The command line shows the first sentence and the default, of `advanced` fields on
+    request only. `least` is the smallest value."""
     about = {"help": help, "advanced": advanced, "least": least}
     if isinstance(default, dict):
         return field(default_factory=dict, metadata=about)
@@ -117,6 +119,10 @@ class SearchConfig:
         for name in ("generation_kwargs", "optimizer_kwargs"):
             if not isinstance(getattr(self, name), Mapping):
                 raise ValueError(f"`{name}` must be a dict, got {getattr(self, name)!r}.")
+        if self.optimizer_kwargs and self.method == "auto":
+            raise ValueError("`optimizer_kwargs` belong to one method. Name it, such as method='gradient'.")
+        if doubled := [name for name in OF_SEARCH if name in self.optimizer_kwargs]:
+            raise ValueError(f"Pass `{doubled[0]}` itself, not in `optimizer_kwargs`.")
         if self.checkpoint is not None:
             self.checkpoint = os.fspath(self.checkpoint)
         if isinstance(self.validation, Real):  # numpy's numbers, too
@@ -137,3 +143,14 @@ class SearchConfig:
                 hint = f"Did you mean `{close[0]}`?" if close else f"It has {', '.join(names)}."
                 raise TypeError(f"A search has no setting `{name}`. {hint}")
         return replace(self, **overrides)
+
+
+def as_json(value: Any) -> Any:
+    """Return a value as JSON stores it: arrays as lists, and what JSON does not know as text."""
+
+    def plain(it: Any) -> Any:
+        if isinstance(it, Mapping):
+            return dict(it)
+        return it.tolist() if hasattr(it, "tolist") else str(it)
+
+    return json.loads(json.dumps(value, default=plain))

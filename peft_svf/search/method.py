@@ -42,20 +42,23 @@ class Method:
         return f"{names.get(self.name, self.name)} {what}, one weight per expert{shared}: {self.reason}"
 
 
-def choose_method(config: SearchConfig, objective: Objective, model: Any, optimizer: Any = None) -> Method:
+def choose_method(
+    config: SearchConfig, objective: Objective, examples: int, model: Any, optimizer: Any = None
+) -> Method:
     """
     Return the way of searching that the settings ask for, or that suits the task.
 
     Args:
         config ([`SearchConfig`]): With `method="auto"`, the objective and the model decide.
         objective ([`Objective`]): What is optimized.
+        examples (`int`): Number of different prompts in the examples of the search.
         model: The model; a gradient needs a backward pass through it.
         optimizer ([`Optimizer`], *optional*): A custom optimizer.
 
     Raises:
         ValueError: The objective has no gradient, or no answers to collect.
     """
-    reward, examples = objective.rewards_answers, len(objective.examples)
+    reward = objective.rewards_answers
     if optimizer is not None:
         by_gradient, name, reason = optimizer.uses_gradient, type(optimizer).__name__, "a custom optimizer"
     elif config.method != "auto":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from ..utils.processes import processes
 from ..utils.progress import progress_bar, progress_note
 from .answers import collect_answers
 from .checkpoint import Checkpoint
-from .config import SearchConfig
+from .config import SearchConfig, as_json
 from .evaluator import Evaluator
 from .in_context import in_context_scores
 from .loop import FINALISTS, Outcome, run_search
@@ -25,7 +25,7 @@ from .optimizers import Optimizer, make_optimizer
 from .selection import per_question
 from .space import BASE, SearchSpace
 from .statistics import IN_CONTEXT, SEARCHED, compared, interval
-from .validation import Split
+from .validation import Split, questions
 
 GENERATIONS, STEPS = 6, 12  # default number of generations, and of steps of the gradient
 
@@ -80,9 +80,12 @@ class ValidatedSearch:
             ValueError: The settings do not fit the objective, or the checkpoint does not belong to this search.
         """
         config, split = self.config, self.split
-        method = choose_method(config, self.objective, self.model, self.optimizer)
+        distinct = len(set(questions(self.objective, split.search)))
+        method = choose_method(config, self.objective, distinct, self.model, self.optimizer)
         space = self.make_space(method.granularity)
         rewarded = Evaluator(self.model, space, self.objective, batch_size=config.batch_size, seed=config.seed)
+        self._method, self._evaluator = method, rewarded
+        self._optimizer(config.seed, self._neutral())  # so that a wrong argument fails before the work
         if self.checkpoint is not None:
             self.checkpoint.open(rewarded)
         with progress_bar(desc=f"Searching ({self.objective.name})", unit="evaluation") as bar:
@@ -117,6 +120,7 @@ class ValidatedSearch:
             if interrupted:
                 main.stopped = "interrupted"
             searched, scores[SEARCHED], evaluated_on, evaluated_by = self._evaluated(main)
+            self._save()
             objective, expected = evaluator.objective, dict[str, np.ndarray]()
             if method.expected_reward and (rewards := self._rewards(rewarded, evaluated_by, main)):
                 objective, scores, expected = rewarded.objective, rewards, scores
@@ -185,7 +189,8 @@ class ValidatedSearch:
             return method, rewarded, evaluator
         if self.config.method != "auto" or self.config.expected_reward or self.optimizer is not None:
             warnings.warn(
-                f"The expected reward cannot guide the search: {lack}. Use another reward or method='cem'.",
+                f"The expected reward cannot guide the search: {lack}. Use another reward, or method='cem' without "
+                "`expected_reward`.",
                 stacklevel=4,
             )
             return method, rewarded, evaluator
@@ -226,13 +231,17 @@ class ValidatedSearch:
         best = baselines[space.neutral if scores.min() == scores.max() else names[int(scores.argmax())]]
         return np.clip(best, *_box(space))
 
+    def _neutral(self) -> np.ndarray:
+        """Return the neutral baseline, within the bounds."""
+        space = self._evaluator.space
+        return np.clip(space.baselines()[space.neutral], *_box(space))
+
     def _evaluated(self, main: Outcome) -> tuple[np.ndarray, np.ndarray, str, Scored]:
         """Return the searched candidate, its score of each evaluated example, what those examples are, and the
         candidates that were scored with their examples."""
-        evaluator, split, space = self._evaluator, self.split, self._evaluator.space
+        evaluator, split = self._evaluator, self.split
         # there is no finalist if the first generation was interrupted
-        neutral = np.clip(space.baselines()[space.neutral], *_box(space))
-        searched = main.finalists[0] if main.finalists else neutral
+        searched = main.finalists[0] if main.finalists else self._neutral()
 
         def score(examples: list[int]) -> np.ndarray:
             # once more if the objective samples: the best of several scores would be a lucky one
@@ -300,15 +309,19 @@ class ValidatedSearch:
         return None if limit is None else (limit - self._evaluator.usage.seconds) / (1 + len(self.split.parts))
 
     def _settings(self, optimizer: Optimizer) -> dict[str, Any]:
-        granularity = self._method.granularity
-        return asdict(self.config) | {
+        generation = self.objective.generation_kwargs
+        led_to = {
             "method": self._method.name,
-            "granularity": granularity if isinstance(granularity, str) else dict(granularity),
+            "granularity": self._method.granularity,
             "expected_reward": self._method.expected_reward,
             "num_generations": self._num_generations(optimizer),
             "population_size": optimizer.population_size,
+            "max_new_tokens": generation.get("max_new_tokens"),
+            "generation_kwargs": generation,
             "examples": len(self.objective.examples),
         }
+        settings: dict[str, Any] = as_json(vars(self.config) | led_to)
+        return settings
 
     def _save(self) -> None:
         if self.checkpoint is not None:
