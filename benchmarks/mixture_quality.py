@@ -1,17 +1,18 @@
-"""Question: is a mixture that was searched on 12 examples better than what needs no search?
+"""Question: is a mixture that was searched on 12 examples better than the baselines, which need no search?
 
     python benchmarks/mixture_quality.py [--tasks NAME ...] [--seeds N] [--jobs N] [--again] [--only-report]
 
-For each task that no expert was trained on (benchmarks/unseen_tasks.py) and each seed, 12 examples are drawn, and on
-them a mixture of the shipped experts is searched in one or more ways (`--searches`): with the defaults of
-`AdaptiveMixture.search`, but for its folds, by the reward, by the reward and a tenth of the log-likelihood of the right
-answers, by that alone, and by the gradient of that or of the expected reward with weights for every layer; the best
-single expert and the best of all simple choices are chosen by the reward on the same examples. Everything is then
-scored on 200 other questions, with in-context prompting beside it: the base model with the 12 examples before the
-question. `--again` scores what was found on 170 more, which nobody had looked at when the ways of searching were made.
+For each task that no expert was trained on (benchmarks/unseen_tasks.py) and each seed, 12 examples are drawn. On them a
+mixture of the shipped experts is searched in one or more ways (`--searches`): by the default call of
+`AdaptiveMixture.search`, which is the gradient of the expected reward per layer; by the cross-entropy method on that,
+on the reward, on the reward and a tenth of the log-likelihood of the right answers, and on the log-likelihood alone;
+and by the gradient of the log-likelihood. The best single expert and the best baseline are chosen by the reward on the
+same examples. Everything is then scored on 200 other questions, with in-context prompting beside it: the base model
+with the 12 examples before the question. `--again` scores the results on 170 more questions, which nobody had looked at
+when the ways of searching were made.
 
 Five to twenty minutes for each task, seed and search on one core. Each task leaves a JSON in
-`benchmarks/mixture_runs/`, to which a seed is added when it is done; what is there is not done again.
+`benchmarks/mixture_runs/`, to which a seed is added when it is done. What is there is not done again.
 `docs/results/mixtures.md` is made of them.
 """
 
@@ -24,6 +25,7 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +40,9 @@ from peft_svf import (
     Evaluator,
     LogLikelihoodObjective,
     RewardObjective,
-    SVFLayer,
     WeightedObjective,
     WeightSpace,
+    svf_layers,
 )
 from peft_svf.search.in_context import in_context_scores
 from peft_svf.utils.files import write_whole
@@ -49,18 +51,29 @@ ROOT = Path(__file__).parents[1]
 STORED = Path(__file__).parent / "mixture_runs"
 SHOTS, HELD_OUT, POOL, FRESH = 12, 200, 60, 170
 GENERATE = {"max_new_tokens": 16}
+BANDS = 5
+DEFAULT = "expected reward by layer"  # what `search(examples, reward)` does
 SEARCHES: dict[str, dict[str, Any]] = {
-    "reward": {},
-    "reward and log-likelihood": {},
-    "log-likelihood": {},
-    "log-likelihood by layer": {"granularity": "layer", "optimizer": "gradient", "num_generations": 40},
-    "expected reward by layer": {"granularity": "layer", "optimizer": "gradient", "validation": 3},
-}  # beside the defaults
+    "reward": {"method": "cem"},
+    "reward and log-likelihood": {"method": "cem"},
+    "log-likelihood": {"method": "cem"},
+    "log-likelihood by layer": {"method": "gradient", "granularity": "layer", "num_generations": 40},
+    DEFAULT: {"validation": 3},
+    "expected reward by cem": {"method": "cem", "expected_reward": True, "granularity": "bands"},
+}  # overrides of `SearchConfig`, which has no validation and no in-context prompting here
+IN_GROUPS = ("log-likelihood by layer", DEFAULT, "expected reward by cem")  # several weights per expert
 SETTINGS = {"shots": SHOTS, "held_out": HELD_OUT, "generate": GENERATE}
 
 
+def bands(modules: Sequence[str]) -> dict[str, str]:
+    """Return one of five bands of consecutive layers for each module."""
+    layers = {module: int(next(part for part in module.split(".") if part.isdigit())) for module in modules}
+    count = max(layers.values()) + 1
+    return {module: f"band {layer * BANDS // count}" for module, layer in layers.items()}
+
+
 class Bench:
-    """A task with the experts, and what is known of it."""
+    """A task with the experts, and its record."""
 
     def __init__(self, task: str) -> None:
         self.task, self.path = task, STORED / f"{task}.json"
@@ -68,12 +81,18 @@ class Bench:
         experts = {path.name: str(path) for path in sorted((ROOT / "examples" / "experts").iterdir()) if path.is_dir()}
         experts["classification"] = str(STORED / "classification")  # the one that the first runs were made with
         self.mixture = AdaptiveMixture.from_pretrained(base.eval(), experts, tokenizer=tokenizer)
-        self.simple = WeightSpace(self.mixture.experts, []).simple()
+        self.baselines = WeightSpace(self.mixture.experts, []).baselines()
+        self.modules = [layer.module_name for layer in svf_layers(self.mixture.model, self.mixture.adapter_name)]
         questions = rows(task, HELD_OUT + POOL + FRESH)
         self.held_out, self.pool = questions[:HELD_OUT], questions[HELD_OUT:-FRESH]
         self.fresh = questions[-FRESH:]
         self.reward = TASKS[task][1]
         self.record: dict[str, Any] = stored(task) or {"task": task, "settings": SETTINGS, "simple": {}, "seeds": {}}
+
+    def overrides(self, name: str) -> dict[str, Any]:
+        """Return the overrides of a search, with the group of each module where they are bands."""
+        given = SEARCHES[name]
+        return given | {"granularity": bands(self.modules)} if given.get("granularity") == "bands" else given
 
     def objective(self, examples: list[dict[str, Any]], name: str = "reward") -> Any:
         likelihood = LogLikelihoodObjective(examples, self.mixture.tokenizer)
@@ -86,15 +105,14 @@ class Bench:
     def answered(
         self, questions: list[dict[str, Any]], candidates: list[np.ndarray], granularity: Any = "expert"
     ) -> list[list[float]]:
-        modules = [layer.module_name for layer in self.mixture.model.modules() if isinstance(layer, SVFLayer)]
-        space = WeightSpace(self.mixture.experts, modules, granularity)
+        space = WeightSpace(self.mixture.experts, self.modules, granularity)
         evaluator = Evaluator(self.mixture.model, space, self.objective(questions))
         return evaluator.scores(candidates, range(len(questions))).tolist()
 
     def run(self, seeds: int, searches: list[str]) -> None:
         if not self.record["simple"]:
             self.record["simple"] = dict(
-                zip(self.simple, self.answered(self.held_out, [*self.simple.values()]), strict=True)
+                zip(self.baselines, self.answered(self.held_out, [*self.baselines.values()]), strict=True)
             )
             self.save()
         for part in ("reward", "in-context", *(name for name in SEARCHES if name != "reward")):
@@ -116,10 +134,11 @@ class Bench:
         return {"held_out": found.tolist()}
 
     def searched(self, shots: list[dict[str, Any]], name: str, seed: int) -> dict[str, Any]:
-        options = {"validation": None, "in_context": False, "seed": seed, **SEARCHES[name]}
+        options = {"validation": None, "in_context": False, "seed": seed, **self.overrides(name)}
         result = self.mixture.search(objective=self.objective(shots, name), **options)
         found = {
             "choice": result.choice,
+            "reason": result.reason,
             "alpha": {expert: np.round(values, 4).tolist() for expert, values in result.alpha.items()},
             "on_shots": result.scores,
             "weights": result.searched_weights,
@@ -129,14 +148,21 @@ class Bench:
         return found | {"held_out": self.answers_of([found], name, self.held_out)[0]}
 
     def answers_of(self, found: list[dict[str, Any]], name: str, questions: list[dict[str, Any]]) -> list[list[float]]:
-        candidates = [np.concatenate([scored_weights(x, name)[e] for e in self.mixture.experts]) for x in found]
-        return self.answered(questions, candidates, SEARCHES[name].get("granularity", "expert"))
+        granularity = "layer" if name == DEFAULT else self.overrides(name).get("granularity", "expert")
+        groups = len(WeightSpace(self.mixture.experts, self.modules, granularity).groups)
+        # where the default call found no signal, it has one weight per expert
+        scored = [scored_weights(part, name) for part in found]
+        candidates = [
+            np.concatenate([np.resize(weights[expert], groups) for expert in self.mixture.experts])
+            for weights in scored
+        ]
+        return self.answered(questions, candidates, granularity)
 
     def again(self, searches: list[str]) -> None:
-        """Score the simple choices and what the searches have found on questions that are new."""
+        """Score the baselines and the results of the searches on new questions."""
         if "simple on fresh" not in self.record:
-            of_simple = self.answered(self.fresh, [*self.simple.values()])
-            self.record["simple on fresh"] = dict(zip(self.simple, of_simple, strict=True))
+            of_baselines = self.answered(self.fresh, [*self.baselines.values()])
+            self.record["simple on fresh"] = dict(zip(self.baselines, of_baselines, strict=True))
             self.save()
         for name in searches:
             found = [seed[name] for seed in self.record["seeds"].values() if name in seed]
@@ -151,18 +177,18 @@ class Bench:
 
 
 def scored_weights(found: dict[str, Any], name: str) -> dict[str, list[float]]:
-    """Expert → its weights, of what is scored of a search: what was put in place, which may be an expert, where each
-    layer has weights of its own, and else what was found."""
-    if "granularity" in SEARCHES[name]:
+    """Return the weights of each expert in the mixture that is scored for a search. With several weights per expert it
+    is the one that was put in place, which may be a baseline; otherwise the searched one."""
+    if name in IN_GROUPS:
         return dict(found["alpha"])
     return {expert: [weight] for expert, weight in found["weights"].items()}
 
 
 def stored(task: str) -> dict[str, Any] | None:
-    """What is known of a task.
+    """Return the record of a task; `None` if there is none.
 
     Raises:
-        SystemExit: With other settings.
+        SystemExit: It was made with other settings.
     """
     path = STORED / f"{task}.json"
     if not path.exists():
@@ -177,22 +203,22 @@ def stored(task: str) -> dict[str, Any] | None:
 
 
 def scores_by_seed(record: dict[str, Any], search: str, on: str = "held_out") -> dict[str, np.ndarray]:
-    """Name → `[seeds, questions]`, of what is compared, for the seeds that have this search scored `on` them."""
-    simple = record["simple" if on == "held_out" else f"simple on {on}"]
+    """Return the compared scores by name, `[seeds, questions]`, for the seeds with this search scored `on` them."""
+    baselines = record["simple" if on == "held_out" else f"simple on {on}"]
     in_order = [seed for _, seed in sorted(record["seeds"].items(), key=lambda pair: int(pair[0]))]
     seeds = [seed for seed in in_order if on in seed.get(search, {})]
-    experts = [name for name in simple if name not in ("base", "uniform")]
+    experts = [name for name in baselines if name not in ("base", "uniform")]
 
     def best(names: list[str]) -> np.ndarray:
         # chosen on the examples of the search, by the reward; the first among equals
         chosen = [max(names, key=lambda name: seed["reward"]["on_shots"][name]) for seed in seeds]
-        return np.array([simple[name] for name in chosen])
+        return np.array([baselines[name] for name in chosen])
 
     scores = {
-        "base": np.array([simple["base"]] * len(seeds)),
-        "uniform": np.array([simple["uniform"]] * len(seeds)),
+        "base": np.array([baselines["base"]] * len(seeds)),
+        "uniform": np.array([baselines["uniform"]] * len(seeds)),
         "best expert": best(experts),
-        "best simple": best(list(simple)),
+        "best baseline": best(list(baselines)),
     }
     if on == "held_out":
         scores["in-context"] = np.array([seed["in-context"]["held_out"] for seed in seeds])
@@ -200,7 +226,8 @@ def scores_by_seed(record: dict[str, Any], search: str, on: str = "held_out") ->
 
 
 def spread(*tasks: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
-    """Mean of `[seeds, questions]`, and over tasks, with its 95 % interval, by bootstrap over seeds and questions."""
+    """Return the mean over tasks of scores `[seeds, questions]`, with its 95 % interval by bootstrap over seeds and
+    questions."""
     rng = np.random.default_rng(seed)
 
     def resampled(values: np.ndarray) -> float:
@@ -212,7 +239,7 @@ def spread(*tasks: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
 
 
 def tables(records: list[dict[str, Any]], search: str, on: str = "held_out") -> list[str]:
-    """Accuracies, and how they differ from that of what was searched."""
+    """Make the tables of accuracies, and of their differences from the accuracy of a search."""
     of_all = [scores_by_seed(record, search, on) for record in records]
     names = list(of_all[0])
     lines = ["| accuracy on (seeds) | " + " | ".join(names) + " |", "|" + "---|" * (1 + len(names))]
@@ -223,8 +250,8 @@ def tables(records: list[dict[str, Any]], search: str, on: str = "held_out") -> 
     parts = [(record["task"], [scores]) for record, scores in zip(records, of_all, strict=True)]
     for name, some in [*parts, ("their mean", of_all)]:
         cells = []
-        for rival in names[:-1]:
-            mean, low, high = spread(*(scores["searched"] - scores[rival] for scores in some))
+        for other in names[:-1]:
+            mean, low, high = spread(*(scores["searched"] - scores[other] for scores in some))
             text = f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
             cells.append(f"**{text}**" if low > 0 or high < 0 else text)
         compared.append(f"| {name} | " + " | ".join(cells) + " |")
@@ -243,15 +270,20 @@ def report(tasks: list[str]) -> None:
         "",
         "Written by `benchmarks/mixture_quality.py` from the runs in `benchmarks/mixture_runs/`; do not edit.",
         f"SmolLM2-135M-Instruct and the experts in `examples/experts`; {SHOTS} examples, {HELD_OUT} other questions,",
-        f"greedy answers of at most {GENERATE['max_new_tokens']} tokens, the defaults of `AdaptiveMixture.search`",
-        "(*reward*), or what else is said, but without held-out examples or folds: what is scored is what was found.",
-        "The expected reward has three folds, and what is scored is what it put in place, which may be an expert.",
-        "*Best expert* and *best simple* (of base, experts and uniform) are chosen by the reward on the same examples.",
+        f"greedy answers of at most {GENERATE['max_new_tokens']} tokens.",
         "95 % intervals by bootstrap over seeds and questions.",
+        "",
+        f"- *{DEFAULT}* is the default: `mixture.search(examples, reward)`.",
+        "- *reward*, *log-likelihood* and their sum: the cross-entropy method (CEM) with one weight per expert.",
+        f"- *expected reward by cem*: CEM with one weight per expert and each of {BANDS} bands of layers.",
+        "- With one weight per expert, the searched mixture is scored. With several, the mixture that was put in place",
+        "  is scored, which may be a baseline.",
+        "- *Best expert* and *best baseline* (of base, experts, uniform) are chosen by the reward on these examples.",
         "",
     ]
     for search in searches:
-        lines += [f"## Searched by the {search}", "", *tables(records, search)]
+        default = " (the default)" if search == DEFAULT else ""
+        lines += [f"## Searched by the {search}{default}", "", *tables(records, search)]
     lines += ["Bold: 0 is outside.", ""]
     again = [
         name for name in searches if all(any("fresh" in s.get(name, {}) for s in r["seeds"].values()) for r in records)
@@ -260,30 +292,31 @@ def report(tasks: list[str]) -> None:
         lines += [
             "## On questions that are new",
             "",
-            "The ways of searching were chosen while these accuracies were looked at. So what was found was then",
-            f"scored, once, on {FRESH} more questions of each task.",
+            "The ways of searching were chosen while the accuracies above were known. So the results were scored once",
+            f"more, on {FRESH} other questions of each task.",
             "",
         ]
         for search in again:
             lines += [f"By the {search}:", "", *tables(records, search, "fresh")]
     lines += [
-        "## What was found",
+        "## Weights and cost",
         "",
-        "On the 12 examples; the expected reward's *searched* is out of fold and its weights are those put in place.",
+        f"Scores on the 12 examples; for the {DEFAULT}, by cross-validation.",
         "",
-        "| task | by | score of best simple, searched | mean weights | pairs | tokens | s |",
+        "| task | by | score of best baseline, searched | mean weights | evaluations | tokens | s |",
         "|---|---|---|---|---|---|---|",
     ]
     for record in records:
         for search in searches:
             seeds = [seed[search] for seed in record["seeds"].values() if search in seed]
-            simple = np.mean([max(v for k, v in x["on_shots"].items() if k != "searched") for x in seeds])
+            best = np.mean([max(v for k, v in x["on_shots"].items() if k != "searched") for x in seeds])
             searched = np.mean([x["on_shots"]["searched"] for x in seeds])
             scored = [scored_weights(x, search) for x in seeds]
             weights = ", ".join(f"{k} {np.mean([x[k] for x in scored]):.2f}" for k in scored[0])
-            cost = [f"{np.mean([x['usage'][key] for x in seeds]):,.0f}" for key in ("rows", "tokens", "seconds")]
+            usage = [{"evaluations": x["usage"].get("rows"), **x["usage"]} for x in seeds]  # "rows" in older runs
+            cost = [f"{np.mean([x[key] for x in usage]):,.0f}" for key in ("evaluations", "tokens", "seconds")]
             lines.append(
-                f"| {record['task']} | {search} | {simple:.3f}, {searched:.3f} | {weights} | " + " | ".join(cost) + " |"
+                f"| {record['task']} | {search} | {best:.3f}, {searched:.3f} | {weights} | " + " | ".join(cost) + " |"
             )
     load = [part["load"] for record in records for seed in record["seeds"].values() for part in seed.values()]
     lines += ["", f"Load while it ran: {min(load):.1f} to {max(load):.1f}."]

@@ -1,11 +1,11 @@
-"""Question: does a search find the mixture that made the data, and what does each optimiser pay for it?
+"""Question: does a search find the mixture that made the data, and what does each optimizer pay for it?
 
     python benchmarks/search_cost.py [--plants N] [--evaluations N] [--optimizers NAME ...]
 
 A mixture of the shipped experts with random weights is planted: it writes text, and a candidate is scored by the
 log-likelihood that it is expected to give to what the planted mixture would write (the cross-entropy of the two, which
-the planted weights alone maximise). So the right answer is known, and its score. The progress of a search is the share
-of the way from the uniform mixture's score to it. No candidate is dropped early here.
+the planted weights alone maximize). So the right answer is known, and its score. The progress of a search is the
+fraction of the way from the uniform mixture's score to it. No candidate is dropped early here.
 """
 
 from __future__ import annotations
@@ -20,20 +20,21 @@ import torch
 from common import Record, argument_parser, load_base, load_tokenizer, parse
 from unseen_tasks import TASKS, rows
 
-from peft_svf import AdaptiveMixture, Evaluator, WeightSpace
+from peft_svf import AdaptiveMixture, Evaluator, Objective, SearchConfig, WeightSpace
 from peft_svf.scoring.tokens import prompt_ids
-from peft_svf.search.loop import Plan, run_search
-from peft_svf.search.optimizers.optimizer import make_optimizer
+from peft_svf.search.loop import run_search
+from peft_svf.search.optimizers import make_optimizer
 
 EXPERTS = Path(__file__).parents[1] / "examples" / "experts"
-OPTIMIZERS = ("cem", "cem-paper", "cma-es", "sep-cma-es", "random", "gradient")
+OPTIMIZERS = ("cem", "cem as in the paper", "cma-es", "gradient")
 POPULATION = 16
 
 
-class Planted:
+class Planted(Objective):
     """Expected log-likelihood per token, under a mixture that is active when this is made."""
 
-    name, deterministic, tokens = "expected log-likelihood", True, 0
+    name = "expected log-likelihood"
+    differentiable = True
 
     @torch.no_grad()
     def __init__(self, mixture: AdaptiveMixture, prompts: list[list[int]], new_tokens: int) -> None:
@@ -52,9 +53,9 @@ class Planted:
 
     @torch.no_grad()
     def score(self, model: Any, indices: Sequence[int]) -> list[float]:
-        return self.differentiable(model, indices).tolist()
+        return self.score_tensor(model, indices).tolist()
 
-    def differentiable(self, model: Any, indices: Sequence[int]) -> torch.Tensor:
+    def score_tensor(self, model: Any, indices: Sequence[int]) -> torch.Tensor:
         longest = max(self.ids[i][0].shape[1] for i in indices)
         begin = min(self.ids[i][1] for i in indices) - 1
         batch = torch.zeros(len(indices), longest, dtype=torch.long)
@@ -88,11 +89,13 @@ def main() -> None:
     names = {path.name: str(path) for path in sorted(EXPERTS.iterdir()) if path.is_dir()}
     mixture = AdaptiveMixture.from_pretrained(base.copy(), names, tokenizer=tokenizer)
     space = WeightSpace(mixture.experts, [])
-    uniform = space.simple()["uniform"]
+    uniform = space.baselines()["uniform"]
+    as_in_the_paper = {"mean": 1 / len(mixture.experts), "std": 0.5, "min_std": 0.0}
+    config = SearchConfig(racing=False)
 
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in arguments.optimizers}
     for plant in range(arguments.first_plant, arguments.first_plant + arguments.plants):
-        weights = np.random.default_rng([plant, 1]).uniform(0, 1, space.dim)  # no stream that an optimiser draws from
+        weights = np.random.default_rng([plant, 1]).uniform(0, 1, space.dim)  # no stream that an optimizer draws from
         questions = [row for task in TASKS for row in rows(task, 20)]
         chosen = random.Random(plant).sample(questions, arguments.prompts)
         mixture.set_weights(weights)
@@ -102,9 +105,10 @@ def main() -> None:
         best, start = Evaluator(mixture.model, space, objective).scores([weights, uniform], examples).mean(axis=1)
         for name in arguments.optimizers:
             evaluator = Evaluator(mixture.model, space, objective)
-            optimizer = make_optimizer(name, space, population_size=POPULATION, seed=plant)
+            method, kwargs = ("cem", as_in_the_paper) if name == "cem as in the paper" else (name, {})
+            optimizer = make_optimizer(method, space, start=uniform, population_size=POPULATION, seed=plant, **kwargs)
             generations = arguments.evaluations // (6 if name == "gradient" else POPULATION)
-            outcome = run_search(evaluator, optimizer, examples, Plan(generations, racing=False))
+            outcome = run_search(evaluator, optimizer, examples, config, num_generations=generations)
             x = outcome.finalists[0]
             score = evaluator.scores([x], examples).mean()
             curve = np.maximum.accumulate([(entry["best"] - start) / (best - start) for entry in outcome.history])
@@ -153,7 +157,7 @@ def main() -> None:
 
 
 def plot(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """The way that is left, per candidate evaluated."""
+    """Draw the way that is left, per candidate evaluated."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")

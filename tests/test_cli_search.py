@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import json
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
 from peft import PeftModel
 from test_adaptation import EXAMPLES, base_model, logits, make_tokenizer, save_expert
 
-from peft_svf import SVFConfig, load_examples
+from peft_svf import SearchConfig, SVFConfig, load_examples
 
 testing = pytest.importorskip("typer.testing")
 
@@ -52,6 +54,7 @@ def words_of_a_search(
         "output_dir": output,
         "prompt_column": "question",
         "reward": "contains",
+        "method": "cem",
         "max_new_tokens": 3,
         "num_generations": 2,
         "population_size": 4,
@@ -87,17 +90,17 @@ def test_a_search_leaves_an_ordinary_adapter(reward: str, examples: str, world: 
 
 
 def test_the_result_as_json(world: Path, tmp_path: Path) -> None:
-    result = search(world, tmp_path / "mine", "--json", reward="loglik", validation="2", optimizer="random")
+    result = search(world, tmp_path / "mine", "--json", reward="loglik", validation="2")
     assert result.exit_code == 0, result.output
     content = json.loads(result.stdout)
-    assert content["judged_on"] == "cross-validation"
-    assert content["settings"]["optimizer"] == "random"
+    assert content["evaluated_on"] == "cross-validation"
+    assert content["settings"]["method"] == "cem"
     assert list(content["weights"]) == ["one", "two"]
 
 
 @pytest.mark.slow
 def test_two_processes_leave_one_mixture(world: Path, tmp_path: Path) -> None:
-    words = words_of_a_search(world, tmp_path / "mine", "--json", reward="loglik", validation="2", optimizer="random")
+    words = words_of_a_search(world, tmp_path / "mine", "--json", reward="loglik", validation="2")
     # what `accelerate launch --multi_gpu` calls; accelerate itself has no launcher for several CPU processes
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
@@ -109,38 +112,60 @@ def test_two_processes_leave_one_mixture(world: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     together = json.loads(done.stdout)
-    alone = search(world, tmp_path / "alone", "--json", reward="loglik", validation="2", optimizer="random")
+    alone = search(world, tmp_path / "alone", "--json", reward="loglik", validation="2")
     assert together["weights"] == pytest.approx(json.loads(alone.stdout)["weights"])
     names = {path.name for path in (tmp_path / "mine").iterdir()}
     assert names == {path.name for path in (tmp_path / "alone").iterdir()}
 
 
-def test_the_gradient_of_a_reward(world: Path, tmp_path: Path) -> None:
-    """By default it takes 12 steps."""
-    options = {"reward": "test_adaptation.count_letters", "optimizer": "gradient", "granularity": "layer"}
-    result = search(world, tmp_path / "mine", "--json", **options, num_generations=None, validation="none")
+def test_the_default_is_the_gradient_of_a_reward(world: Path, tmp_path: Path) -> None:
+    """In 12 steps; the reason is on standard error."""
+    options = {"reward": "test_adaptation.count_letters", "validation": "none"}
+    result = search(world, tmp_path / "mine", "--json", **options, method=None, num_generations=None)
     assert result.exit_code == 0, result.output
     content = json.loads(result.stdout)
-    assert content["objective"] == "reward"
+    assert (content["method"], content["objective"]) == ("gradient", "reward")
+    assert content["reason"].startswith("gradient of the expected reward, one weight per expert:")
     assert content["expected"].keys() == content["scores"].keys() - {"in-context"}
     assert len(content["history"]) == 12
-    assert content["settings"]["generation_kwargs"]["max_new_tokens"] == 3
-    with_ties = search(world, tmp_path / "other", **options, tie_break=0.1)
-    assert "--tie_break has no --optimizer gradient" in one_line(with_ties)
+    assert content["settings"]["max_new_tokens"] == 3
+    with_ties = search(world, tmp_path / "other", **options, method="gradient", tie_break=0.1)
+    assert "The objective 'reward + 0.1 log-likelihood' has no gradient. Use method='cem'" in one_line(with_ties)
 
 
 def test_options_reach_the_search(world: Path, tmp_path: Path) -> None:
-    options = {"granularity": "layer", "tie_break": 0.01, "l1": 0.1, "seed": 3, "limit": 3}
-    more = ("--bounds", "-1", "1", "--no_racing", "--json", "--normalize")
+    options = {"granularity": "layer", "tie_break": 0.01, "seed": 3, "limit": 3}
+    more = ("--bounds", "-1", "1", "--no_racing", "--json", "--optimizer_kwargs", '{"elite_ratio": 0.5}')
+    more += ("--generation_kwargs", '{"num_beams": 2}', "--no_in_context")
     (tmp_path / "held_out.csv").write_text("question,solution\ndog,cat\ncat,dog\nx,y\ny,x\n")
     result = search(world, tmp_path / "mine", *more, **options, validation=str(tmp_path / "held_out.csv"))
     assert result.exit_code == 0, result.output
     content = json.loads(result.stdout)
     assert content["objective"] == "reward + 0.01 log-likelihood"
     assert len(content["groups"]) == 2
-    assert content["judged_on"] == "validation"
-    kept = {name: content["settings"][name] for name in ("l1", "seed", "racing", "bounds", "normalize", "examples")}
-    assert kept == {"l1": 0.1, "seed": 3, "racing": False, "bounds": [-1.0, 1.0], "normalize": True, "examples": 7}
+    assert (content["evaluated_on"], content["num_evaluated"]) == ("validation", 4)
+    assert "in-context" not in content["scores"]
+    expected = {
+        "method": "cem",
+        "seed": 3,
+        "racing": False,
+        "bounds": [-1, 1],
+        "optimizer_kwargs": {"elite_ratio": 0.5},
+    }
+    expected |= {"in_context": False, "examples": 7, "max_new_tokens": 3, "granularity": "layer"}
+    assert {name: content["settings"][name] for name in expected} == expected
+    assert content["settings"]["generation_kwargs"]["num_beams"] == 2
+
+
+def test_a_dict_of_groups_as_json(world: Path, tmp_path: Path) -> None:
+    from peft_svf import AdaptiveMixture, svf_layers
+
+    mixture = AdaptiveMixture.from_pretrained(base_model(), {"one": str(world / "one")})
+    groups = {layer.module_name: "ab"["mlp" in layer.module_name] for layer in svf_layers(mixture.model)}
+    options = {"reward": "loglik", "validation": "none", "num_generations": 1, "granularity": json.dumps(groups)}
+    result = search(world, tmp_path / "mine", "--json", **options)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["groups"] == ["a", "b"]
 
 
 def test_the_checkpoint_of_an_interrupted_search_stays(
@@ -150,17 +175,17 @@ def test_the_checkpoint_of_an_interrupted_search_stays(
 
     plain, steps = Evaluator.value_and_gradient, [0]
 
-    def climb(self: Any, *args: Any) -> Any:
+    def stopping(self: Any, *args: Any) -> Any:
         steps[0] += 1
         if steps[0] == 2:
             raise KeyboardInterrupt
         return plain(self, *args)
 
-    monkeypatch.setattr(Evaluator, "value_and_gradient", climb)
-    options = {"reward": "test_adaptation.count_letters", "optimizer": "gradient", "validation": "none"}
+    monkeypatch.setattr(Evaluator, "value_and_gradient", stopping)
+    options = {"reward": "test_adaptation.count_letters", "method": "gradient", "validation": "none"}
     stopped = search(world, tmp_path / "mine", "--json", **options, num_generations=3)
     assert stopped.exit_code == 0, stopped.output
-    assert "`--resume` goes on" in stopped.output
+    assert "`--resume` continues from" in stopped.output
     assert (tmp_path / "mine" / "search-checkpoint.json").exists()
     again = search(world, tmp_path / "mine", "--json", "--resume", **options, num_generations=3)
     assert again.exit_code == 0, again.output
@@ -181,13 +206,14 @@ def test_an_interrupted_search_goes_on(world: Path, tmp_path: Path) -> None:
     path = tmp_path / "mine" / "search-checkpoint.json"
     mixture.search(
         objective=LogLikelihoodObjective(rows, mixture.tokenizer),
+        method="cem",
         validation=None,
         num_generations=1,
         population_size=4,
         checkpoint=path,
     )
     refused = search(world, tmp_path / "mine", "--json", reward="loglik", validation="none")
-    assert "exists. Pass `resume=True`" in one_line(refused)
+    assert "exists. Pass `resume=True` (`--resume`) to continue that search" in one_line(refused)
     again = search(world, tmp_path / "mine", "--json", "--resume", reward="loglik", validation="none")
     assert again.exit_code == 0, again.output
     found, expected = json.loads(again.stdout), json.loads(first.stdout)
@@ -203,7 +229,12 @@ def test_an_interrupted_search_goes_on(world: Path, tmp_path: Path) -> None:
         (("--expert", "one=a", "--expert", "one=b"), {}, "--expert one is given twice, as 'a' and 'b'"),
         (("--expert", "one=nowhere"), {}, "nowhere"),
         ((), {"reward": "nubmer"}, "There is no reward function 'nubmer'"),
-        ((), {"optimizer": "cme"}, "no optimizer 'cme'"),
+        ((), {"method": "cme"}, "`method` must be one of 'auto', 'gradient', 'cem', 'cma-es', got 'cme'"),
+        ((), {"optimizer_kwargs": "std=1"}, "--optimizer_kwargs must be JSON, got 'std=1'"),
+        ((), {"optimizer_kwargs": "[1]"}, "`optimizer_kwargs` must be a dict, got [1]"),
+        ((), {"granularity": '{"a": "b"'}, "--granularity must be JSON"),
+        ((), {"num_generations": "0"}, "`num_generations` must be an integer of at least 1, got 0"),
+        ((), {"validation": "nowhere.csv"}, "There is no file nowhere.csv"),
         ((), {"granularity": "head"}, "`granularity` must be"),
         ((), {"validation": "some"}, "`validation` must be"),
         ((), {"base_check": "perhaps"}, "--base_check must be error, warn or ignore"),
@@ -217,6 +248,60 @@ def test_mistakes_are_errors_in_a_line(
 ) -> None:
     assert message in one_line(search(world, tmp_path / "mine", *more, **options))
     assert not (tmp_path / "mine" / "adapter_model.safetensors").exists()
+
+
+# ------------------------------------------------------------------------------------------ options
+
+
+def test_each_setting_is_an_option_with_its_default() -> None:
+    from peft_svf.cli.search import search as command
+
+    hints = get_type_hints(SearchConfig)
+    options = inspect.signature(command).parameters
+    for field in fields(SearchConfig):
+        if field.name in ("checkpoint", "reward_weights"):  # made of --output_dir, and of several functions
+            assert field.name not in options
+            continue
+        default = getattr(SearchConfig(), field.name)
+        found = options[field.name].default
+        assert found == (None if default == {} else default), field.name
+        kind = get_args(options[field.name].annotation)[0]
+        if get_origin(hints[field.name]) is not Union and hints[field.name] in (bool, int, float, str):
+            assert kind is hints[field.name]
+
+
+def help_of_search(option: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    from peft_svf.cli.app import app
+
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("TERMINAL_WIDTH", "120")
+    result = testing.CliRunner().invoke(app, ["search", option])
+    assert result.exit_code == 0, result.output
+    return [line.rstrip() for line in result.stdout.splitlines()]
+
+
+def test_help_fits_on_a_screen(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = help_of_search("--help", monkeypatch)
+    assert len(lines) <= 45
+    assert max(map(len, lines)) <= 120
+    shown = [field.name for field in fields(SearchConfig) if f"--{field.name}" in "\n".join(lines)]
+    hidden = [field.name for field in fields(SearchConfig) if field.metadata["advanced"]]
+    assert not set(shown) & set(hidden)
+    assert {"method", "max_new_tokens", "validation", "seed"} < set(shown)
+    text = " ".join(" ".join(lines).replace("│", " ").split())
+    assert "auto or none. Or a file of held-out examples." in text
+    assert "Default: layer for the gradient of a reward, else expert." in text
+
+
+def test_help_all_shows_every_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft_svf.cli.search import search as command
+
+    text = "\n".join(help_of_search("--help_all", monkeypatch))
+    assert not [
+        name for name in inspect.signature(command).parameters if f"--{name.replace('as_json', 'json')}" not in text
+    ]
+    assert "--expected_reward" in text
+    assert "--help_all" in "\n".join(help_of_search("--help", monkeypatch))
 
 
 def test_a_missing_option_is_a_matter_of_usage(world: Path, tmp_path: Path) -> None:

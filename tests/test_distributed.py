@@ -72,10 +72,10 @@ def test_a_search_is_shared_and_finds_the_same(two_experts: Path) -> None:
     (two_experts / "search.json").unlink()
     alone = search(two_experts)
     assert first["result"] == alone["result"]
-    assert first["climbed"] == second["climbed"]
-    assert first["climbed"].keys() == alone["climbed"].keys()
-    for name, alpha in alone["climbed"].items():
-        assert first["climbed"][name] == pytest.approx(alpha, abs=1e-5)
+    assert first["by_gradient"] == second["by_gradient"]
+    assert first["by_gradient"].keys() == alone["by_gradient"].keys()
+    for name, alpha in alone["by_gradient"].items():
+        assert first["by_gradient"][name] == pytest.approx(alpha, abs=1e-5)
     assert abs(first["calls"] - second["calls"]) <= 0.2 * alone["calls"]
     assert first["calls"] + second["calls"] == alone["calls"]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from decimal import Decimal
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,14 @@ from test_adaptation import mixture as mixture
 from test_adaptation import tokenizer as tokenizer
 from transformers import GenerationConfig
 
-from peft_svf import AdaptiveMixture, LogLikelihoodObjective, RewardObjective, WeightedObjective, load_examples
+from peft_svf import (
+    AdaptiveMixture,
+    LogLikelihoodObjective,
+    Objective,
+    RewardObjective,
+    WeightedObjective,
+    load_examples,
+)
 from peft_svf.scoring import content_text, text_of
 from peft_svf.scoring.examples import check_examples
 from peft_svf.scoring.tokens import joined
@@ -101,7 +107,7 @@ def test_rows_of_numpy_and_torch_are_rows(mixture: AdaptiveMixture) -> None:
             "number": torch.tensor(1.5),
         }
     ] * 2
-    mixture.search(rows, reward, generation_kwargs={"max_new_tokens": 2}, num_generations=1, population_size=2)
+    mixture.search(rows, reward, method="cem", max_new_tokens=2, num_generations=1, population_size=2)
     assert {type(value) for value in seen} == {int, float}
     assert text_of(np.int64(3)) == "3"
 
@@ -233,7 +239,13 @@ def test_the_parts_of_a_sum_have_the_same_rows(mixture: AdaptiveMixture, tokeniz
 
 
 def test_the_parts_of_a_sum_may_do_without_prompts(tokenizer: Any) -> None:
-    other = SimpleNamespace(name="other", examples=[{} for _ in EXAMPLES], deterministic=True, tokens=0)
+    class Other(Objective):
+        name = "other"
+        examples: list[dict[str, Any]] = [{} for _ in EXAMPLES]  # noqa: RUF012
+
+    other = Other()
     likelihood = LogLikelihoodObjective(EXAMPLES, tokenizer)
     assert WeightedObjective([other, likelihood], [1, 1]).examples == EXAMPLES
     assert WeightedObjective([other, other], [1, 1]).examples == other.examples
+    with pytest.raises(TypeError, match=r"dict is no objective\. Subclass `peft_svf\.Objective`"):
+        WeightedObjective([other, {}], [1, 1])

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from conftest import tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,7 +27,7 @@ from peft_svf.scoring import (
 )
 from peft_svf.scoring import rewards as rewards_module
 from peft_svf.scoring.rewards import boxed, first_line, first_word, last_number, last_word
-from peft_svf.scoring.tokens import joined, prompt_ids, prompt_text, text_for_trl
+from peft_svf.scoring.tokens import answer_logps, joined, prompt_ids, prompt_text, text_for_trl
 
 CASES = [
     ("number", "It is 12.", "12", 1),
@@ -310,8 +311,10 @@ def test_a_completion_goes_on_from_what_the_prompt_began() -> None:
     assert joined(begun, completion) == [user, {"role": "assistant", "content": "c d"}]
     assert joined([user], completion) == [user, *completion]
     objective = LogLikelihoodObjective([{"prompt": begun, "completion": completion}], tokenizer)
-    ids, length = objective._rows[0]
-    assert tokenizer.decode(ids[length:]).strip() == "d"
+    before, model = prompt_ids(begun, tokenizer), tiny_llama()
+    whole = before + tokenizer(" d\n")["input_ids"]
+    (expected,) = answer_logps(model, [(whole, len(before))], tokenizer)
+    assert objective.score(model, [0]) == pytest.approx([expected.mean().item()])
 
 
 def test_classification_prompt() -> None:

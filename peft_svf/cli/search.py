@@ -6,7 +6,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import Annotated, Any, Optional, get_type_hints
 
@@ -29,6 +29,8 @@ from .options import (
 
 # Set by other options, or for several reward functions.
 _LEFT_OUT = ("checkpoint", "reward_weights")
+# What the command line takes beside the values of the field.
+_MORE = {"validation": "Or a file of held-out examples."}
 
 
 def _show_all(context: typer.Context, wanted: bool) -> None:
@@ -59,8 +61,8 @@ def _with_config(command: Callable[..., None]) -> Callable[..., None]:
             default = None
         switch = f"--{each.name}/--no_{each.name}" if kind in (bool, Optional[bool]) else f"--{each.name}"
         switch = f"--{each.name}" if each.name == "resume" else switch
-        help_text = each.metadata["help"].split(". ")[0].removesuffix(".") + "."
-        option = typer.Option(switch, help=help_text, hidden=each.metadata["advanced"])
+        metavar = "JSON" if each.default_factory is dict else None
+        option = typer.Option(switch, help=_help(each), metavar=metavar, hidden=each.metadata["advanced"])
         made.append(
             inspect.Parameter(
                 each.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
@@ -70,6 +72,13 @@ def _with_config(command: Callable[..., None]) -> Callable[..., None]:
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
+
+
+def _help(field: Field[Any]) -> str:
+    """Return what a field is and its default; the other sentences of its help are for Python."""
+    first, *others = field.metadata["help"].removesuffix(".").split(". ")
+    shown = [first, *(sentence for sentence in others if sentence.startswith("Default:"))]
+    return f"{'. '.join(shown)}. {_MORE.get(field.name, '')}".rstrip()
 
 
 @_with_config

@@ -354,12 +354,15 @@ class WeightedObjective(Objective):
 
     Raises:
         ValueError: Different numbers of weights or examples, different prompts, or an expected reward.
+        TypeError: A part is no [`Objective`].
     """
 
     shares_prefix = True
 
     def __init__(self, objectives: Sequence[Any], weights: Sequence[float]) -> None:
         for objective in objectives:
+            if not isinstance(objective, Objective):
+                raise TypeError(f"{type(objective).__name__} is no objective. Subclass `peft_svf.Objective`.")
             if objective.reads_prompts:
                 raise ValueError(f"The objective {objective.name!r} cannot be part of a sum. Use it alone.")
         if not objectives or len(objectives) != len(weights):

@@ -21,8 +21,8 @@ OF_SEARCH = ("population_size", "seed", "bounds")  # arguments of optimizers tha
 
 
 def _option(default: Any, help: str, *, advanced: bool = False, least: float | None = None) -> Any:
-    """Make a field with its help. The command line shows the first sentence, of `advanced` fields on request only.
-    `least` is the smallest value."""
+    """Make a field with its help. The command line shows the first sentence and the default, of `advanced` fields on
+    request only. `least` is the smallest value."""
     about = {"help": help, "advanced": advanced, "least": least}
     if isinstance(default, dict):
         return field(default_factory=dict, metadata=about)

@@ -122,6 +122,7 @@ class ValidatedSearch:
             if interrupted:
                 main.stopped = "interrupted"
             searched, scores[SEARCHED], evaluated_on, evaluated_by = self._evaluated(main)
+            self._save()
             objective, expected = evaluator.objective, dict[str, np.ndarray]()
             if method.expected_reward and (rewards := self._rewards(rewarded, evaluated_by, main)):
                 objective, scores, expected = rewarded.objective, rewards, scores

@@ -58,12 +58,15 @@ def hold_out(objective: Objective, eval_examples: Sequence[dict[str, Any]]) -> t
     Add examples that evaluate the result.
 
     Raises:
-        ValueError: There are none, or one has the same prompt as an example of the search.
+        ValueError: There are none, one lacks a column, or one has the same prompt as an example of the search.
     """
     rows, count = list(eval_examples), len(objective.examples)
     if not rows:
         raise ValueError("`eval_examples` is empty. Pass at least one example, or leave it out.")
-    objective = objective.with_examples([*objective.examples, *rows])
+    try:
+        objective = objective.with_examples([*objective.examples, *rows])
+    except ValueError as error:
+        raise ValueError(f"{error} (`eval_examples` begin with example {count}.)") from error
     numbers = questions(objective, range(len(objective.examples)))
     for i, number in enumerate(numbers[count:]):
         if number in numbers[:count]:

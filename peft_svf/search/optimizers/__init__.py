@@ -44,12 +44,15 @@ def make_optimizer(
         kwargs: Arguments of the optimizer that replace these; `mean` may be a number for all variables.
 
     Raises:
-        ValueError: An unknown name.
+        ValueError: An unknown name, or a `mean` of another shape.
         TypeError: An argument that the optimizer does not have.
         ImportError: `cmaes` is not installed.
     """
     bounds, width = space.bounds, float(np.ptp(space.bounds[0]))
-    mean = np.broadcast_to(kwargs.pop("mean", start), (space.dim,)).astype(np.float64)
+    mean = np.array(kwargs.pop("mean", start), dtype=np.float64)
+    if mean.shape not in ((), (space.dim,)):
+        raise ValueError(f"`mean` must be a number or have shape {(space.dim,)}, got shape {mean.shape}.")
+    mean = np.clip(np.broadcast_to(mean, (space.dim,)), bounds[:, 0], bounds[:, 1])
     common: Mapping[str, Any] = {"bounds": bounds, "population_size": population_size, "seed": seed}
     if name not in ("gradient", "cem", "cma-es"):
         raise ValueError(f"There is no optimizer {name!r}. Use 'gradient', 'cem' or 'cma-es'.")
