@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from conftest import tiny_llama
+from helpers import tiny_llama
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import distributed, nn
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import tiny_llama
+from helpers import tiny_llama
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_trl import (
