@@ -1,4 +1,4 @@
-"""Small models, tokenizers and experts, and how to look into them. Imported by the tests; fixtures are in `conftest.py`."""
+"""Small models, tokenizers and experts, and functions that look into them. Fixtures are in `conftest.py`."""
 
 from __future__ import annotations
 

@@ -8,12 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate import PartialState
 from peft.utils.integrations import check_deepspeed_zero3_enabled
 from torch import distributed
 
 from ..spectral.cache import BasisCache
 from ..spectral.pack import BasisPack
+from ..utils.processes import processes
 from ..utils.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def _build(layer: SVFLayer, source: BasisCache | BasisPack | None, share: bool) 
     layer.build_basis(source)
     if share:
         assert layer.basis is not None
-        buffer = layer.basis.detach().to(PartialState().device)
+        buffer = layer.basis.detach().to(processes().device)
         distributed.broadcast(buffer, src=0)
         layer.basis.data.copy_(buffer)
 
