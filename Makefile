@@ -18,7 +18,7 @@ QUANTIZED := build/quantized
 WORKERS ?= 2
 test test-fast test-main test-peft test-quantized: export OMP_NUM_THREADS := 1
 
-.PHONY: help demo test test-fast test-main test-peft test-quantized test-vllm lint bench compare mixtures clean
+.PHONY: help demo test test-fast test-main test-peft test-quantized test-vllm lint bench gpu-check compare mixtures clean
 
 help:
 	@echo "make demo       train, save, reload and mix experts on a real model (9 to 12 minutes on two cores, half an hour on old ones)"
@@ -28,9 +28,10 @@ help:
 	@echo "make test-quantized  experts on quantized models, with bitsandbytes and torchao"
 	@echo "make test-vllm  experts served by vLLM, in an environment of its own (2 minutes to install, 4 to run)"
 	@echo "make lint       ruff and mypy"
-	@echo "make bench      speed and memory beside other methods, into docs/benchmarks.md (15 minutes on two cores)"
-	@echo "make mixtures   searched mixtures on tasks that no expert knows, into docs/mixtures.md (hours; goes on where it was)"
-	@echo "make compare    accuracy of what SVF and other methods learn, into docs/comparison.md (hours; goes on where it was)"
+	@echo "make bench      speed and memory beside other methods, into docs/results/speed.md (15 minutes on two cores)"
+	@echo "make gpu-check  what a CPU cannot show: exactness, speed, memory and waits on a GPU (8 minutes at most)"
+	@echo "make mixtures   searched mixtures on tasks that no expert knows, into docs/results/mixtures.md (hours; goes on where it was)"
+	@echo "make compare    accuracy of what SVF and other methods learn, into docs/results/comparison.md (hours; goes on where it was)"
 
 $(READY): pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'The pinned versions need Python >= 3.11; pass PYTHON=python3.12, say.')"
@@ -82,6 +83,9 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run_all.py $(ARGS)
+
+gpu-check: $(READY)
+	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
 
 mixtures: $(READY)
 	$(BIN)/python benchmarks/mixture_quality.py $(ARGS)

@@ -494,13 +494,23 @@ class Record:
             "raw": {},
         }
 
-    def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> None:
-        """Print a table with aligned columns, and keep it."""
+    def table(
+        self,
+        title: str,
+        header: Sequence[str],
+        rows: Sequence[Sequence[str]],
+        note: str = "",
+        *,
+        text_columns: int = 1,
+    ) -> None:
+        """Print a table, and keep it. The first `text_columns` columns are aligned to the left, the others to the
+        right."""
         widths = [max(len(row[i]) for row in (header, *rows) if i < len(row)) for i in range(len(header))]
         print(f"\n{title}")
         for row in (header, *rows):
             cells = [
-                cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=False))
+                cell.ljust(w) if i < text_columns else cell.rjust(w)
+                for i, (cell, w) in enumerate(zip(row, widths, strict=False))
             ]
             print("  ".join(cells).rstrip())
         if note:

@@ -10,8 +10,8 @@ on: what it forgot.
 
 Hours on two cores. Each run leaves one JSON in `benchmarks/compare_runs/`, and is not repeated if that is there: stop
 it at any time, or give it `--minutes`, and call it again, on another machine if you like. The table and the plots in
-`docs/comparison.md` are made of what there is. `--jobs N` does N runs at once, each a process of its own with its share
-of the cores.
+`docs/results/comparison.md` are made of what there is. `--jobs N` does N runs at once, each a process of its own with
+its share of the cores.
 """
 
 from __future__ import annotations
@@ -233,7 +233,7 @@ def curve(record: dict[str, Any]) -> list[tuple[int, float]]:
 
 
 def report() -> None:
-    """Write docs/comparison.md, with its plots, from what is stored."""
+    """Write docs/results/comparison.md, with its plots, from what is stored."""
     base = json.loads((STORED / "base.json").read_text())
     found = {method.name: _table_runs(method) for method in METHODS}
     lines = [
@@ -295,8 +295,8 @@ def report() -> None:
     if done:
         _plot(found)
         lines += ["", "## Budget", "", "![accuracy per rollout and per CPU second](comparison.png)"]
-    write_whole(ROOT / "docs" / "comparison.md", "\n".join(lines) + "\n")
-    print("docs/comparison.md")
+    write_whole(ROOT / "docs" / "results" / "comparison.md", "\n".join(lines) + "\n")
+    print("docs/results/comparison.md")
 
 
 def _table_runs(method: Method) -> list[dict[str, Any]]:
@@ -338,7 +338,7 @@ def _plot(found: dict[str, list[dict[str, Any]]]) -> None:
         axes[0, column].set(title=task, xlabel="completions", ylabel="greedy accuracy, validation")
         axes[1, column].set(xlabel="CPU seconds", ylabel="greedy accuracy, validation")
     axes[0, 0].legend(fontsize="small")
-    figure.savefig(ROOT / "docs" / "comparison.png", dpi=110)
+    figure.savefig(ROOT / "docs" / "results" / "comparison.png", dpi=110)
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ question. `--again` scores what was found on 170 more, which nobody had looked a
 
 Five to twenty minutes for each task, seed and search on one core. Each task leaves a JSON in
 `benchmarks/mixture_runs/`, to which a seed is added when it is done; what is there is not done again.
-`docs/mixtures.md` is made of them.
+`docs/results/mixtures.md` is made of them.
 """
 
 from __future__ import annotations
@@ -232,7 +232,7 @@ def tables(records: list[dict[str, Any]], search: str, on: str = "held_out") -> 
 
 
 def report(tasks: list[str]) -> None:
-    """Write docs/mixtures.md."""
+    """Write docs/results/mixtures.md."""
     found = [record for task in tasks if (record := stored(task))]
     records = [record for record in found if any("reward" in seed for seed in record["seeds"].values())]
     if not records:
@@ -287,8 +287,8 @@ def report(tasks: list[str]) -> None:
             )
     load = [part["load"] for record in records for seed in record["seeds"].values() for part in seed.values()]
     lines += ["", f"Load while it ran: {min(load):.1f} to {max(load):.1f}."]
-    write_whole(ROOT / "docs" / "mixtures.md", "\n".join(lines) + "\n")
-    print("docs/mixtures.md")
+    write_whole(ROOT / "docs" / "results" / "mixtures.md", "\n".join(lines) + "\n")
+    print("docs/results/mixtures.md")
 
 
 def main() -> None:

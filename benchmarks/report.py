@@ -1,4 +1,4 @@
-"""Write docs/benchmarks.md from what the benchmarks left in outputs/benchmarks.
+"""Write docs/results/speed.md from what the benchmarks left in outputs/benchmarks.
 
     python benchmarks/report.py [--results FOLDER] [--output FILE]
 
@@ -17,7 +17,7 @@ ORDER = (
     *("step", "step-model", "step-block", "step-small-block", "step-accumulate"),
     *("rollout", "grpo_update", "mixed_rows", "memory", "attach", "base_check"),
 )
-INTRO = """# Benchmarks
+INTRO = """# Speed and memory
 
 Written by `make bench` (`benchmarks/report.py`); do not edit. Candidates of a table take turns in one process; ratios
 are ratios of medians; every time that was measured is in `outputs/benchmarks/*.json`.
@@ -50,7 +50,7 @@ def section(record: dict[str, Any], show_machine: bool) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks.md"))
+    parser.add_argument("--output", type=Path, default=Path("docs/results/speed.md"))
     arguments = parser.parse_args()
 
     def place(path: Path) -> tuple[int, str]:

@@ -1,4 +1,4 @@
-"""Run all benchmarks, sized for a quarter of an hour on two CPU cores, and write docs/benchmarks.md.
+"""Run all benchmarks, sized for a quarter of an hour on two CPU cores, and write docs/results/speed.md.
 
     python benchmarks/run_all.py [--quick] [any option of the benchmarks, such as --model or --rounds]
 

@@ -34,10 +34,11 @@ from .scoring import RewardFunc as RewardFunc
 from .scoring import RewardObjective as RewardObjective
 from .scoring import WeightedObjective as WeightedObjective
 from .scoring import load_examples as load_examples
-from .search import CrossEntropyMethod as CrossEntropyMethod
-from .search import Evaluator as Evaluator
-from .search import GradientDescent as GradientDescent
-from .search import Optimizer as Optimizer
+from .search.config import SearchConfig as SearchConfig
+from .search.evaluator import Evaluator as Evaluator
+from .search.optimizers.cem import CrossEntropyMethod as CrossEntropyMethod
+from .search.optimizers.gradient import GradientDescent as GradientDescent
+from .search.optimizers.optimizer import Optimizer as Optimizer
 from .spectral import BasisCache as BasisCache
 from .spectral import BasisPack as BasisPack
 from .spectral import clear_cache as clear_cache

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
+from peft_svf.search.procedure import Procedure
 from test_adaptation import EXAMPLES, EXPERTS, IDS, Distance, base_model, count_letters, logits, save_expert
 from test_adaptation import experts as experts
 from test_adaptation import mixture as mixture
@@ -35,7 +36,6 @@ from peft_svf.scoring.prefix import common_prefix
 from peft_svf.search.in_context import answer_of, with_demonstrations
 from peft_svf.search.loop import Plan, chosen_first, run_search
 from peft_svf.search.optimizers.optimizer import OPTIMIZERS, RandomShooting, make_optimizer
-from peft_svf.search.procedure import Procedure
 from peft_svf.search.statistics import compared, interval
 from peft_svf.search.validation import Split, split_examples
 

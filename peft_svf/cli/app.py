@@ -17,11 +17,13 @@ except ImportError as error:
 
 from .errors import fail, show_tracebacks
 from .files import files
+from .search import named as _named
+from .search import search
 
 if TYPE_CHECKING:
     from ..evaluation.strategies import Evaluation
+    from ..mixture.result import MixtureResult
     from ..routing.self_adaptive import SelfAdaptiveModel
-    from ..search.result import MixtureResult
 
 app = typer.Typer(
     name="peft-svf",
@@ -38,6 +40,7 @@ def _options(debug: Annotated[bool, typer.Option("--debug", help="Show where an 
 
 
 app.add_typer(files)
+app.command()(search)
 
 
 @app.command(
@@ -64,172 +67,6 @@ def train(context: typer.Context) -> None:
         record = run()
     if as_json:
         print(json.dumps(record.to_dict(), default=str))
-
-
-@app.command()
-def search(
-    model_name_or_path: Annotated[str, typer.Option("--model_name_or_path", help="The base model.")],
-    expert: Annotated[list[str], typer.Option("--expert", metavar="NAME=PATH", help="An expert; at least one.")],
-    examples: Annotated[str, typer.Option("--examples", help="A .jsonl, .json or .csv file, or a dataset of the Hub.")],
-    output_dir: Annotated[Path, typer.Option("--output_dir", help="Where to save the mixture.")],
-    reward: Annotated[
-        str,
-        typer.Option(
-            "--reward",
-            help="exact, contains, number, choice, regex, math_verify, the dotted path of a function with TRL's "
-            "signature, or loglik: the likelihood of the reference answers.",
-        ),
-    ] = "exact",
-    tie_break: Annotated[
-        float, typer.Option("--tie_break", help="Weight of the log-likelihood of the answers beside the reward.")
-    ] = 0.0,
-    prompt_column: Annotated[str, typer.Option("--prompt_column", help="Text or messages.")] = "prompt",
-    answer_column: Annotated[
-        Optional[str], typer.Option("--answer_column", help="Default: completion, answer or solution.")
-    ] = None,
-    system_prompt: Annotated[
-        Optional[str], typer.Option("--system_prompt", help="Ask prompts as chat messages, after this one.")
-    ] = None,
-    dataset_config: Annotated[Optional[str], typer.Option("--dataset_config", help="Of a dataset.")] = None,
-    dataset_split: Annotated[
-        Optional[str], typer.Option("--dataset_split", help="Of a dataset. Default: train.")
-    ] = None,
-    limit: Annotated[Optional[int], typer.Option("--limit", help="Only the first so many examples.", min=1)] = None,
-    validation: Annotated[
-        str,
-        typer.Option("--validation", help="auto, none, a share (0.3), a number of folds (3), or a file of examples."),
-    ] = "auto",
-    optimizer: Annotated[
-        str, typer.Option("--optimizer", help="cem, cem-paper, cma-es, sep-cma-es, random, or gradient.")
-    ] = "cem",
-    granularity: Annotated[
-        str, typer.Option("--granularity", help="Weights per expert, or per expert and layer or module.")
-    ] = "expert",
-    bounds: Annotated[tuple[float, float], typer.Option("--bounds", help="Smallest and largest weight.")] = (0.0, 1.0),
-    normalize: Annotated[bool, typer.Option("--normalize", help="Scale weights down to a sum of 1.")] = False,
-    l1: Annotated[float, typer.Option("--l1", help="Penalty on the sum of |weights|.")] = 0.0,
-    l2: Annotated[float, typer.Option("--l2", help="Penalty on the sum of squared weights.")] = 0.0,
-    num_generations: Annotated[
-        Optional[int], typer.Option("--num_generations", help="At most. Default: 6, or 12 steps of the gradient.")
-    ] = None,
-    population_size: Annotated[int, typer.Option("--population_size")] = 32,
-    racing: Annotated[bool, typer.Option("--racing/--no_racing", help="Drop bad candidates early.")] = True,
-    one_standard_error: Annotated[
-        bool,
-        typer.Option(
-            "--one_standard_error/--best_score", help="Keep a simple choice unless another is better beyond the noise."
-        ),
-    ] = True,
-    patience: Annotated[Optional[int], typer.Option("--patience", help="Stop after so many without progress.")] = None,
-    max_rows: Annotated[Optional[int], typer.Option("--max_rows", help="Pairs of a mixture and an example.")] = None,
-    max_tokens: Annotated[Optional[int], typer.Option("--max_tokens")] = None,
-    max_seconds: Annotated[Optional[float], typer.Option("--max_seconds")] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max_new_tokens", help="Of an answer.", min=1)] = 256,
-    batch_size: Annotated[Optional[int], typer.Option("--batch_size", help="Rows per batch; found by itself.")] = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="Of the base model: auto, float32, bfloat16, ...")] = "auto",
-    base_check: Annotated[
-        str, typer.Option("--base_check", help="error, warn or ignore, if an expert is for another base model.")
-    ] = "error",
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a search that was stopped.")] = False,
-    seed: Annotated[int, typer.Option("--seed")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
-) -> None:
-    """Search the mixture of experts that suits a task, from a few examples of it.
-
-    peft-svf search --model_name_or_path MODEL --expert math=experts/math --expert logic=experts/logic
-    --examples shots.jsonl --reward number --max_new_tokens 64 --output_dir my-mixture
-
-    For several processes: `accelerate launch -m peft_svf_cli search` with the same options.
-    """
-    checkpoint = output_dir / "search-checkpoint.json"
-    try:
-        from ..mixture.mixture import AdaptiveMixture
-        from ..scoring.datasets import FILES, load_examples
-        from ..scoring.objectives import LogLikelihoodObjective, RewardObjective, WeightedObjective
-        from ..scoring.rewards import find_reward
-        from ..utils.processes import by_main_process, leave, processes
-
-        if base_check not in ("error", "warn", "ignore"):
-            raise ValueError(f"--base_check must be error, warn or ignore, got {base_check!r}.")
-        columns: dict[str, Any] = {
-            "prompt_column": prompt_column,
-            "answer_column": answer_column,
-            "system_prompt": system_prompt,
-            "split": dataset_split,
-            "config": dataset_config,
-        }
-        rows = load_examples(examples, **columns, limit=limit)
-        held_out: Any = (
-            load_examples(validation, **columns) if Path(validation).suffix in FILES else _number_or_word(validation)
-        )
-        function = None if reward == "loglik" else find_reward(reward)
-        if tie_break and function is not None and optimizer == "gradient":
-            raise ValueError("--tie_break has no --optimizer gradient, which has hardly any ties to break; drop one.")
-        experts = _named(expert)
-        for name, path in experts.items():
-            if output_dir.resolve() == Path(path).resolve():
-                raise ValueError(f"--output_dir {output_dir} is the folder of expert {name!r}; take another one.")
-        mixture = AdaptiveMixture.from_pretrained(
-            model_name_or_path,
-            experts,
-            base_check=base_check,  # type: ignore[arg-type]
-            dtype=dtype,
-        )
-        objective: Any = (
-            LogLikelihoodObjective(rows, mixture.tokenizer)
-            if function is None
-            else RewardObjective(
-                rows, function, mixture.tokenizer, generation_kwargs={"max_new_tokens": max_new_tokens}
-            )
-        )
-        if tie_break and function is not None:
-            objective = WeightedObjective(
-                [objective, LogLikelihoodObjective(rows, mixture.tokenizer)], [1.0, tie_break]
-            )
-        result = mixture.search(
-            objective=objective,
-            validation=held_out,
-            granularity=granularity,  # type: ignore[arg-type]
-            bounds=bounds,
-            normalize=normalize,
-            l1=l1,
-            l2=l2,
-            optimizer=optimizer,
-            num_generations=num_generations,
-            population_size=population_size,
-            racing=racing,
-            one_standard_error=one_standard_error,
-            patience=patience,
-            max_rows=max_rows,
-            max_tokens=max_tokens,
-            max_seconds=max_seconds,
-            batch_size=batch_size,
-            checkpoint=checkpoint,
-            resume=resume,
-            seed=seed,
-        )
-        by_main_process(lambda: mixture.save_pretrained(output_dir))
-        leave()
-    except (ValueError, ImportError, OSError) as error:
-        fail(error)
-    if not processes().is_main_process:
-        return
-    if result.stopped == "interrupted":
-        print(f"Interrupted; `--resume` goes on from {checkpoint}.", file=sys.stderr)
-    else:
-        checkpoint.unlink(missing_ok=True)
-    plotted = _plotted(result, output_dir / "search.png")
-    if as_json:
-        print(json.dumps(result.to_dict()))
-        return
-    table = Table("", result.objective, "95 % interval", title=f"judged on: {result.judged_on}")
-    for name, score in result.scores.items():
-        low, high = result.intervals[name]
-        table.add_row(name, f"{score:.3f}", f"{low:.3f} to {high:.3f}", style="bold" if name == result.choice else None)
-    console = Console()
-    console.print(table)
-    console.print(str(result), highlight=False, markup=False)
-    console.print(f"saved in {output_dir}" + (" with search.png" if plotted else ""), highlight=False, markup=False)
 
 
 # ---------------------------------------------------------------------------------------------------- adapting
@@ -557,34 +394,6 @@ def _sampling(max_new_tokens: int, do_sample: bool, temperature: float) -> dict[
     return {"max_new_tokens": max_new_tokens, "do_sample": do_sample} | (
         {"temperature": temperature} if do_sample else {}
     )
-
-
-def _named(experts: list[str]) -> dict[str, str]:
-    """Of `NAME=PATH`.
-
-    Raises:
-        ValueError: One is of another form, or a name occurs twice.
-    """
-    found: dict[str, str] = {}
-    for text in experts:
-        name, equals, path = text.partition("=")
-        if not (name and equals and path):
-            raise ValueError(f"--expert must be NAME=PATH, such as math=experts/math, got {text!r}.")
-        if name in found:
-            raise ValueError(f"--expert {name} is given twice, as {found[name]!r} and {path!r}.")
-        found[name] = path
-    return found
-
-
-def _number_or_word(text: str) -> Any:
-    if text == "none":
-        return None
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
 
 
 def _plotted(result: MixtureResult | Evaluation, path: Path) -> bool:

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..mixture.loading import CLASSIFIER
 from ..mixture.mixture import AdaptiveMixture
+from ..mixture.space import UNIFORM, WeightSpace
 from ..routing.dispatch import OTHER, Dispatcher
 from ..routing.nearest import NearestDispatcher
 from ..routing.prompt import PromptDispatcher
@@ -22,7 +23,7 @@ from ..scoring.objectives import RewardObjective
 from ..scoring.rewards import RewardFunc
 from ..search.evaluator import Evaluator
 from ..search.identity import description_of, digest_of_experts, digest_of_rows
-from ..search.space import BASE, UNIFORM, WeightSpace
+from ..search.space import BASE
 from ..search.statistics import interval
 from ..utils.files import write_whole
 from ..utils.processes import by_main_process
@@ -145,7 +146,7 @@ def evaluate(
     store = _Store(output, resume, json.loads(json.dumps(identity, default=str)), evaluators)
     found = Evaluation([*names])
     columns: dict[str, dict[str, np.ndarray]] = {BASE: {}, ORACLE: {}, **{name: {} for name in strategies}}
-    simple = space.simple()
+    simple = space.baselines()
     right = {task.name: task.expert or BASE for task in tasks}
     with progress_bar(desc="Evaluating", total=len(columns) * sum(len(task.examples) for task in tasks)) as bar:
         for name in columns:

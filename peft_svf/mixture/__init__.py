@@ -1,8 +1,8 @@
 """Mixtures of experts, with weights found from a few examples."""
 
-from ..search.result import MixtureResult
-from ..search.space import WeightSpace
 from .loading import load_experts
 from .mixture import AdaptiveMixture
+from .result import MixtureResult
+from .space import WeightSpace
 
 __all__ = ["AdaptiveMixture", "MixtureResult", "WeightSpace", "load_experts"]

@@ -12,10 +12,10 @@ from ..tuner.config import SVFConfig, SVFRuntimeConfig
 def expert_config(
     name: str, path: str | os.PathLike[str], base_check: Any, runtime_config: SVFRuntimeConfig | None = None
 ) -> SVFConfig:
-    """Of an expert on disk or on the Hub.
+    """Read the config of an expert on disk or on the Hub.
 
     Raises:
-        ValueError: There is none, or it is of another method; the message names the expert.
+        ValueError: It cannot be read or belongs to another method; the message names the expert.
     """
     try:
         config = SVFConfig.from_pretrained(path)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,42 +16,43 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..reporting.mixture_card import is_mixture_card, mixture_card
-from ..scoring.expected_reward import TEMPERATURE, ExpectedRewardObjective
 from ..scoring.objectives import LogLikelihoodObjective, Objective, RewardObjective
 from ..scoring.rewards import RewardFunc
-from ..search.answers import SAMPLES
 from ..search.checkpoint import Checkpoint
-from ..search.evaluator import Evaluator, check_differentiable
+from ..search.config import SearchConfig
 from ..search.identity import description_of, digest_of_base, digest_of_experts, digest_of_rows
-from ..search.loop import Limits, Plan
-from ..search.optimizers.optimizer import make_optimizer
-from ..search.procedure import Procedure
-from ..search.result import MixtureResult
-from ..search.space import BASE, UNIFORM, Granularity, WeightSpace
+from ..search.optimizers import as_optimizer
+from ..search.space import BASE
 from ..search.statistics import IN_CONTEXT, SEARCHED
-from ..search.validation import split_examples
+from ..search.validated import ValidatedSearch
+from ..search.validation import hold_out, split_examples
 from ..tuner.config import SVFRuntimeConfig
-from ..tuner.layer import SVFLayer
+from ..tuner.layer import SVFLayer, svf_layers
 from ..tuner.model import SVFModel
 from .experts import expert_config
+from .result import MixtureResult
+from .space import UNIFORM, Granularity, WeightSpace
 
-GENERATIONS, STEPS = 6, 12  # by default, and of the gradient
+# Settings that do not change the scores, so that a resumed search may have others.
+_NOT_IDENTITY = ("checkpoint", "resume", "batch_size", "num_generations", "patience", "max_seconds", "validation")
+# Settings that an `objective` has already.
+_OF_REWARDS = ("max_new_tokens", "generation_kwargs", "reward_weights")
 
 
 class AdaptiveMixture:
     """
     A model whose active adapter is a mixture `δ = Σ_k α_k δ_k` of SVF experts.
 
-    The mixture is itself an ordinary SVF adapter of the model: it generates, saves, merges and loads as one.
+    The mixture is an ordinary SVF adapter of the model: it generates, saves, merges and loads like any other.
 
     Args:
         model (`PeftModel`): A model with SVF adapters.
-        experts (`list[str]`): The adapters to mix; all of the model's if `None`.
+        experts (`list[str]`): The adapters to mix; all adapters of the model if `None`.
         tokenizer: The model's tokenizer.
-        adapter_name (`str`): What to call the mixture.
+        adapter_name (`str`): Name of the mixture.
 
     Raises:
-        ValueError: No experts, an adapter that is unknown or no SVF adapter, or a name that is taken.
+        ValueError: No experts, an unknown adapter, an adapter of another method, or a name that is taken.
 
     Example:
 
@@ -90,18 +89,17 @@ class AdaptiveMixture:
         self.sources: dict[str, str] = {}  # where the experts were loaded from
 
     def _warn_of_gaps(self) -> None:
-        """Say so if the experts do not all adapt the same numbers."""
-        layers = self._mixed_layers(self.adapter_name)
-        of_each = {
-            name: {layer.module_name: layer.rank(name) for layer in layers if name in layer.svf_delta}
+        """Warn if the experts do not all adapt the same singular values."""
+        ranks_of = {
+            name: {layer.module_name: layer.rank(name) for layer in self._layers() if name in layer.svf_delta}
             for name in self.experts
         }
-        if all(ranks == of_each[self.experts[0]] for ranks in of_each.values()):
+        if all(ranks == ranks_of[self.experts[0]] for ranks in ranks_of.values()):
             return
-        numbers = ", ".join(f"{name} {sum(ranks.values())} in {len(ranks)}" for name, ranks in of_each.items())
+        sizes = ", ".join(f"{name} {sum(ranks.values())} in {len(ranks)}" for name, ranks in ranks_of.items())
         warnings.warn(
-            f"The experts do not adapt the same singular values ({numbers} modules). Where one adapts none, its part "
-            "of the mixture is 0.",
+            f"The experts do not adapt the same singular values ({sizes} modules). Where an expert adapts none, it "
+            "contributes 0 to the mixture.",
             stacklevel=3,
         )
 
@@ -122,24 +120,28 @@ class AdaptiveMixture:
 
         Args:
             base_model (`PreTrainedModel` or `str`): The model, or its Hub id or folder.
-            experts (`dict[str, str]`): Names and where to load them from, each a Hub id or folder of an SVF adapter.
-            tokenizer: The tokenizer, which a search needs; by default that of `base_model` if this is a name.
-            adapter_name (`str`): What to call the mixture.
+            experts (`dict[str, str]`): Name of each expert with its Hub id or folder.
+            tokenizer: The tokenizer, which a search needs. By default that of `base_model` if this is a name.
+            adapter_name (`str`): Name of the mixture.
             base_check (`str`): What to do when an expert was made for another base model, see [`SVFRuntimeConfig`].
-            runtime_config ([`SVFRuntimeConfig`], *optional*): For all experts, such as the basis pack that quantized
-                models need; in the place of `base_check`.
-            kwargs: For `AutoModelForCausalLM.from_pretrained`, when `base_model` is a name.
+            runtime_config ([`SVFRuntimeConfig`], *optional*): For all experts, in the place of `base_check`. Quantized
+                models need its basis pack.
+            kwargs: For `AutoModelForCausalLM.from_pretrained`, if `base_model` is a name.
+
+        Raises:
+            ValueError: An expert that cannot be read, is no SVF adapter or was made for another base model, a name that
+                is not allowed, or a base model with adapters. The base model stays as it was.
         """
         _check_names(list(experts), adapter_name)
         if not isinstance(base_model, (str, os.PathLike)):
             if kwargs:
-                raise TypeError(f"`{next(iter(kwargs))}` is only for a base model given by name.")
+                raise TypeError(f"`{next(iter(kwargs))}` needs a base model given by name.")
             if isinstance(base_model, PeftModel) or any(isinstance(m, BaseTunerLayer) for m in base_model.modules()):
                 raise ValueError(
-                    "The base model already has adapters, perhaps of a mixture made before. `unload()` them, load the "
-                    "base model anew, or mix the adapters that it has: `AdaptiveMixture(peft_model, names)`."
+                    "The base model has adapters already. `unload()` them, load the base model again, or mix the "
+                    "adapters that it has: `AdaptiveMixture(peft_model, names)`."
                 )
-        # read all before the model is touched
+        # read all of them before the model is touched
         configs = {name: expert_config(name, path, base_check, runtime_config) for name, path in experts.items()}
         if isinstance(base_model, (str, os.PathLike)):
             tokenizer = AutoTokenizer.from_pretrained(base_model) if tokenizer is None else tokenizer
@@ -165,43 +167,42 @@ class AdaptiveMixture:
 
     @property
     def weights(self) -> dict[str, float]:
-        """α, per expert; the mean where groups of modules have weights of their own. All 0 is the base model."""
+        """α per expert, averaged over groups of modules with different weights. All 0 is the base model."""
         return dict(zip(self.experts, self._alpha.mean(axis=1).tolist(), strict=True))
 
-    def set_weights(self, weights: Mapping[str, float] | Sequence[float] | np.ndarray) -> None:
-        """Put other weights in place: by expert (those left out get 0), or one per expert in order. The result of a
-        search is forgotten.
+    def set_weights(
+        self,
+        weights: Mapping[str, float] | Sequence[float] | np.ndarray,
+        group_of: Mapping[str, int] | None = None,
+    ) -> None:
+        """
+        Put other weights in place, and forget the result of a search.
+
+        Args:
+            weights: α by expert (the others get 0), or `[experts]`, or with `group_of` `[experts, groups]`.
+            group_of (`dict[str, int]`, *optional*): Index of the group of each adapted module.
 
         Raises:
-            ValueError: An unknown expert, a wrong number of weights, one that is not finite, or a merged mixture.
+            ValueError: An unknown expert, another shape, a weight that is not finite, or a merged mixture.
         """
-        self._put(weights)
-        self.result = None
-
-    def _put(self, weights: Mapping[str, float] | Sequence[float] | np.ndarray) -> None:
         if isinstance(weights, Mapping):
             if unknown := sorted(set(weights) - set(self.experts)):
-                raise ValueError(f"Unknown expert {unknown[0]!r}; there are {', '.join(self.experts)}.")
+                raise ValueError(f"Unknown expert {unknown[0]!r}. The mixture has {', '.join(self.experts)}.")
             weights = [weights.get(name, 0.0) for name in self.experts]
         alpha = np.array(weights, dtype=np.float64)
-        if alpha.shape != (len(self.experts),) or not np.isfinite(alpha).all():
-            raise ValueError(f"Expected {len(self.experts)} finite weights, got {alpha.tolist()}.")
-        self._put_groups(alpha[:, None], None)
-
-    def _put_groups(self, alpha: np.ndarray, group_of: Mapping[str, int] | None) -> None:
-        """α `[experts, groups]`."""
+        shape = (len(self.experts),) if group_of is None else (len(self.experts), max(group_of.values()) + 1)
+        if alpha.shape != shape or not np.isfinite(alpha).all():
+            raise ValueError(f"Expected {list(shape)} finite weights, got {alpha.tolist()}.")
         self._check_present()
-        layers = self._mixed_layers(self.adapter_name)
-        if any(layer.merged for layer in layers):
-            raise ValueError(
-                "The model is merged, so other weights would have no effect; call `unmerge_adapter` first."
-            )
-        self._alpha, self._group_of = alpha, group_of
+        if any(layer.merged for layer in self._layers()):
+            raise ValueError("The model is merged, so other weights have no effect. Call `unmerge_adapter()` first.")
+        self._alpha, self._group_of = alpha.reshape(len(self.experts), -1), group_of
         self._mix(self.adapter_name)
+        self.result = None
 
     def _mix(self, adapter_name: str) -> None:
         """Give an adapter the δ of the mixture."""
-        for layer in self._mixed_layers(adapter_name):
+        for layer in svf_layers(self.model, adapter_name):
             group = 0 if self._group_of is None else self._group_of[layer.module_name]
             layer.mix(adapter_name, zip(self.experts, self._alpha[:, group].tolist(), strict=True))
 
@@ -209,12 +210,12 @@ class AdaptiveMixture:
         for name in (*self.experts, self.adapter_name):
             if name not in self.model.peft_config:
                 raise ValueError(
-                    f"{name!r} was deleted from the model, so that its mixture cannot change any more; make a new "
-                    "`AdaptiveMixture` of the experts that are there."
+                    f"Adapter {name!r} was deleted from the model, so this mixture cannot change any more. Make a new "
+                    "`AdaptiveMixture` from the adapters that are there."
                 )
 
-    def _mixed_layers(self, adapter_name: str) -> list[SVFLayer]:
-        return [m for m in self.model.modules() if isinstance(m, SVFLayer) and adapter_name in m.svf_delta]
+    def _layers(self) -> list[SVFLayer]:
+        return svf_layers(self.model, self.adapter_name)
 
     # ------------------------------------------------------------------------------------------------ search
 
@@ -222,240 +223,149 @@ class AdaptiveMixture:
         self,
         examples: Sequence[dict[str, Any]] | None = None,
         reward_funcs: RewardFunc | Sequence[RewardFunc] | None = None,
+        config: SearchConfig | None = None,
         *,
         objective: Objective | None = None,
-        reward_weights: Sequence[float] | None = None,
-        generation_kwargs: dict[str, Any] | None = None,
-        validation: Literal["auto"] | float | Sequence[dict[str, Any]] | None = "auto",
-        granularity: Granularity = "expert",
-        bounds: tuple[float, float] = (0.0, 1.0),
-        normalize: bool = False,
-        l1: float = 0.0,
-        l2: float = 0.0,
-        optimizer: Any = "cem",
-        num_generations: int | None = None,
-        population_size: int = 32,
-        racing: bool = True,
-        one_standard_error: bool = True,
-        patience: int | None = None,
-        max_rows: int | None = None,
-        max_tokens: int | None = None,
-        max_seconds: float | None = None,
-        in_context: bool = True,
-        batch_size: int | None = None,
-        checkpoint: str | os.PathLike[str] | None = None,
-        resume: bool = False,
-        seed: int = 0,
+        eval_examples: Sequence[dict[str, Any]] | None = None,
+        optimizer: Any = None,
+        **overrides: Any,
     ) -> MixtureResult:
         """
         Find weights from a few examples, and put them in place (Transformer², section 3.2, "few-shot adaptation").
 
-        The base model, every expert alone and the uniform mixture are scored on the same examples. If the searched
-        mixture does not beat them, the best of them is kept and the result says so. In-context prompting is
-        scored, too.
-
-        Ctrl-C ends the search with what it found so far, once the simple choices were scored.
+        The base model, every single expert, the uniform mixture and in-context prompting are scored on the same
+        examples. If the searched mixture does not beat the best baseline, the baseline is put in place, and the result
+        says so. Ctrl-C ends the search with what it has, once the baselines are scored.
 
         Args:
-            examples (`Sequence[dict]` or `datasets.Dataset`): Rows with `"prompt"`; without `reward_funcs` also with
-                `"completion"`. Text or messages, as for TRL.
-            reward_funcs (`Callable` or list of them, *optional*): TRL reward functions for generated answers. Without,
-                the objective is the log-likelihood of the `"completion"` column.
-            objective ([`Objective`], *optional*): In the place of the two, such as a [`WeightedObjective`].
-            reward_weights (`Sequence[float]`, *optional*): A factor for each reward function.
-            generation_kwargs (`dict`, *optional*): For `generate`, such as `max_new_tokens`. Decoding is greedy if it
-                does not say otherwise.
-            validation (`str`, `float`, `int` or rows, *optional*):
-                How to know whether the search was of use. A share below 1 of the examples is held out, or rows of
-                their own are given: the mixture that was found is scored on them. A number of folds from 2: the search
-                is repeated without each fold, and scored on it. `None`: on the examples of the search. `"auto"`: a
-                third held out from 24 examples on, 3 folds from 6 on, which takes four searches, else `None`.
-            granularity (`str` or `dict[str, str]`): One α per expert (`"expert"`), per expert and block (`"layer"`),
-                per expert and weight matrix (`"module"`), or per expert and group of modules, by
-                `SVFLayer.module_name`.
-            bounds (`tuple[float, float]`): Smallest and largest α, with 0, the base model, between them.
-            normalize (`bool`): Scale α down where `Σ_k |α_k| > 1`.
-            l1, l2 (`float`): Penalties on `Σ_k |α_k|` and `Σ_k α_k²`, in units of the score.
-            optimizer (`str` or [`Optimizer`]): `"cem"`, `"cem-paper"`, `"cma-es"`, `"sep-cma-es"`, `"random"`,
-                `"gradient"`, see [`make_optimizer`]; or an object with `ask()`, `tell()` and `population_size` as in
-                the `cmaes` package, over experts × groups variables, which are minimised. The gradient is that of the
-                log-likelihood, or with reward functions that of the expected reward: base model, experts and uniform
-                mixture answer the examples first, five times each, and what is climbed is the probability of the
-                answers that were rewarded, see [`ExpectedRewardObjective`]; the result is judged by the rewards.
-                For answers of some tens of tokens at most. Made for `granularity="layer"`.
-            num_generations (`int`, *optional*): Generations of a search, at most. By default 6, and of the gradient,
-                which has one candidate in each, 12.
-            population_size (`int`): Candidates per generation, unless `optimizer` is an object.
-            racing (`bool`): Drop candidates that do badly on a part of the examples. About half the work.
-            one_standard_error (`bool`): Keep the simple choice that the search began with unless what it found is
-                better by more than the standard error of the difference, on its own examples.
-            patience (`int`, *optional*): Generations without a better candidate after which a search stops.
-            max_rows, max_tokens, max_seconds (*optional*): After the first generation, none is begun that would
-                probably go beyond so many pairs of a mixture and an example, tokens, or seconds, in all. The simple
-                choices are scored before, and for the gradient of a reward they answer the examples.
-            in_context (`bool`): Whether to score in-context prompting, where the examples have answers.
-            batch_size (`int`, *optional*): Rows per batch; by default found, see [`Evaluator`].
-            checkpoint (path, *optional*): A JSON file for all scores, written after each generation.
-            resume (`bool`): Go on from the checkpoint, if there is one. The result is that of a search that was not
-                stopped.
-            seed (`int`): Of everything that is random.
+            examples (`Sequence[dict]` or `datasets.Dataset`): Examples with a `"prompt"` (text or messages), and a
+                `"completion"` if there are no `reward_funcs`.
+            reward_funcs (`Callable` or list of them, *optional*): TRL reward functions for generated answers. Without
+                them, the objective is the log-likelihood of the `"completion"` column.
+            config ([`SearchConfig`], *optional*): The settings.
+            objective ([`Objective`], *optional*): In the place of the first two, such as a [`WeightedObjective`].
+            eval_examples (`Sequence[dict]`, *optional*): Held-out examples that evaluate the result, in the place of
+                `config.validation`.
+            optimizer (*optional*): A custom optimizer in the place of `config.method`: an [`Optimizer`], or any object
+                with `ask()`, `tell(solutions)` and `population_size` as in the package `cmaes`. It minimizes over
+                experts × groups variables.
+            overrides: Fields of [`SearchConfig`], such as `method="cem"` or `seed=1`.
+
+        Returns:
+            [`MixtureResult`]
 
         Raises:
-            ValueError: No examples, a missing column, no tokenizer, an argument out of range, a checkpoint of another
-                search, or a reward function that does not return one finite number (or `None`) per completion.
+            ValueError: No examples, a missing column, no tokenizer, a setting out of range, a checkpoint of another
+                search, or a reward function that does not return one finite number or `None` per completion.
+            TypeError: An unknown setting, or an optimizer without `ask` or `tell`.
         """
+        config = (config or SearchConfig()).changed(**overrides)
         self._check_present()
-        if num_generations is None:
-            by_steps = getattr(optimizer, "uses_gradient", optimizer == "gradient")
-            num_generations = STEPS if by_steps else GENERATIONS
-        num_generations = _whole("num_generations", num_generations, 1)
-        one_is_enough = optimizer == "gradient" or not isinstance(optimizer, str)  # which has a number of its own
-        population_size = _whole("population_size", population_size, 1 if one_is_enough else 2)
-        seed = _whole("seed", seed, 0)
-        batch_size, patience, max_rows, max_tokens = (
-            None if value is None else _whole(name, value, least)
-            for name, value, least in (
-                ("batch_size", batch_size, 1),
-                ("patience", patience, 1),
-                ("max_rows", max_rows, 0),
-                ("max_tokens", max_tokens, 0),
-            )
-        )
-        l1, l2 = _positive("l1", l1), _positive("l2", l2)
-        max_seconds = None if max_seconds is None else _positive("max_seconds", max_seconds)
-        space = WeightSpace(
-            self.experts,
-            [layer.module_name for layer in self._mixed_layers(self.adapter_name)],
-            granularity,
-            bounds,
-            normalize,
-        )
-        if getattr(self.model.config, "is_encoder_decoder", False):
-            raise ValueError("A search needs a decoder-only model; this one is an encoder-decoder model.")
-        if any(layer.disable_adapters for layer in self._mixed_layers(self.adapter_name)):
-            raise ValueError(
-                "The adapters are disabled, so that every mixture would be the base model; search outside of "
-                "`disable_adapter()`, or after `enable_adapter_layers()`."
-            )
-        for name in () if isinstance(optimizer, str) else ("ask", "tell", "population_size"):
-            if not hasattr(optimizer, name):
-                raise TypeError(f"The optimizer {type(optimizer).__name__} has no `{name}`; see `Optimizer`.")
-        if objective is None:
-            objective = self._objective(examples, reward_funcs, reward_weights, generation_kwargs)
-        elif examples is not None or reward_funcs is not None:
-            raise ValueError("Pass `examples` and `reward_funcs`, or an `objective`, which has both; not all of them.")
-        objective, split = split_examples(objective, validation, seed)
-        trial = (
-            make_optimizer(optimizer, space, population_size=population_size, seed=seed)
-            if isinstance(optimizer, str)
-            else optimizer
-        )
-        by_gradient = getattr(trial, "uses_gradient", False)
-        plain = isinstance(objective, RewardObjective) and type(objective).score is RewardObjective.score
-        by_answers = by_gradient and plain and not hasattr(objective, "differentiable")
-        if by_gradient:
-            climbed: Any = ExpectedRewardObjective if by_answers else objective
-            check_differentiable(climbed, space)
-        evaluator = Evaluator(self.model, space, objective, batch_size=batch_size, seed=seed)
-        settings = {
-            "optimizer": optimizer if isinstance(optimizer, str) else type(optimizer).__name__,
-            "population_size": trial.population_size,
-            "bounds": [space.low, space.high],
-            "normalize": normalize,
-            "l1": l1,
-            "l2": l2,
-            "racing": racing and not by_gradient,
-            "one_standard_error": one_standard_error,
-            "examples": len(objective.examples),
-            "seed": seed,
-            **({"sampled_answers": SAMPLES, "temperature": TEMPERATURE} if by_answers else {}),
-        }
-        budget = {
-            "num_generations": num_generations,
-            "patience": patience,
-            "max_rows": max_rows,
-            "max_tokens": max_tokens,
-            "max_seconds": max_seconds,
-            "granularity": granularity if isinstance(granularity, str) else dict(granularity),
-            "validation": (
-                getattr(validation, "item", lambda: validation)()  # of numpy's numbers
-                if isinstance(validation, (str, Real, type(None)))
-                else "rows"
-            ),
-            "generation_kwargs": _generation_kwargs(objective),
-        }
-        plan = Plan(
-            num_generations,
-            racing,
-            patience,
-            l1,
-            l2,
-            one_standard_error,
-            limits=Limits(max_rows, max_tokens, max_seconds),
-            seed=seed,
-        )
-        procedure = Procedure(
-            evaluator,
-            split,
-            plan,
-            (
-                lambda seed, start: make_optimizer(
-                    optimizer, space, population_size=population_size, seed=seed, start=start
-                )
-            )
-            if isinstance(optimizer, str)
-            else (lambda seed, start: copy.deepcopy(optimizer) if split.folds else optimizer),
-            in_context,
-            None if checkpoint is None else Checkpoint(checkpoint, resume, self._identity(objective, space, settings)),
-            by_answers,
-        )
+        self._check_searchable()
+        objective = self._objective(examples, reward_funcs, objective, config)
+        if eval_examples is None:
+            split = split_examples(objective, config.validation, config.seed)
+        elif config.validation in ("auto", None):
+            objective, split = hold_out(objective, eval_examples)
+        else:
+            raise ValueError(f"Pass `eval_examples` or `validation={config.validation!r}`, not both.")
+        custom = None if optimizer is None else as_optimizer(optimizer)
+        modules = [layer.module_name for layer in self._layers()]
+
+        def make_space(granularity: Granularity) -> WeightSpace:
+            return WeightSpace(self.experts, modules, granularity, config.bounds)
+
+        checkpoint = None
+        if config.checkpoint is not None:
+            identity = self._identity(objective, config, modules, None if custom is None else type(optimizer).__name__)
+            checkpoint = Checkpoint(config.checkpoint, config.resume, identity)
         trained = self.model.training
         self.model.eval()
         try:
-            result, chosen = procedure(settings | budget)
+            found = ValidatedSearch(self.model, objective, split, config, make_space, custom, checkpoint).run()
         except BaseException:
             self.model.train(trained)
             raise
-        before = self._alpha, self._group_of
-        try:
-            self._put_groups(space.weights(chosen), space.group_of)
-        except BaseException:
-            self._put_groups(*before)
-            raise
-        self.model.set_adapter(self.adapter_name, inference_mode=True)
-        self.result = result
-        return result
+        space: Any = found.space
+        chosen, searched = space.weights(found.chosen), space.weights(found.searched)
+        groups = (chosen, space.group_of) if space.group_of is not None else (chosen[:, 0], None)
+        self.set_weights(*groups)
+        self.activate()
+        self.result = MixtureResult(
+            **found.about,
+            weights=self.weights,
+            searched_weights=dict(zip(self.experts, searched.mean(axis=1).tolist(), strict=True)),
+            groups=space.groups,
+            alpha=dict(zip(self.experts, chosen.tolist(), strict=True)),
+        )
+        return self.result
+
+    def _check_searchable(self) -> None:
+        if getattr(self.model.config, "is_encoder_decoder", False):
+            raise ValueError("A search needs a decoder-only model, and this is an encoder-decoder model.")
+        if any(layer.disable_adapters for layer in self._layers()):
+            raise ValueError(
+                "The adapters are disabled, so every mixture would be the base model. Search outside of "
+                "`disable_adapter()`, or call `enable_adapter_layers()`."
+            )
+        if any(layer.merged for layer in self._layers()):
+            raise ValueError("The model is merged, so other weights have no effect. Call `unmerge_adapter()` first.")
 
     def _objective(
         self,
         examples: Sequence[dict[str, Any]] | None,
         reward_funcs: RewardFunc | Sequence[RewardFunc] | None,
-        reward_weights: Sequence[float] | None,
-        generation_kwargs: dict[str, Any] | None,
+        objective: Objective | None,
+        config: SearchConfig,
     ) -> Objective:
+        if objective is not None:
+            if examples is not None or reward_funcs is not None:
+                raise ValueError(
+                    "Pass `examples` and `reward_funcs`, or an `objective` that has both; not all of them."
+                )
+            if not isinstance(objective, Objective):
+                raise TypeError(f"{type(objective).__name__} is no objective. Subclass `peft_svf.Objective`.")
+            self._check_unused(config, "the `objective` has its own")
+            return objective
         if self.tokenizer is None:
-            raise ValueError("A search needs a tokenizer; pass one when the mixture is made.")
+            raise ValueError("A search needs a tokenizer. Pass one when you make the mixture.")
         if examples is None:
             raise ValueError("A search needs `examples`, or an `objective`.")
         if reward_funcs is None:
+            self._check_unused(config, "there are no `reward_funcs`")
             return LogLikelihoodObjective(list(examples), self.tokenizer)
+        generation = config.generation_kwargs.get("generation_config")
+        limited = generation is not None and generation.max_new_tokens is not None
         return RewardObjective(
             list(examples),
             reward_funcs,
             self.tokenizer,
-            reward_weights=None if reward_weights is None else [float(weight) for weight in reward_weights],
-            generation_kwargs=generation_kwargs,
+            reward_weights=config.reward_weights,
+            generation_kwargs={
+                **({} if limited else {"max_new_tokens": config.max_new_tokens}),
+                **config.generation_kwargs,
+            },
         )
 
-    def _identity(self, objective: Objective, space: WeightSpace, settings: dict[str, Any]) -> dict[str, Any]:
-        """What two searches must have in common for one to go on with the scores of the other."""
+    @staticmethod
+    def _check_unused(config: SearchConfig, why: str) -> None:
+        default = SearchConfig()
+        for name in _OF_REWARDS:
+            if getattr(config, name) != getattr(default, name):
+                raise ValueError(f"`{name}` would have no effect: {why}. Leave it out.")
+
+    def _identity(
+        self, objective: Objective, config: SearchConfig, modules: Sequence[str], optimizer: str | None
+    ) -> dict[str, Any]:
+        """Return what two searches must have in common for one to use the scores of the other."""
+        settings = {name: value for name, value in vars(config).items() if name not in (*_NOT_IDENTITY, *_OF_REWARDS)}
         return {
             **settings,
+            "optimizer": optimizer,
             "experts": self.experts,
             "values of the experts": digest_of_experts(self.model, self.experts),
             "values of the base model": digest_of_base(self.model),
-            "groups": space.groups,
-            "group of each module": space.group_of,
+            "modules": list(modules),
             "objective": description_of(objective),
             "content of the examples": digest_of_rows(objective.examples),
         }
@@ -463,22 +373,22 @@ class AdaptiveMixture:
     # ------------------------------------------------------------------------------------------------ use
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """`generate` of the model with the mixture active."""
+        """Call the model's `generate` with the mixture active."""
         self.activate()
         return self.model.generate(*args, **kwargs)
 
     def activate(self) -> None:
-        """Make the mixture the model's active adapter, if it is not."""
+        """Make the mixture the active adapter of the model."""
         if self.model.active_adapters != [self.adapter_name]:
             self.model.set_adapter(self.adapter_name, inference_mode=True)
 
     def apply(self, name: str) -> None:
         """
-        Add the mixture to the model as an ordinary adapter of its own, which later weights and searches leave as it is.
-        The active adapter stays the same.
+        Copy the mixture to another adapter of the model, which later weights and searches do not change. The active
+        adapter stays the same.
 
         Raises:
-            ValueError: The name is taken, or has a dot.
+            ValueError: The name is taken or contains a dot.
         """
         self._check_present()
         _check_names([name], self.adapter_name)
@@ -489,19 +399,22 @@ class AdaptiveMixture:
         """
         Save the mixture as an ordinary SVF adapter, which `PeftModel.from_pretrained` loads without the experts.
 
-        `mixture.json` beside it records the experts, the weights and the result of the search, and so does the model
-        card, unless there is one.
+        `mixture.json` records the experts, the weights and the result of the search. A model card is written unless
+        there is one that somebody has edited.
+
+        Raises:
+            ValueError: The path is a file, or the folder of one of the experts.
         """
         folder = Path(save_directory)
         if folder.is_file():
-            raise ValueError(f"{folder} is a file; expected a folder to save the mixture in.")
+            raise ValueError(f"{folder} is a file. Pass a folder to save the mixture in.")
         for expert, source in self.sources.items():
             if folder.resolve() == Path(source).resolve():
-                raise ValueError(f"{folder} is where expert {expert!r} came from; save the mixture in another folder.")
+                raise ValueError(f"{folder} is the folder of expert {expert!r}. Save the mixture in another folder.")
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as scratch:
-            # PEFT puts an adapter that is not called "default" into a subfolder
-            # no embedding is trained, so none is looked for, on the hub for one
+            # Into a temporary folder, because PEFT puts an adapter that is not called "default" into a subfolder.
+            # Without `save_embedding_layers=False`, PEFT would look for the base model's config on the Hub.
             self.model.save_pretrained(scratch, selected_adapters=[self.adapter_name], save_embedding_layers=False)
             about = {"weights": self.weights, "result": self.result.to_dict() if self.result else None}
             (Path(scratch) / "mixture.json").write_text(json.dumps(about, indent=2) + "\n")
@@ -514,44 +427,23 @@ class AdaptiveMixture:
                     and (folder / path.name).exists()
                     and not is_mixture_card(folder / path.name)
                 ):
-                    continue  # somebody's model card
+                    continue  # somebody has edited it
                 os.replace(path, folder / path.name)
-
-
-def _generation_kwargs(objective: Any) -> dict[str, Any] | None:
-    """How an objective generates, as JSON-serialisable values."""
-    found = [
-        part.generation_kwargs
-        for part in (objective, *getattr(objective, "objectives", []))
-        if hasattr(part, "generation_kwargs")
-    ]
-    return json.loads(json.dumps(found[0], default=str)) if found else None
-
-
-def _whole(name: str, value: Any, least: int) -> int:
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-        raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
-    return int(value)
-
-
-def _positive(name: str, value: Any) -> float:
-    if not isinstance(value, Real) or isinstance(value, bool) or not float(value) >= 0:
-        raise ValueError(f"`{name}` must be a number of at least 0, got {value!r}.")
-    return float(value)
 
 
 def _check_names(experts: Sequence[str], adapter_name: str) -> None:
     if not experts:
         raise ValueError("No experts: a mixture needs at least one.")
     if "." in adapter_name or not adapter_name:
-        raise ValueError(f"The mixture cannot be called {adapter_name!r}: PEFT's names have no dots.")
+        raise ValueError(f"The mixture cannot be called {adapter_name!r}: PEFT's adapter names have no dots.")
     if repeated := [name for name in experts if list(experts).count(name) > 1]:
         raise ValueError(f"Expert {repeated[0]!r} is given twice.")
     if adapter_name in experts:
-        raise ValueError(f"An expert is called {adapter_name!r} as the mixture is; pass another `adapter_name`.")
+        raise ValueError(f"An expert and the mixture are both called {adapter_name!r}. Pass another `adapter_name`.")
+    reserved = (BASE, UNIFORM, SEARCHED, IN_CONTEXT)
     for name in experts:
-        if not isinstance(name, str) or not name or "." in name or name in (BASE, UNIFORM, SEARCHED, IN_CONTEXT):
+        if not isinstance(name, str) or not name or "." in name or name in reserved:
             raise ValueError(
-                f"An expert cannot be called {name!r}: PEFT's names have no dots, and {BASE!r}, {UNIFORM!r} and "
-                f"{SEARCHED!r} stand for weights in a `MixtureResult`."
+                f"An expert cannot be called {name!r}: PEFT's adapter names have no dots, and a `MixtureResult` uses "
+                f"{', '.join(map(repr, reserved))}."
             )

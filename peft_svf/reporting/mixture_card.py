@@ -8,8 +8,6 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..search.result import MixtureResult
-
 MARK = "<!-- Written by peft-svf, and anew when a mixture is saved here. Take this line out to keep your changes. -->"
 
 
@@ -18,7 +16,7 @@ def mixture_card(
     base_model: str | None,
     sources: Mapping[str, str],
     weights: Mapping[str, float],
-    result: MixtureResult | None,
+    result: Any,
 ) -> str:
     """
     Markdown with a YAML header.
@@ -64,15 +62,16 @@ def is_mixture_card(path: Path) -> bool:
     return MARK in path.read_text(encoding="utf-8", errors="replace")
 
 
-def _search(result: MixtureResult) -> list[str]:
+def _search(result: Any) -> list[str]:
     settings: Mapping[str, Any] = result.settings
     mean, low, high = result.difference
     return [
-        f"Found by {settings.get('optimizer', 'a search')} from {settings.get('examples', '')} examples, seed "
-        f"{settings.get('seed', '')}; objective: {result.objective}; kept: **{result.choice}**. {result.evaluations:,} "
-        f"mixtures, {result.usage.rows:,} rows, {result.usage.tokens:,} tokens, {result.usage.seconds:.0f} s.",
+        f"Found by {settings.get('method', 'a search')} from {settings.get('examples', '')} examples, seed "
+        f"{settings.get('seed', '')}; objective: {result.objective}; kept: **{result.choice}**. {result.candidates:,} "
+        f"mixtures, {result.usage.evaluations:,} evaluations, {result.usage.tokens:,} tokens, "
+        f"{result.usage.seconds:.0f} s.",
         "",
-        f"| {result.objective} ({result.judged_on}, {result.judged} examples) | mean | 95 % interval |",
+        f"| {result.objective} ({result.evaluated_on}, {result.num_evaluated} examples) | mean | 95 % interval |",
         "|---|---|---|",
         *(
             f"| {name} | {score:.3f} | {result.intervals[name][0]:.3f} to {result.intervals[name][1]:.3f} |"

@@ -34,13 +34,13 @@ def plot_result(result: Any, path: str | Path | None = None) -> Any:
 
 
 def _progress(axes: Any, result: Any) -> None:
-    rows = [entry["rows"] for entry in result.history]
+    rows = [entry["evaluations"] for entry in result.history]
     for entry in result.history:
-        axes.plot([entry["rows"]] * len(entry["elites"]), entry["elites"], ".", c="tab:gray", alpha=0.5)
+        axes.plot([entry["evaluations"]] * len(entry["elites"]), entry["elites"], ".", c="tab:gray", alpha=0.5)
     axes.plot(rows, np.maximum.accumulate([entry["best"] for entry in result.history]), label="best so far")
     axes.plot(rows, [np.mean(entry["elites"]) for entry in result.history], label="mean of the elites")
     axes.set(
-        xlabel="pairs of a mixture and an example",
+        xlabel="evaluations",
         ylabel="expected reward" if result.expected else result.objective,
         title="search",
     )
@@ -57,7 +57,7 @@ def _scores(axes: Any, result: Any) -> None:
         axes.plot([mean], [place], "o", c=colour)
     axes.set_yticks(range(len(names)), names, fontsize="small")
     axes.invert_yaxis()
-    axes.set(xlabel=f"{result.objective}, 95 % interval", title=f"scores ({result.judged_on}); chosen: {result.choice}")
+    axes.set(xlabel=f"{result.objective}, 95 % interval", title=f"{result.evaluated_on}; chosen: {result.choice}")
 
 
 def _alpha(picture: Any, axes: Any, result: Any) -> None:

@@ -1,5 +1,5 @@
 """How answers are scored: reward functions, and objectives that apply them to a model. Knows models and tokenizers, no
-adapters; training and adaptation stand on it."""
+adapters."""
 
 from .categories import classification_prompt, named_category, readable, right_category
 from .datasets import load_examples

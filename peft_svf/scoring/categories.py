@@ -1,4 +1,4 @@
-"""The prompt by which a model names the category of another prompt, and its answer, for training and for dispatch."""
+"""The prompt that asks a model for the category of another prompt, and the answer to it, in training and dispatch."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ def classification_prompt(
     prompt: Any, categories: Sequence[str], descriptions: Mapping[str, str] | None = None
 ) -> list[dict[str, str]]:
     """
-    Messages that ask for the category of a prompt, the last of which begins the answer.
+    Return messages that ask for the category of a prompt. The last one begins the answer.
 
-    The prompt is in quotes, or small models answer it; the labels come before it, where all questions are alike, so
-    that a batch reads them once; and the answer is begun, or they say so many other things first that the probabilities
-    of the labels as the first word mean nothing (docs/design-notes.md).
+    The prompt is in quotes, because small models answer it otherwise. The labels come first, where all questions are
+    equal, so that a batch reads them once. The answer is begun, because small models say something else first, and then
+    the probability of a label as the first word means nothing.
 
     Args:
-        prompt: Text, or messages, of which those of the user count.
-        categories (`Sequence[str]`): The labels to choose from. Plain words that say what they mean
-            (`math`, not `task_1`) are much easier to learn.
-        descriptions (`dict[str, str]`, *optional*): What a category is about, in a few words, for some or all of them.
+        prompt: Text, or messages; only those of the user are shown.
+        categories (`Sequence[str]`): The labels. Words with a meaning (`math`, not `task_1`) are much easier to learn.
+        descriptions (`dict[str, str]`, *optional*): A few words about some or all categories.
+
+    Raises:
+        ValueError: There are no categories.
     """
     if not categories:
         raise ValueError("There are no categories to choose from.")
@@ -41,8 +43,8 @@ def classification_prompt(
 
 def readable(messages: Sequence[dict[str, str]], tokenizer: Any) -> Any:
     """
-    Messages as [`prompt_ids`] and [`prompt_text`] take them: themselves; with a system message put before the user's
-    where the chat template has no place for it; or their contents as one text where there is no template.
+    Return messages in a form that the tokenizer takes. Without a chat template, their contents become one text. If the
+    template has no system message, its content is put before the user's.
     """
     if getattr(tokenizer, "chat_template", None) is None:
         text = "\n\n".join(message["content"] for message in messages)
@@ -60,11 +62,10 @@ def readable(messages: Sequence[dict[str, str]], tokenizer: Any) -> Any:
 
 def named_category(text: str, categories: Sequence[str]) -> str | None:
     """
-    The category that a text begins with, as whole words in any case; of several, the longest. `None` if it begins with
-    none.
+    Return the category that a text begins with, as whole words in any case; the longest of several; `None` without one.
 
-    A name that comes later does not count. Dispatch compares the labels as the beginning of the answer; and a category
-    whose name occurs in its prompts would be named by repeating those.
+    A name that comes later does not count, for two reasons. Dispatch compares labels as the beginning of the answer.
+    And a category whose name occurs in its prompts would be named by repeating the prompt.
     """
     begins = text.lstrip().casefold()
     named = [label for label in categories if re.match(rf"{re.escape(label.casefold())}(?![^\W_])", begins)]
@@ -74,7 +75,7 @@ def named_category(text: str, categories: Sequence[str]) -> str | None:
 def right_category(
     completions: list[Any], answer: list[str], categories: list[Sequence[str]], **kwargs: Any
 ) -> list[float]:
-    """1 for each completion that begins with the right category, else 0. The other arguments are columns of data."""
+    """Reward function: 1 for each completion that begins with the right category, else 0."""
     return [
         float(named_category(text_of(completion), labels) == right)
         for completion, right, labels in zip(completions, answer, categories, strict=True)

@@ -1,4 +1,8 @@
-"""Examples for a search from a file or a dataset of the Hub, in the columns that it expects."""
+"""Examples from a file or a dataset of the Hub, in the columns that a search expects.
+
+Files are not read by `datasets.load_dataset`, which changes values silently: a CSV answer `007` becomes 7.0 and
+`NA` becomes None, a JSON answer "7" becomes 7 and "2024-01-01" a datetime.
+"""
 
 from __future__ import annotations
 
@@ -26,27 +30,27 @@ def load_examples(
     limit: int | None = None,
 ) -> list[dict[str, Any]]:
     """
-    Rows with `"prompt"`, and where there are answers, with `"answer"` (text, for rewards) and `"completion"` (for the
-    log-likelihood, messages if the prompt is).
+    Load examples with a `"prompt"`. Examples with answers get an `"answer"` (text, for rewards) and a `"completion"`
+    (for the log-likelihood; messages if the prompt is).
 
     Args:
-        source (`str`): A file (`.jsonl`, `.json` with a list, `.csv`), or what `datasets.load_dataset` takes.
-        split, config (`str`, *optional*): Of a dataset; its split `"train"` by default.
+        source (`str`): A file (`.jsonl`, `.json` with a list, `.csv`), or the name of a dataset.
+        split, config (`str`, *optional*): Split and configuration of a dataset; `"train"` by default.
         prompt_column (`str`): The column with the prompt, text or messages.
         answer_column (`str`, *optional*): The column with the answer. By default `"completion"`, `"answer"` or
             `"solution"`, if there is one.
-        system_prompt (`str`, *optional*): Make messages of text prompts, with this system message before them; also put
-            before messages that have none.
-        limit (`int`, *optional*): The first so many rows.
+        system_prompt (`str`, *optional*): A system message before every prompt that has none. Text prompts become
+            messages.
+        limit (`int`, *optional*): Keep only the first examples.
 
     Raises:
-        ValueError: A file that is malformed or empty, or a column that is not there; the message says which.
+        ValueError: A malformed or empty file, or a missing column; the message names file and line.
         OSError: The file cannot be read, or there is no such dataset.
         ImportError: `datasets` is not installed.
     """
     if Path(source).suffix in FILES:
         if config is not None or split not in (None, "train"):
-            raise ValueError(f"{source} is a file, which has no splits and configurations; leave them out.")
+            raise ValueError(f"{source} is a file, which has no splits and no configurations. Leave them out.")
         rows = list(_read(Path(source)))
     elif Path(source).is_file():
         raise ValueError(f"{source} must be a {', '.join(FILES)} file, or a dataset of the Hub.")

@@ -7,10 +7,10 @@ from typing import Any
 
 
 def check_examples(examples: Sequence[dict[str, Any]], columns: Sequence[str]) -> list[dict[str, Any]]:
-    """The examples as a list of rows, which all have these columns and those of each other, and a prompt.
+    """Return the examples as a list of dicts that all have these columns and the columns of each other.
 
     Raises:
-        ValueError: There are none, one lacks a column, its prompt is empty, or it is neither text nor messages.
+        ValueError: No examples, a missing column, an empty prompt, or a prompt that is neither text nor messages.
     """
     rows = list(examples)
     for i, row in enumerate(rows):
@@ -45,21 +45,21 @@ def check_examples(examples: Sequence[dict[str, Any]], columns: Sequence[str]) -
 
 
 def are_messages(value: Any) -> bool:
-    """Whether it is a list of messages, each with the name of a role."""
+    """Whether a value is a list of messages, each with a role."""
     return isinstance(value, (list, tuple)) and all(
         isinstance(turn, Mapping) and isinstance(turn.get("role"), str) for turn in value
     )
 
 
 def _plain(value: Any, column: str) -> Any:
-    """What numpy's and torch's kind of rows hold: scalars as Python's, and messages as lists."""
+    """Return scalars of numpy and torch as Python numbers, and messages as lists."""
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         return value.item()
     return _as_lists(value) if column in ("prompt", "completion") else value
 
 
 def _as_lists(value: Any) -> Any:
-    """Messages, and the parts of their contents, without arrays."""
+    """Return messages and the parts of their contents without arrays."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, Mapping):

@@ -1,10 +1,9 @@
-"""Reward functions: TRL's protocol, a few verifiable ones, and checks that name what went wrong.
+"""Reward functions in TRL's protocol, a few verifiable ones, and checks that name what went wrong.
 
-A reward function takes `prompts`, `completions`, `completion_ids` and every other column of the dataset as keyword
-arguments, each a list with one entry per completion, and returns one number per completion, or `None` where it does not
-apply. The ones here return **1 for right and 0 for wrong**, so that a mean is an accuracy. GRPO and RLOO subtract a
-baseline, so that any other two numbers would do as well. The paper's REINFORCE has none and wants −1 and 1, which
-`ReinforceConfig(signed_rewards=True)`, the default, makes of 0 and 1.
+A reward function gets `prompts`, `completions`, `completion_ids` and every other column of the dataset as keyword
+arguments, each a list with one entry per completion. It returns one number per completion, or `None` where it does not
+apply. The functions here return **1 for right and 0 for wrong**, so that a mean is an accuracy. The paper's REINFORCE
+needs −1 and 1; `ReinforceConfig(signed_rewards=True)`, the default, maps 0 and 1 to them.
 """
 
 from __future__ import annotations
@@ -22,25 +21,24 @@ from collections.abc import Callable, Sequence
 from numbers import Number
 from typing import Any
 
-# TRL's protocol: keyword arguments `prompts`, `completions`, `completion_ids` and every other column, one reward each
 RewardFunc = Callable[..., Sequence["float | None"]]
 
-# not "completion", which TRL keeps to itself
+# not "completion", which TRL does not pass to reward functions
 REFERENCE_COLUMNS = ("answer", "solution")
 
 
 def content_text(content: Any) -> str:
-    """The text of a message, which may come in parts, or be `None` beside the call of a tool."""
+    """Return the text of a message, whose content may be parts, or `None` in a tool call."""
     if isinstance(content, str):
         return content
     return "".join(part["text"] for part in content or () if part.get("type") == "text")
 
 
 def text_of(completion: Any) -> str:
-    """The text of a completion or reference answer: a string, a number, or the last of some messages.
+    """Return the text of a completion or reference answer: a string, a number, or the last of several messages.
 
     Raises:
-        ValueError: It is something else, or a message without text, such as the call of a tool.
+        ValueError: It is something else, or a message without text, such as a tool call.
     """
     if isinstance(completion, (str, Number)):
         return str(completion)
@@ -61,30 +59,30 @@ _MARKS = ".,:;!?\"'*`()[]{}<>“”„‘’«»"
 
 
 def last_number(text: str) -> str:
-    """The last number of a text without thousands separators, `""` if there is none. Of a fraction, the denominator."""
+    """Return the last number of a text without thousands separators, or `""`. In `1/2` that is 2."""
     numbers = re.findall(r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|-?\.\d+", text)
     return numbers[-1].replace(",", "") if numbers else ""
 
 
 def first_word(text: str) -> str:
-    """The first word of a text without punctuation around it, `""` if there is none."""
+    """Return the first word of a text without punctuation around it, or `""`."""
     words = text.split()
     return words[0].strip(_MARKS) if words else ""
 
 
 def last_word(text: str) -> str:
-    """The last word of the first line that is not empty, without punctuation around it, `""` if there is none."""
+    """Return the last word of the first non-empty line without punctuation around it, or `""`."""
     words = [word.strip(_MARKS) for word in first_line(text).split()]
     return next((word for word in reversed(words) if word), "")
 
 
 def first_line(text: str) -> str:
-    """The first line of a text that is not empty, without space around it."""
+    """Return the first non-empty line of a text without spaces around it."""
     return next((line.strip() for line in text.splitlines() if line.strip()), "")
 
 
 def boxed(text: str) -> str:
-    r"""What the last `\\boxed{...}` or `<answer>...</answer>` of a text holds, `""` if there is none."""
+    r"""Return the content of the last `\boxed{...}` or `<answer>...</answer>` of a text, or `""`."""
     found = re.findall(r"\\boxed\{([^{}]*)\}|<answer>(.*?)</answer>", text, flags=re.DOTALL)
     return (found[-1][0] or found[-1][1]).strip() if found else ""
 
@@ -113,7 +111,7 @@ def number(completions: list[Any], **columns: Any) -> list[float]:
 
 
 def exact(completions: list[Any], **columns: Any) -> list[float]:
-    """1 if the completion is the reference answer, but for case, and space and punctuation around it."""
+    """1 if the completion is the reference answer, apart from case and from spaces and punctuation around it."""
     return _compare(lambda completion, reference: _plain(completion) == _plain(reference), completions, columns)
 
 
@@ -181,10 +179,10 @@ def _compare(right: Callable[[str, str], bool], completions: list[Any], columns:
 
 
 def find_reward(name: str) -> RewardFunc:
-    """A reward function by name: one of [`REWARDS`], or a dotted path such as `my_package.rewards.helpful`.
+    """Return a reward function by name: one of [`REWARDS`], or a dotted path such as `my_package.rewards.helpful`.
 
     Raises:
-        ValueError: There is none of that name, or it is no function.
+        ValueError: There is no such name, the import fails, or it is no function.
     """
     if name in REWARDS:
         return REWARDS[name]
@@ -206,15 +204,15 @@ def find_reward(name: str) -> RewardFunc:
 
 
 def reward_name(function: Any) -> str:
-    """What to call a reward function in messages and metrics."""
+    """Return the name of a reward function for messages and metrics."""
     return str(getattr(function, "__name__", type(function).__name__))
 
 
 def check_rewards(rewards: Any, function: Any, prompts: Sequence[Any], completions: Sequence[Any]) -> list[Any]:
-    """The rewards as a list with one finite number, or `None`, per completion.
+    """Return the rewards as a list with one finite number or `None` per completion.
 
     Raises:
-        ValueError: They are not that; the message names the function, and the first completion that is concerned.
+        ValueError: They are something else; the message names the function and the first bad completion.
     """
     name, expected = reward_name(function), len(completions)
     if rewards is None or not hasattr(rewards, "__len__") or len(rewards) != expected:
@@ -240,15 +238,15 @@ def check_rewards(rewards: Any, function: Any, prompts: Sequence[Any], completio
 
 def checked(function: RewardFunc, timeout: float | None = None) -> RewardFunc:
     """
-    A reward function whose failures say which function failed on which completion.
+    Wrap a reward function so that errors name the function and the completion.
 
     Args:
-        function: Called as by TRL. Coroutine functions stay such.
-        timeout (`float`, *optional*): Seconds per call, after which it is an error. Coroutines are left to themselves.
+        function: A reward function. A coroutine function stays one.
+        timeout (`float`, *optional*): Seconds per call; a longer call is an error. Coroutines have no limit.
 
     Returns:
-        A function of the same name that raises `ValueError` where the rewards are not one finite number or `None` per
-        completion, `RuntimeError` where the function itself raised, and `TimeoutError`.
+        A function of the same name. It raises `ValueError` if the rewards are not one finite number or `None` per
+        completion, `RuntimeError` if the function raised, and `TimeoutError`.
     """
     name = reward_name(function)
     if inspect.iscoroutinefunction(function):
@@ -282,11 +280,11 @@ def checked(function: RewardFunc, timeout: float | None = None) -> RewardFunc:
 
 
 class _StillRunningError(Exception):
-    """A call took longer than it may."""
+    """A call took longer than its limit."""
 
 
 def _within(timeout: float, function: RewardFunc, columns: dict[str, Any]) -> Any:
-    """In a thread, as a call that blocks cannot be stopped, only left behind; the process can end all the same."""
+    """Call a function in a daemon thread: a call that blocks can only be abandoned, and the process can still exit."""
     outcome: dict[str, Any] = {}
 
     def run() -> None:
@@ -310,7 +308,7 @@ def _failed(name: str, error: Exception, sample: str) -> str:
 
 
 def _culprit(function: RewardFunc, columns: dict[str, Any], seconds: float = 10.0) -> str:
-    """The first completion on which a function that failed on the batch fails by itself, if there is one."""
+    """Return the first completion on which a function fails alone, after it failed on a batch."""
     prompts, completions = columns["prompts"], columns["completions"]
     columns = {**columns, "log_extra": _ignore, "log_metric": _ignore}
     end = time.monotonic() + seconds
@@ -329,7 +327,7 @@ def _culprit(function: RewardFunc, columns: dict[str, Any], seconds: float = 10.
 
 
 def _ignore(*_: Any, **__: Any) -> None:
-    """In the place of what logs."""
+    """Stand-in for a logging function."""
 
 
 def _sample(prompts: Sequence[Any], completions: Sequence[Any], i: int) -> str:

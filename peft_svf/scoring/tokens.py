@@ -12,7 +12,7 @@ from .prefix import Prefix, takes
 
 
 def joined(prompt: Sequence[Mapping[str, Any]], completion: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The messages of both; a completion goes on from an answer that the prompt has begun."""
+    """Return the messages of prompt and completion. A completion continues an answer that the prompt has begun."""
     if completion and prompt and prompt[-1]["role"] == "assistant" == completion[0]["role"]:
         whole = {**completion[0], "content": _one_content(prompt[-1].get("content"), completion[0].get("content"))}
         return [*prompt[:-1], whole, *completion[1:]]
@@ -20,7 +20,7 @@ def joined(prompt: Sequence[Mapping[str, Any]], completion: Sequence[Mapping[str
 
 
 def _one_content(begun: Any, rest: Any) -> Any:
-    """The contents of two messages, of which either may be text, parts, or nothing beside the call of a tool."""
+    """Join two message contents. Each may be text, parts, or `None` in a tool call."""
     if not begun or not rest:
         return begun or rest
     if isinstance(begun, str) and isinstance(rest, str):
@@ -33,8 +33,8 @@ def _parts(content: Any) -> Sequence[Any]:
 
 
 def prompt_text(prompt: Any, tokenizer: Any) -> str:
-    """What the model reads: text as it is, messages through the chat template. It goes on from a last message of the
-    assistant."""
+    """Return the text that the model reads: text unchanged, messages through the chat template. A last message of the
+    assistant is continued."""
     if isinstance(prompt, str):
         return prompt
     begun = prompt[-1]["role"] == "assistant"
@@ -45,7 +45,7 @@ def prompt_text(prompt: Any, tokenizer: Any) -> str:
 
 
 def text_for_trl(messages: Any, tokenizer: Any) -> str:
-    """Messages as a text that has the same tokens once a tokenizer has put its first one before it."""
+    """Return messages as text without the beginning-of-sequence token that a tokenizer adds, as TRL adds it again."""
     text = prompt_text(messages, tokenizer)
     if tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
         return text.removeprefix(tokenizer.bos_token)
@@ -53,15 +53,15 @@ def text_for_trl(messages: Any, tokenizer: Any) -> str:
 
 
 def prompt_ids(prompt: Any, tokenizer: Any) -> list[int]:
-    """The tokens of a prompt, as TRL makes them: text with the tokenizer's special tokens, which a chat template
-    brings by itself."""
+    """Return the tokens of a prompt, as TRL makes them. Text gets the tokenizer's special tokens; messages get those of
+    the chat template."""
     ids: list[int] = tokenizer(prompt_text(prompt, tokenizer), add_special_tokens=isinstance(prompt, str))["input_ids"]
     return ids
 
 
 def continuation_ids(prompt: Any, answer: str, tokenizer: Any) -> list[int]:
-    """The tokens of an answer to a prompt, as they are after it: some tokenizers begin a text of its own with a space.
-    By itself where the two would grow together at the seam."""
+    """Return the tokens of an answer as they follow the prompt, because some tokenizers put a space before a separate
+    text. Where prompt and answer would merge into one token, the answer is tokenized alone."""
     before = prompt_ids(prompt, tokenizer)
     whole = tokenizer(prompt_text(prompt, tokenizer) + answer, add_special_tokens=isinstance(prompt, str))["input_ids"]
     if whole[: len(before)] == before:
@@ -76,19 +76,19 @@ def answer_logps(
     prefix: Prefix | None = None,
     temperature: float = 1.0,
 ) -> list[torch.Tensor]:
-    """Log-probabilities of the tokens of answers, `[tokens]` for each row.
+    """Return the log-probabilities of the tokens of answers, `[tokens]` for each row.
 
     Args:
         model: The model.
-        rows: Tokens of prompt and answer, and how many of them are the prompt's.
-        tokenizer: With a pad token.
-        prefix: What all rows begin with.
-        temperature: What logits are divided by.
+        rows: The tokens of prompt and answer, and the number of tokens of the prompt.
+        tokenizer: A tokenizer with a pad token.
+        prefix: The tokens that all rows begin with, already read.
+        temperature: Divides the logits.
     """
     batch = padded([ids for ids, _ in rows], "right", prefix, tokenizer, model.device)
     length = batch["input_ids"].shape[1]
     first = min(prompt_length for _, prompt_length in rows) - 1
-    # logits of the answers only, for there is a large vocabulary of them at each place
+    # logits of the answers only: each position has one logit per word of a large vocabulary
     kept = {"logits_to_keep": length - first} if takes(model, "logits_to_keep") else {}
     read = {"input_ids": batch["input_ids"][:, 0 if prefix is None else len(prefix) :]}
     logits = model(**{**batch, **read}, **kept).logits
@@ -99,7 +99,7 @@ def answer_logps(
 
 
 def log_probabilities(logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Of `targets`, `[rows, tokens]`, with logits `[rows, tokens, vocabulary]`, in fp32."""
+    """Return the log-probabilities of `targets` `[rows, tokens]` from logits `[rows, tokens, vocabulary]`, in fp32."""
     scaled = logits.float() if temperature == 1 else logits.float() / temperature  # a copy as large as the logits
     return scaled.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
@@ -107,7 +107,7 @@ def log_probabilities(logits: torch.Tensor, targets: torch.Tensor, temperature: 
 def padded(
     sequences: list[list[int]], side: str, prefix: Prefix | None, tokenizer: Any, device: torch.device
 ) -> dict[str, Any]:
-    """What a model takes: all tokens, their mask, and what it knows of the first ones."""
+    """Return the inputs of a model for these sequences: tokens, attention mask, and the kept prefix."""
     start = 0 if prefix is None else len(prefix)
     batch = tokenizer.pad({"input_ids": [ids[start:] for ids in sequences]}, padding_side=side, return_tensors="pt")
     batch = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
@@ -122,7 +122,7 @@ def padded(
 
 
 def with_pad_token(tokenizer: Any) -> Any:
-    """The tokenizer, or a copy that pads with its end token if it has no pad token."""
+    """Return the tokenizer, or a copy that pads with its end token if it has no pad token."""
     if tokenizer.pad_token is None:
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.pad_token = tokenizer.eos_token
@@ -130,7 +130,7 @@ def with_pad_token(tokenizer: Any) -> Any:
 
 
 def end_tokens(model: Any, tokenizer: Any, generation_kwargs: Mapping[str, Any]) -> set[int]:
-    """All tokens on which `generate` ends a row: many models have several."""
+    """Return all tokens on which `generate` ends a row; many models have several."""
     given = generation_kwargs.get("eos_token_id")
     for config in (generation_kwargs.get("generation_config"), getattr(model, "generation_config", None)):
         if given is None:
@@ -140,8 +140,13 @@ def end_tokens(model: Any, tokenizer: Any, generation_kwargs: Mapping[str, Any])
 
 
 def until_end(ids: list[int], ends: set[int], pad: int) -> list[int]:
-    """Up to and with the first end token, or the end by `stop_strings`, without the padding that follows in a batch."""
+    """Cut after the first end token, and drop the padding that follows in a batch."""
     ended = next((ids[: i + 1] for i, token in enumerate(ids) if token in ends), ids)
     while ended and ended[-1] == pad and pad not in ends:
         ended = ended[:-1]
     return ended
+
+
+def context_length(config: Any, default: int = 2048) -> int:
+    """Return how many tokens a model can read, or `default` if its config does not say."""
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or default)

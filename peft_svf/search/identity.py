@@ -1,4 +1,4 @@
-"""What two runs must have in common for one to go on with the scores of the other."""
+"""What two searches must have in common for one to use the scores of the other."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from typing import Any
 
 import torch
 
+from ..scoring.objectives import Objective
 from ..scoring.rewards import reward_name
-from ..tuner.layer import SVFLayer
+from ..tuner.layer import svf_layers
 
 
 def digest_of_experts(model: Any, names: Sequence[str]) -> str:
-    """Of the values of δ."""
+    """Return a digest of the values of δ."""
     found = hashlib.sha256()
-    for layer in (module for module in model.modules() if isinstance(module, SVFLayer)):
+    for layer in svf_layers(model):
         for delta in layer.delta_weights(name for name in names if name in layer.svf_delta):
             found.update(delta.detach().float().cpu().numpy().tobytes())
     return found.hexdigest()
 
 
 def digest_of_base(model: Any) -> str:
-    """Of the beginnings of the weights under the adapters, as far as they are plain tensors."""
+    """Return a digest of the first values of each adapted weight that is a plain tensor."""
     found = hashlib.sha256()
-    for layer in (module for module in model.modules() if isinstance(module, SVFLayer)):
+    for layer in svf_layers(model):
         weight = layer.get_base_layer().weight
         found.update(f"{layer.module_name} {weight.dtype}".encode())
         if type(weight) in (torch.Tensor, torch.nn.Parameter) and weight.is_floating_point():
@@ -37,24 +38,22 @@ def digest_of_base(model: Any) -> str:
 
 
 def digest_of_rows(rows: Any) -> str:
-    """Of examples, whatever is in them."""
+    """Return a digest of examples, whatever they contain."""
     return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def description_of(objective: Any) -> list[Any]:
-    """What an objective computes, as far as names, numbers, the code of reward functions and the chat template tell."""
-    names = [[reward_name(function), _code_of(function)] for function in getattr(objective, "reward_funcs", [])]
-    parts = [description_of(part) for part in getattr(objective, "objectives", [])]
-    weights = getattr(objective, "reward_weights", getattr(objective, "weights", None))
-    weights = None if weights is None else [float(weight) for weight in weights]
-    template = digest_of_rows(getattr(getattr(objective, "tokenizer", None), "chat_template", None))
-    numbers = [getattr(objective, name, None) for name in ("temperature", "most")]  # of an expected reward
-    generation = repr(getattr(objective, "generation_kwargs", None))
-    return [objective.name, names, weights, generation, template, numbers, parts]
+def description_of(objective: Objective) -> list[Any]:
+    """Return what an objective computes, as far as its declared numbers, the code of its reward functions and the chat
+    template tell."""
+    about = objective.description()
+    names = [[reward_name(function), _code_of(function)] for function in about.pop("reward_funcs", [])]
+    parts = [description_of(part) for part in about.pop("objectives", [])]
+    template = digest_of_rows(getattr(objective.tokenizer, "chat_template", None))
+    return [objective.name, names, repr(dict(objective.generation_kwargs)), template, about, parts]
 
 
 def _code_of(function: Any) -> str | None:
-    """Digest of what a function of Python does, without what it calls or holds."""
+    """Return a digest of the code of a Python function, without what it calls or holds."""
     function = inspect.unwrap(function)
     while isinstance(function, functools.partial):
         function = function.func

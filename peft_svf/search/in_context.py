@@ -1,4 +1,4 @@
-"""In-context prompting, the rival that needs no adapters: the examples themselves before the question."""
+"""In-context prompting, the baseline that needs no adapters: other examples with their answers before the question."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from typing import Any
 import numpy as np
 from accelerate.utils.memory import should_reduce_batch_size
 
+from ..scoring.objectives import Objective
 from ..scoring.rewards import REFERENCE_COLUMNS, text_of
-from ..scoring.tokens import joined, prompt_ids
+from ..scoring.tokens import context_length, joined, prompt_ids
 from .evaluator import Evaluator
 from .space import BASE
 
 
 def answer_of(row: dict[str, Any]) -> str | None:
-    """The reference answer of a row as text: its `"completion"`, `"answer"` or `"solution"`; `None` without one, or
-    where it is neither text, a number nor messages."""
+    """Return the reference answer of an example as text: its `"completion"`, `"answer"` or `"solution"`; `None` if it
+    has none, or one that is neither text, a number nor messages."""
     for name in ("completion", *REFERENCE_COLUMNS):
         value = row.get(name)
         if isinstance(value, (str, Number)) and value != "":
@@ -33,14 +34,14 @@ def with_demonstrations(
     row: dict[str, Any], demonstrations: Sequence[dict[str, Any]], tokenizer: Any, max_tokens: int
 ) -> dict[str, Any]:
     """
-    A row whose prompt is led by other rows with their answers: as turns of a chat after the system message, or as text
-    with empty lines between. As many as fit, the first ones first.
+    Put demonstrations before the prompt of an example: as turns of a chat after the system message, or as text with
+    empty lines between. As many as fit, in their order.
 
     Args:
-        row: A row with a `"prompt"`.
-        demonstrations: Rows with a `"prompt"` and an answer.
+        row: An example with a `"prompt"`.
+        demonstrations: Examples with a `"prompt"` and an answer.
         tokenizer: The model's tokenizer.
-        max_tokens (`int`): How long the prompt may become.
+        max_tokens (`int`): Longest prompt.
     """
 
     def too_long(count: int) -> bool:
@@ -67,16 +68,16 @@ def _led(prompt: Any, demonstrations: Sequence[dict[str, Any]]) -> Any:
 
 def in_context_scores(evaluator: Evaluator, groups: Sequence[tuple[list[int], list[int]]]) -> np.ndarray | None:
     """
-    Score of the base model on examples, in their order, with others and their answers before the question.
+    Score the base model on examples, in their order, with demonstrations in each prompt.
 
     Args:
-        evaluator ([`Evaluator`]): Has the model and the objective, and the cost is counted to it.
-        groups: Indices of examples to score, with those of the examples that lead them, unless they ask the same.
+        evaluator ([`Evaluator`]): Has the model and the objective; its usage includes this.
+        groups: Indices of examples to score, with those of their demonstrations. An example with the same prompt is no
+            demonstration.
 
     Returns:
-        `None` where that cannot be done: examples without an answer that is text, an objective that has no tokenizer or
-        takes no other examples, or no room for a single demonstration; and with a warning, a chat template that does
-        not take them, or no memory for prompts that are so long.
+        `None` where that is not possible: an example without a text answer, an objective without a tokenizer, or no
+        room for a demonstration. With a warning: a chat template that does not take the turns, or too little memory.
     """
     try:
         return _in_context_scores(evaluator, groups)
@@ -93,41 +94,32 @@ def in_context_scores(evaluator: Evaluator, groups: Sequence[tuple[list[int], li
 
 
 def _in_context_scores(evaluator: Evaluator, groups: Sequence[tuple[list[int], list[int]]]) -> np.ndarray | None:
-    objective: Any = evaluator.objective
+    objective = evaluator.objective
     rows = objective.examples
-    parts = [objective, *getattr(objective, "objectives", [])]
-    tokenizer = next((part.tokenizer for part in parts if getattr(part, "tokenizer", None) is not None), None)
-    if tokenizer is None or not hasattr(objective, "with_examples"):
+    if objective.tokenizer is None or any(answer_of(rows[i]) is None for _, others in groups for i in others):
         return None
-    if any(answer_of(rows[i]) is None for _, others in groups for i in others):
-        return None
-    room = _context_length(evaluator.model.config) - _new_tokens(parts)
+    room = context_length(evaluator.model.config) - _new_tokens(objective)
     found: dict[int, float] = {}
     led_at_all = False
-    for asked, others in groups:  # one by one, as all prompts of a group begin with the same demonstrations
+    for asked, others in groups:  # one by one, as all prompts of a group share their demonstrations
         led = []
         for i in asked:
             shown = [rows[j] for j in others if rows[j]["prompt"] != rows[i]["prompt"]]
-            led.append(with_demonstrations(rows[i], shown, tokenizer, room))
+            led.append(with_demonstrations(rows[i], shown, objective.tokenizer, room))
             led_at_all |= led[-1]["prompt"] != rows[i]["prompt"]
         base = Evaluator(
             evaluator.model,
             evaluator.space,
             objective.with_examples(led),
-            batch_size=max(1, evaluator.batch_size // 8),  # of prompts that are so much longer
+            batch_size=max(1, evaluator.batch_size // 8),  # these prompts are much longer
             seed=evaluator.seed,
         )
-        base.on_rows = evaluator.on_rows
-        scores = base.scores([evaluator.space.simple()[BASE]], range(len(led)))[0]
+        base.on_evaluations = evaluator.on_evaluations
+        scores = base.scores([evaluator.space.baselines()[BASE]], range(len(led)))[0]
         found |= dict(zip(asked, scores.tolist(), strict=True))
         evaluator.usage.add(base.usage)
     return np.array([found[i] for i in sorted(found)]) if led_at_all else None
 
 
-def _new_tokens(parts: Sequence[Any]) -> int:
-    limits = [getattr(part, "generation_kwargs", {}).get("max_new_tokens") or 0 for part in parts]
-    return max(limits, default=0) or max(parts[0].lengths())
-
-
-def _context_length(config: Any) -> int:
-    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 2048)
+def _new_tokens(objective: Objective) -> int:
+    return objective.generation_kwargs.get("max_new_tokens") or max(objective.lengths())

@@ -7,18 +7,20 @@ from statistics import NormalDist
 
 import numpy as np
 
-SEARCHED = "searched"
-IN_CONTEXT = "in-context"
+SEARCHED = "searched"  # the searched candidate, beside the names of the baselines
+IN_CONTEXT = "in-context"  # the base model with demonstrations in its prompt
+
 RESAMPLES = 2000
-
-
 CONFIDENCE = 0.95
 
 
 def interval(scores: Sequence[float] | np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """95 % confidence interval of the mean of some scores, by bootstrap. The resamples of n scores spread by
-    √((n - 1) / n) of what they should, and few scores do not know their own spread: it is widened for both, as
-    Student's t is beside the normal distribution."""
+    """
+    Return the 95 % confidence interval of the mean of some scores, by percentile bootstrap.
+
+    A bootstrap of n scores is too narrow: its spread lacks a factor √(n / (n - 1)), and few scores underestimate their
+    own spread. So the interval is widened by that factor and by Student's t relative to the normal distribution.
+    """
     values = np.asarray(scores, dtype=np.float64)
     count, mean = len(values), values.mean()
     drawn = np.random.default_rng(seed).integers(count, size=(RESAMPLES, count))
@@ -28,7 +30,7 @@ def interval(scores: Sequence[float] | np.ndarray, seed: int = 0) -> tuple[float
 
 
 def _widening(count: int) -> float:
-    """Of an interval by bootstrap; Student's quantile by Cornish and Fisher's expansion, to 1 % from 6 scores on."""
+    """Return the factor for n scores. Student's quantile by the expansion of Cornish and Fisher, to 1 % from n = 6."""
     free = max(1, count - 1)
     z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
     student = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)
@@ -36,20 +38,24 @@ def _widening(count: int) -> float:
 
 
 def compared(
-    scores: Mapping[str, np.ndarray], simple: Sequence[str], ties: Mapping[str, np.ndarray] | None = None
+    scores: Mapping[str, np.ndarray], baselines: Sequence[str], ties: Mapping[str, np.ndarray] | None = None
 ) -> tuple[str, bool, tuple[float, float, float]]:
-    """The best simple choice, whether what was searched beats it, and mean and interval of the difference.
+    """
+    Compare the searched candidate with the best baseline.
 
     Args:
         scores: Name → score of each example, the simplest first.
-        simple: The names that need no search.
-        ties: The same of what decides between equal means, if anything does; then the earlier one is the choice.
+        baselines: The names of the baselines.
+        ties: Name → another score of each example, which decides between equal means. Otherwise the first one wins.
+
+    Returns:
+        The best baseline, whether the searched candidate beats it, and the mean and interval of the difference.
     """
 
     def worth(name: str) -> tuple[float, float]:
         equal = round(float(scores[name].mean()), 9)  # means of the same numbers in another order
         return equal, float(ties[name].mean()) if ties else 0.0
 
-    best = max(simple, key=worth)
+    best = max(baselines, key=worth)
     paired = np.round(scores[SEARCHED] - scores[best], 9)
     return best, worth(SEARCHED) > worth(best), (round(float(paired.mean()), 9), *interval(paired))

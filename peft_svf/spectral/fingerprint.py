@@ -5,7 +5,7 @@ right shape and computes nonsense, so the numbers travel with the adapter and ar
 
 What has to pass is the same weight in another precision, what has to fail is one whose singular vectors have turned.
 The norm separates the two best: rounding to bf16 moves it by 1e-5 at most, noise of 1 % of the weight, with which a
-random expert's ΔW is wrong by a quarter, by 5e-5 (docs/design-notes.md, `benchmarks/base_check.py`).
+random expert's ΔW is wrong by a quarter, by 5e-5 (docs/lab-notes/base-check.md, `benchmarks/base_check.py`).
 """
 
 from __future__ import annotations

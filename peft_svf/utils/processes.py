@@ -1,9 +1,9 @@
-"""The processes that a program was launched as."""
+"""The processes that a program was launched as, and what they share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def processes() -> PartialState:
-    """accelerate's state; without an accelerator it counts several processes only when told that they are on CPUs."""
+    """Return accelerate's state. Without an accelerator it must be told that the processes are on CPUs."""
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
@@ -41,3 +41,12 @@ def leave() -> None:
     state = processes()
     state.wait_for_everyone()
     state.destroy_process_group()
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether the weights of a model are spread over processes, by FSDP, tensor parallelism or ZeRO-3."""
+    from torch.distributed.tensor import DTensor
+
+    return any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()) or any(
+        isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters()
+    )

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
+from huggingface_hub.utils import are_progress_bars_disabled
 from huggingface_hub.utils import tqdm as _hub_tqdm
 from transformers.utils import logging as _transformers_logging
 
 T = TypeVar("T")
 
-__all__ = ["progress_bar", "progress_disabled"]
+__all__ = ["progress_bar", "progress_disabled", "progress_note"]
 
 
 def progress_disabled() -> bool:
@@ -30,3 +32,9 @@ def progress_bar(
     """A tqdm bar over `iterable` (or driven by hand with `total`), shown only if the work takes longer than `delay`
     seconds."""
     return _hub_tqdm(iterable, desc=desc, total=total, delay=delay, disable=progress_disabled(), **kwargs)
+
+
+def progress_note(text: str) -> None:
+    """Print a line above the progress bar, on standard error, unless bars are off."""
+    if not (progress_disabled() or are_progress_bars_disabled()):
+        _hub_tqdm.write(text, file=sys.stderr)

@@ -1,8 +1,6 @@
 """The cross-entropy method, the search of the paper's few-shot adaptation (Transformer², section 3.2).
 
-A Gaussian with a diagonal covariance proposes candidates; it is refitted to the best of them, the elites; repeat. The
-interface is that of the `cmaes` package, whose optimisers can take this one's place: `ask` for one candidate at a time,
-`tell` a generation of them, smaller values are better.
+A Gaussian with a diagonal covariance proposes candidates. It is refitted to the best of them, the elites, and so on.
 """
 
 from __future__ import annotations
@@ -12,29 +10,31 @@ from typing import Any
 
 import numpy as np
 
+from .optimizer import Optimizer, Solutions
+
 MAX_RESAMPLES = 100
 
 
-class CrossEntropyMethod:
+class CrossEntropyMethod(Optimizer):
     """
-    Minimise a function by the cross-entropy method.
+    Minimize a function by the cross-entropy method.
 
-    The first candidate of each generation but the first is the incumbent, the best of the generation before. It is
-    evaluated anew, so that a lucky score under a noisy objective does not last.
+    From the second generation on, the first candidate is the incumbent: the best of the generation before. It is
+    evaluated again, so that a lucky score under a noisy objective does not last.
 
     Args:
         mean (`np.ndarray`): `[dim]`, where to start.
         std (`float` or `np.ndarray`): Standard deviation to start with, one for all or `[dim]`.
-        bounds (`np.ndarray`, *optional*): `[dim, 2]`, lower and upper; variables outside are drawn again, and clipped
-            if that does not help.
+        bounds (`np.ndarray`, *optional*): `[dim, 2]`, lower and upper. Variables outside are drawn again, and clipped
+            after 100 tries.
         population_size (`int`): Candidates per generation.
-        elite_ratio (`float`): Share of the population that the Gaussian is refitted to, at least two candidates.
+        elite_ratio (`float`): Fraction of the population that the Gaussian is refitted to, at least two candidates.
         smoothing (`float`): How much of the old mean and std remains at each refit, in [0, 1). The paper: 0.
-        min_std (`float`): Floor of the standard deviation, against collapse before the optimum. The paper: 0.
+        min_std (`float`): Lower bound of the standard deviation, so that the search does not stall. The paper: 0.
         seed (`int`, *optional*): Seed of the random numbers.
 
     Raises:
-        ValueError: An argument out of range; the message names it.
+        ValueError: An argument is out of range; the message names it.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class CrossEntropyMethod:
         min_std: float = 0.0,
         seed: int | None = None,
     ) -> None:
-        self.mean = np.array(mean, dtype=np.float64)
+        self.mean: np.ndarray = np.array(mean, dtype=np.float64)
         if self.mean.ndim != 1 or not self.mean.size or not np.isfinite(self.mean).all():
             raise ValueError(f"`mean` must be a non-empty vector of finite numbers, got {mean!r}.")
         self.std = np.array(std, dtype=np.float64)
@@ -75,7 +75,7 @@ class CrossEntropyMethod:
             self.mean = self._clip(self.mean)
 
         self.population_size = population_size
-        self.num_elites = min(population_size, max(2, int(elite_ratio * population_size)))
+        self._num_elites = min(population_size, max(2, int(elite_ratio * population_size)))
         self.smoothing = smoothing
         self.min_std = min_std
         self.generation = 0
@@ -89,29 +89,34 @@ class CrossEntropyMethod:
         """Number of variables."""
         return len(self.mean)
 
+    @property
+    def num_elites(self) -> int:
+        """How many candidates the Gaussian is refitted to."""
+        return self._num_elites
+
     def ask(self) -> np.ndarray:
-        """The next candidate, `[dim]`."""
+        """Return the next candidate, `[dim]`."""
         first_of_generation = self._asked % self.population_size == 0
         self._asked += 1
         if first_of_generation and self.incumbent is not None:
             return self.incumbent.copy()
         candidate = self.mean + self.std * self._rng.standard_normal(self.dim)
         for _ in range(MAX_RESAMPLES):
-            # each variable by itself, as they are independent: of hundreds, some are always outside
+            # each variable alone, as they are independent: with hundreds of them, some are always outside
             outside = self._is_outside(candidate)
             if not outside.any():
                 break
             candidate[outside] = (self.mean + self.std * self._rng.standard_normal(self.dim))[outside]
         return self._clip(candidate)
 
-    def tell(self, solutions: Sequence[tuple[np.ndarray, float]]) -> None:
+    def tell(self, solutions: Solutions, gradients: Sequence[np.ndarray] | None = None) -> None:
         """Refit to the elites of one generation.
 
         Args:
             solutions: `population_size` pairs of a candidate `[dim]` and its value.
 
         Raises:
-            ValueError: Another number of pairs, or a value that is NaN.
+            ValueError: Another number of pairs, or a value is NaN.
         """
         if len(solutions) != self.population_size:
             raise ValueError(f"Expected {self.population_size} solutions, got {len(solutions)}.")
@@ -120,7 +125,7 @@ class CrossEntropyMethod:
             raise ValueError(f"Candidate {int(np.isnan(values).argmax())} has the value NaN.")
         order = np.argsort(values, kind="stable")
         candidates = np.array([solutions[i][0] for i in order])
-        elites = candidates[: self.num_elites]
+        elites = candidates[: self._num_elites]
 
         keep = self.smoothing
         self.mean = keep * self.mean + (1 - keep) * elites.mean(axis=0)
@@ -130,11 +135,11 @@ class CrossEntropyMethod:
         self._asked = 0
 
     def should_stop(self) -> bool:
-        """Whether the Gaussian has collapsed: all further candidates would be the same."""
+        """Whether the Gaussian has collapsed, so that all further candidates would be the same."""
         return bool((self.std <= np.finfo(np.float64).eps * np.maximum(1.0, np.abs(self.mean))).all())
 
     def state_dict(self) -> dict[str, Any]:
-        """All that changes, as JSON-serialisable values."""
+        """Return the state as JSON-serializable values."""
         return {
             "mean": self.mean.tolist(),
             "std": self.std.tolist(),
@@ -146,9 +151,13 @@ class CrossEntropyMethod:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict` of an optimiser that was made with the same arguments."""
+        """Continue from a `state_dict` of an optimizer with the same arguments.
+
+        Raises:
+            ValueError: The state has another number of variables.
+        """
         if len(state["mean"]) != self.dim:
-            raise ValueError(f"The state has {len(state['mean'])} variables, this optimiser {self.dim}.")
+            raise ValueError(f"The state has {len(state['mean'])} variables, this optimizer has {self.dim}.")
         self.mean, self.std = np.array(state["mean"]), np.array(state["std"])
         self.generation, self._asked = state["generation"], state["asked"]
         self.incumbent = None if state["incumbent"] is None else np.array(state["incumbent"])

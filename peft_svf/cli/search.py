@@ -1,0 +1,226 @@
+"""`peft-svf search`: the options are the fields of `SearchConfig`."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, Optional, get_type_hints
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..search.config import SearchConfig
+from .errors import fail
+
+# Set by other options, or for several reward functions.
+_LEFT_OUT = ("checkpoint", "reward_weights")
+
+
+def _show_all(context: typer.Context, wanted: bool) -> None:
+    if wanted:
+        for parameter in context.command.params:
+            parameter.hidden = False  # type: ignore[attr-defined]
+        print(context.get_help())
+        raise typer.Exit
+
+
+def _with_config(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command, in the place of its `**settings`, an option for each field of [`SearchConfig`]."""
+    hints = get_type_hints(command, include_extras=True)
+    own = [
+        parameter.replace(annotation=hints[name])
+        for name, parameter in inspect.signature(command).parameters.items()
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    ]
+    types = get_type_hints(SearchConfig)
+    made = []
+    for each in fields(SearchConfig):
+        if each.name in _LEFT_OUT:
+            continue
+        kind, default = types[each.name], each.default
+        if kind not in (bool, int, float, str, tuple[float, float], Optional[int], Optional[float], Optional[bool]):
+            kind, default = Optional[str], None if default in (None, inspect.Parameter.empty) else str(default)
+        if each.default_factory is dict:
+            default = None
+        switch = f"--{each.name}/--no_{each.name}" if kind in (bool, Optional[bool]) else f"--{each.name}"
+        switch = f"--{each.name}" if each.name == "resume" else switch
+        help_text = each.metadata["help"].split(". ")[0].removesuffix(".") + "."
+        option = typer.Option(switch, help=help_text, hidden=each.metadata["advanced"])
+        made.append(
+            inspect.Parameter(
+                each.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
+            )
+        )
+    parameters = [*own, *made]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+@_with_config
+def search(
+    model_name_or_path: Annotated[str, typer.Option("--model_name_or_path", help="The base model.")],
+    expert: Annotated[list[str], typer.Option("--expert", metavar="NAME=PATH", help="An expert; repeat it.")],
+    examples: Annotated[str, typer.Option("--examples", help="A .jsonl, .json or .csv file, or a dataset of the Hub.")],
+    output_dir: Annotated[Path, typer.Option("--output_dir", help="Where to save the mixture.")],
+    reward: Annotated[
+        str,
+        typer.Option("--reward", help="exact, contains, number, choice, regex, math_verify, a dotted path, or loglik."),
+    ] = "exact",
+    tie_break: Annotated[
+        float, typer.Option("--tie_break", help="Weight of the log-likelihood beside the reward.", hidden=True)
+    ] = 0.0,
+    prompt_column: Annotated[str, typer.Option("--prompt_column", help="Column with text or messages.")] = "prompt",
+    answer_column: Annotated[
+        Optional[str], typer.Option("--answer_column", help="Default: completion, answer or solution.")
+    ] = None,
+    system_prompt: Annotated[
+        Optional[str], typer.Option("--system_prompt", help="Ask prompts as chat messages, after this one.")
+    ] = None,
+    dataset_config: Annotated[
+        Optional[str], typer.Option("--dataset_config", help="Configuration of a dataset.", hidden=True)
+    ] = None,
+    dataset_split: Annotated[
+        Optional[str], typer.Option("--dataset_split", help="Split of a dataset. Default: train.", hidden=True)
+    ] = None,
+    limit: Annotated[
+        Optional[int], typer.Option("--limit", help="Only the first examples.", min=1, hidden=True)
+    ] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="Of the base model: auto, float32, bfloat16, ...")] = "auto",
+    base_check: Annotated[
+        str,
+        typer.Option("--base_check", help="If an expert is for another base: error, warn or ignore.", hidden=True),
+    ] = "error",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
+    help_all: Annotated[
+        bool, typer.Option("--help_all", help="Show all options.", is_eager=True, callback=_show_all)
+    ] = False,
+    **settings: Any,
+) -> None:
+    """Search the mixture of experts that suits a task, from a few examples of it.
+
+    peft-svf search --model_name_or_path MODEL --expert math=experts/math --expert logic=experts/logic
+    --examples shots.jsonl --reward number --output_dir my-mixture
+    """
+    checkpoint = output_dir / "search-checkpoint.json"
+    try:
+        from ..mixture.mixture import AdaptiveMixture
+        from ..scoring.datasets import FILES, load_examples
+        from ..scoring.objectives import LogLikelihoodObjective, RewardObjective, WeightedObjective
+        from ..scoring.rewards import find_reward
+        from ..utils.processes import by_main_process, leave, processes
+
+        if base_check not in ("error", "warn", "ignore"):
+            raise ValueError(f"--base_check must be error, warn or ignore, got {base_check!r}.")
+        columns: dict[str, Any] = {
+            "prompt_column": prompt_column,
+            "answer_column": answer_column,
+            "system_prompt": system_prompt,
+            "split": dataset_split,
+            "config": dataset_config,
+        }
+        rows = load_examples(examples, **columns, limit=limit)
+        validation, eval_examples = settings.pop("validation"), None
+        if Path(str(validation)).suffix in FILES:
+            eval_examples = load_examples(validation, **columns)
+        config = SearchConfig(
+            **{name: _value(name, value) for name, value in settings.items()},
+            validation="auto" if eval_examples is not None else _number_or_word(validation),
+            checkpoint=str(checkpoint),
+        )
+        function = None if reward == "loglik" else find_reward(reward)
+        experts = named(expert)
+        for name, path in experts.items():
+            if output_dir.resolve() == Path(path).resolve():
+                raise ValueError(f"--output_dir {output_dir} is the folder of expert {name!r}. Pass another folder.")
+        mixture = AdaptiveMixture.from_pretrained(
+            model_name_or_path,
+            experts,
+            base_check=base_check,  # type: ignore[arg-type]
+            dtype=dtype,
+        )
+        if function is None:
+            data: dict[str, Any] = {"objective": LogLikelihoodObjective(rows, mixture.tokenizer)}
+            config = config.changed(max_new_tokens=SearchConfig.max_new_tokens)
+        elif tie_break:
+            generation = {"max_new_tokens": config.max_new_tokens, **config.generation_kwargs}
+            parts = [
+                RewardObjective(rows, function, mixture.tokenizer, generation_kwargs=generation),
+                LogLikelihoodObjective(rows, mixture.tokenizer),
+            ]
+            data = {"objective": WeightedObjective(parts, [1.0, tie_break])}
+            config = config.changed(max_new_tokens=SearchConfig.max_new_tokens, generation_kwargs={})
+        else:
+            data = {"examples": rows, "reward_funcs": function}
+        result = mixture.search(**data, config=config, eval_examples=eval_examples)
+        by_main_process(lambda: mixture.save_pretrained(output_dir))
+        leave()
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        fail(error)
+    if not processes().is_main_process:
+        return
+    if result.stopped == "interrupted":
+        print(f"Interrupted. `--resume` continues from {checkpoint}.", file=sys.stderr)
+    else:
+        checkpoint.unlink(missing_ok=True)
+    try:
+        result.plot(output_dir / "search.png")
+        plotted = " with search.png"
+    except ImportError:
+        plotted = ""
+    if as_json:
+        print(json.dumps(result.to_dict()))
+        return
+    table = Table("", result.objective, "95 % interval", title=f"evaluated on: {result.evaluated_on}")
+    for name, score in result.scores.items():
+        low, high = result.intervals[name]
+        table.add_row(name, f"{score:.3f}", f"{low:.3f} to {high:.3f}", style="bold" if name == result.choice else None)
+    console = Console()
+    console.print(table)
+    console.print(str(result), highlight=False, markup=False)
+    console.print(f"saved in {output_dir}{plotted}", highlight=False, markup=False)
+
+
+def named(experts: list[str]) -> dict[str, str]:
+    """Return `NAME=PATH` options as a dict.
+
+    Raises:
+        ValueError: One is of another form, or a name occurs twice.
+    """
+    found: dict[str, str] = {}
+    for text in experts:
+        name, equals, path = text.partition("=")
+        if not (name and equals and path):
+            raise ValueError(f"--expert must be NAME=PATH, such as math=experts/math, got {text!r}.")
+        if name in found:
+            raise ValueError(f"--expert {name} is given twice, as {found[name]!r} and {path!r}.")
+        found[name] = path
+    return found
+
+
+def _value(name: str, value: Any) -> Any:
+    """Return the value of an option as the field takes it: dicts come as JSON."""
+    if name in ("optimizer_kwargs", "generation_kwargs"):
+        value = "{}" if value is None else value
+    elif name != "granularity" or not str(value).startswith("{"):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--{name} must be JSON, got {value!r}: {error}.") from error
+
+
+def _number_or_word(text: str | None) -> Any:
+    if text in (None, "none"):
+        return None
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
