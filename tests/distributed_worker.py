@@ -252,14 +252,14 @@ def search(folder: Path, only: int | None = None) -> dict[str, Any]:
         return count_letters(completions)
 
     sampled = {"max_new_tokens": 5, "do_sample": True}
-    options: dict[str, Any] = {"num_generations": 2, "population_size": 6, "batch_size": 8, "max_seconds": 1e4}
+    options: dict[str, Any] = {"method": "cem", "num_generations": 2, "population_size": 6, "batch_size": 8}
     try:
         result = mixture.search(
             EXAMPLES[:4], reward, validation=2, generation_kwargs=sampled, checkpoint=folder / "search.json", **options
         ).to_dict()
         unseeded = CrossEntropyMethod(np.full(2, 0.5), 0.5, population_size=4)
         climbed = mixture.search(
-            EXAMPLES[:4], reward, optimizer="gradient", generation_kwargs=sampled, validation=None, batch_size=8
+            EXAMPLES[:4], reward, method="gradient", generation_kwargs=sampled, validation=None, batch_size=8
         )
         loose = mixture.search(EXAMPLES[:4], optimizer=unseeded, num_generations=3, validation=None)
     except Exception as error:
@@ -277,7 +277,7 @@ def search_with_files_of_one_process(folder: Path) -> dict[str, Any]:
     experts = {path.name: str(path) for path in sorted((folder.parent / "experts").iterdir())}
     mixture = AdaptiveMixture.from_pretrained(base_model(), experts, tokenizer=make_tokenizer())
     mine = folder / f"disk-of-{distributed.get_rank()}" / "search.json"
-    options: dict[str, Any] = {"population_size": 4, "validation": None, "in_context": False}
+    options: dict[str, Any] = {"method": "cem", "population_size": 4, "validation": None, "in_context": False}
     mixture.search(EXAMPLES[:4], num_generations=1, checkpoint=mine, **options)
     resumed = mixture.search(EXAMPLES[:4], num_generations=3, checkpoint=mine, resume=True, **options)
     whole = mixture.search(EXAMPLES[:4], num_generations=3, **options)

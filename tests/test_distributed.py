@@ -78,6 +78,7 @@ def test_scores_come_back_in_the_order_of_the_examples(run: Run) -> None:
 
 def test_a_search_is_shared_and_finds_the_same(run: Run, folder: Path) -> None:
     first, second = run("search")
+    assert "error" not in first, first["error"]
     assert first["result"] == second["result"]
     assert first["unseeded"] == second["unseeded"]
     assert (folder / "search" / "search.json").exists()
