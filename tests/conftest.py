@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partialmethod
 from importlib.util import find_spec
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -29,5 +30,7 @@ def seeded() -> None:
 
 @pytest.fixture
 def never_fold(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gate only: for tests that compare two calls bit for bit, as folding rounds differently."""
-    monkeypatch.setattr("peft_svf.tuner.fold._policy", lambda *_: "never")
+    """Make `fold="never"` the default, for tests that compare two calls bit for bit: folding rounds differently."""
+    from peft_svf import SVFRuntimeConfig  # not earlier, as tests of the command line need no PEFT
+
+    monkeypatch.setattr(SVFRuntimeConfig, "__init__", partialmethod(SVFRuntimeConfig.__init__, fold="never"))

@@ -415,7 +415,7 @@ def test_a_prefix_does_not_hide_another_base(saved: Path) -> None:
 
 def test_fingerprints_of_other_modules_are_no_pass(saved: Path) -> None:
     renamed(saved, lambda name: name.replace("q_proj", "query"))
-    with pytest.raises(ValueError, match=r"q_proj: the adapter was not made for a module of this name"):
+    with pytest.raises(ValueError, match=r"q_proj: the adapter has no module of this name"):
         PeftModel.from_pretrained(tiny_llama(), saved)
 
 

@@ -249,7 +249,7 @@ def test_a_damaged_entry_is_computed_again(damage: Callable[[bytes], bytes], com
     BasisCache().load_or_compute(weight)
     content = entry_path(weight).read_bytes()
     entry_path(weight).write_bytes(damage(content))
-    assert_recomputed_and_repaired(weight, computed, "could not be read|is damaged")
+    assert_recomputed_and_repaired(weight, computed, "cannot be read|is damaged")
     assert len(list_cache()) == 1
 
 
@@ -301,7 +301,7 @@ def test_a_file_without_a_checksum_is_not_believed(computed: list[str]) -> None:
 def test_a_pickle_is_never_opened(tmp_path: Path, computed: list[str]) -> None:
     weight, marker = torch.randn(5, 9), tmp_path / "executed"
     entry_path(weight).write_bytes(marked_pickle(marker))
-    assert_recomputed_and_repaired(weight, computed, "could not be read")
+    assert_recomputed_and_repaired(weight, computed, "cannot be read")
     assert not marker.exists()
     with safe_open(entry_path(weight), framework="pt") as file:  # and what is written is no pickle either
         assert set(file.keys()) == {"vectors", "spectrum"}

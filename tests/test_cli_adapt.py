@@ -15,12 +15,15 @@ from peft_svf import (
     EvaluationTask,
     NearestDispatcher,
     PromptDispatcher,
+    SelfAdaptiveModel,
     SVFConfig,
     evaluate,
     load_experts,
+    svf_layers,
 )
-from peft_svf.evaluation.strategies import make_dispatcher
+from peft_svf.evaluation import make_dispatcher
 from peft_svf.mixture.loading import CLASSIFIER
+from peft_svf.scoring.rewards import text_of
 
 testing = pytest.importorskip("typer.testing")
 RECIPES = Path(__file__).parents[1] / "examples" / "recipes"
@@ -82,13 +85,14 @@ def test_a_conversation(world: Path) -> None:
     [
         ("generate", [], "nothing to answer"),
         ("generate", ["--prompt", "x", "--dispatch", "guess"], "no dispatch 'guess'"),
-        ("generate", ["--prompt", "x", "--dispatch", "classifier"], "needs one: say where it is"),
+        ("generate", ["--prompt", "x", "--dispatch", "classifier"], "needs one. Pass its folder or Hub id"),
         ("generate", ["--prompt", "x", "--dispatch", "nearest"], "'sums' has none"),
         ("generate", ["--prompt", "x", "--description", "physics=x"], "'physics' is none of the experts"),
         ("generate", ["--prompt", "x", "--dispatch", "mixture", "--weight", "sums=much"], "NAME=NUMBER"),
-        ("generate", ["--prompt", "x", "--weight", "sums"], "must be NAME=..., got 'sums'"),
+        ("generate", ["--prompt", "x", "--weight", "sums"], "--weight must be NAME=NUMBER, got 'sums'"),
         ("generate", ["--file", "nothing.jsonl"], "no file nothing.jsonl"),
-        ("evaluate", ["--task", "sums", "--output_dir", "x"], "must be EXPERT=RECIPE"),
+        ("evaluate", ["--task", "sums", "--output_dir", "x"], "--task must be EXPERT=RECIPE, got 'sums'"),
+        ("evaluate", ["--task", "other=x.yaml", "--output_dir", "x"], "'other', which is none of the experts"),
         ("evaluate", ["--task", "physics=x.yaml", "--output_dir", "x"], "'physics', which is none of the experts"),
     ],
 )
@@ -102,7 +106,7 @@ def test_mistakes_are_errors_in_a_line(command: str, more: list[str], message: s
 @pytest.mark.skipif(find_spec("reasoning_gym") is None, reason="needs reasoning-gym")
 def test_strategies_are_compared(world: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    more = ["--task", f"sums={RECIPES / 'sums.yaml'}", "--task", f"other={RECIPES / 'products.yaml'}"]
+    more = ["--task", f"sums={RECIPES / 'sums.yaml'}", "--task", f"base={RECIPES / 'products.yaml'}"]
     more += ["--task", f"lists={RECIPES / 'lists.yaml'}"]
     more += ["--strategy", "prompt", "--strategy", "nearest", "--strategy", "mixture"]
     more += ["--size", "6", "--shots", "4", "--output_dir", str(tmp_path)]
@@ -162,14 +166,37 @@ def test_the_oracle_uses_the_right_expert_and_nothing_is_answered_twice(world: P
     assert isinstance(dispatcher, PromptDispatcher)
     choices = dispatcher(prompts).choices
     pairs = {(p, "base") for p in prompts} | {(p, "sums") for p in prompts[:5]}
-    pairs |= {(p, "base" if c == "other" else c) for p, c in zip(prompts, choices, strict=True)}
+    pairs |= set(zip(prompts, choices, strict=True))
     assert len(asked) == len(pairs)
-    hits = [c == right for c, right in zip(choices, ["sums"] * 5 + ["other"] * 3, strict=True)]
+    hits = [c == right for c, right in zip(choices, ["sums"] * 5 + ["base"] * 3, strict=True)]
     assert found.dispatch_accuracy["prompt"]["all"] == sum(hits) / 8
     assert found.accuracy["oracle"]["b"] == found.accuracy["base"]["b"]
     mixture.set_weights({"sums": 1.0})
     whole = evaluate(mixture.model, mixture.tokenizer, tasks, {"mine": mixture}, **options)
     assert whole.accuracy["mine"]["a"] == whole.accuracy["oracle"]["a"]
+    assert whole.confusion == whole.dispatch_accuracy == {}
+
+
+def test_a_mixture_is_evaluated_as_the_adapter_that_it_is(world: Path) -> None:
+    """Whatever its weights per group of modules are: here the first half of the layers has none."""
+    mixture = load_experts(str(world / "base"), {name: str(world / name) for name in ("sums", "lists")})
+    layers = svf_layers(mixture.model, "mixture")
+    for layer in layers[: len(layers) // 2]:
+        for delta in layer.delta_weights(["mixture"]):
+            delta.data.zero_()
+    answered: list[str] = []
+
+    def seeing(completions: list[Any], **kwargs: Any) -> list[float]:
+        answered.extend(text_of(completion) for completion in completions)
+        return [1.0] * len(completions)
+
+    prompts = [[{"role": "user", "content": f"{i} + {i}"}] for i in range(4)]
+    task = EvaluationTask("a", [{"prompt": prompt} for prompt in prompts], seeing, "sums")
+    options: dict[str, Any] = {"generation_kwargs": {"max_new_tokens": 6}, "timed_prompts": 0}
+    evaluate(mixture.model, mixture.tokenizer, [task], {"mine": mixture}, **options)
+    expected = SelfAdaptiveModel(mixture.model, mixture.tokenizer, mixture).chat(prompts, max_new_tokens=6)
+    assert answered[-4:] == expected
+    assert len({*answered}) > 4  # the base model and the expert answer differently
 
 
 def test_an_evaluation_goes_on_only_with_what_it_was_about(world: Path, tmp_path: Path) -> None:
@@ -190,13 +217,13 @@ def test_an_evaluation_goes_on_only_with_what_it_was_about(world: Path, tmp_path
 
     first = run_with(resume=False)
     assert run_with().to_dict() == first.to_dict()
-    assert run_with(threshold=1.0).confusion["prompt"] == {"sums": {"other": 3}}  # asked anew
-    with pytest.raises(ValueError, match="its experts are others"):
+    assert run_with(threshold=1.0).confusion["prompt"] == {"sums": {"base": 3}}  # asked anew
+    with pytest.raises(ValueError, match="an evaluation with other experts"):
         run_with(expert="lists")
-    with pytest.raises(ValueError, match="its tasks are others"):
+    with pytest.raises(ValueError, match="an evaluation with other tasks"):
         run_with(reward=first_letter)
     next(p for n, p in mixture.model.named_parameters() if "svf_delta.sums" in n).data.mul_(2)
-    with pytest.raises(ValueError, match="its values of the experts are others"):
+    with pytest.raises(ValueError, match="an evaluation with other values of the experts"):
         run_with()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -56,25 +57,49 @@ def adapted(world: Path) -> Any:
     return PeftModel.from_pretrained(base, world / "expert")
 
 
-HELP = """
-import sys
-sys.argv[0] = "peft-svf"  # as in the console script
-from peft_svf.cli.app import app
-for command in sys.argv[1:]:
-    try:
-        app([*command.split(), "--help"])
-    except SystemExit as end:
-        assert not end.code, command
-    assert "torch" not in sys.modules and "transformers" not in sys.modules, command
-    print("END OF HELP")
-"""
-
-
 def test_help_comes_without_torch_and_with_an_example() -> None:
-    shown = subprocess.run([sys.executable, "-c", HELP, *COMMANDS], capture_output=True, text=True)
-    assert shown.returncode == 0, shown.stderr
-    for command, text in zip(COMMANDS, shown.stdout.split("END OF HELP"), strict=False):
+    code = (
+        "import json, sys; sys.argv[0] = 'peft-svf'\n"
+        "from typer.testing import CliRunner; from peft_svf.cli.app import app\n"
+        "shown = {words: CliRunner().invoke(app, [*words.split(), '--help']) for words in sys.argv[1:]}\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
+        "print(json.dumps({words: result.stdout for words, result in shown.items() if result.exit_code == 0}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *COMMANDS], capture_output=True, text=True, check=True)
+    shown = json.loads(done.stdout)
+    assert set(shown) == set(COMMANDS)
+    for command, text in shown.items():
         assert f"peft-svf {command}" in " ".join(text.split())
+
+
+def test_help_takes_less_than_half_a_second_of_cpu() -> None:
+    def spent() -> float:
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    before = spent()
+    shown = subprocess.run([sys.executable, "-m", "peft_svf", "--help"], capture_output=True, text=True, check=True)
+    assert "generate" in shown.stdout
+    assert spent() - before < 0.5
+
+
+def test_the_command_line_leaves_out_deprecations_of_other_libraries() -> None:
+    code = (
+        "import sys, warnings; sys.argv[:] = ['peft-svf', '--help']\n"
+        "from peft_svf.cli import app\n"
+        "app.app = lambda: None\n"
+        "app.main()\n"
+        "for module in ('transformers.modeling_utils', 'peft_svf.tuner.layer', 'transformers.training_args'):\n"
+        "    warnings.warn_explicit(f'of {module}', FutureWarning, 'file.py', 1, module)\n"
+    )
+    run = {"capture_output": True, "text": True, "check": True}
+    shown = subprocess.run([sys.executable, "-c", code], **run).stderr
+    assert "of transformers.modeling_utils" not in shown
+    assert "of peft_svf.tuner.layer" in shown
+    assert "of transformers.training_args" in shown  # names an option of `train`
+    assert (
+        "of transformers.modeling_utils" in subprocess.run([sys.executable, "-W", "always", "-c", code], **run).stderr
+    )
 
 
 def test_an_adapter_is_inspected(world: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from helpers import tiny_llama
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from peft_svf.training.run import recipe_task
+from peft_svf.training.recipe import recipe_task
 from peft_svf.training.tasks import SPLITS, Split
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import subprocess
+import sys
 import warnings
 import weakref
 from collections.abc import Callable
@@ -29,7 +31,7 @@ from peft_svf.spectral import (
     gate_cost,
     projected_products,
     singular_basis,
-    surviving_share,
+    surviving_fraction,
 )
 from peft_svf.tuner.fold import Snapshot
 
@@ -616,6 +618,47 @@ def test_nothing_out_of_date_is_used_where_values_are_not_compared(change: str) 
     test_nothing_out_of_date_is_used(change)
 
 
+IN_A_FRESH_PROCESS = """
+import torch
+from torch import nn
+from torch.optim.optimizer import _global_optimizer_post_hooks as hooks
+import peft_svf
+from peft import get_peft_model
+from peft_svf.tuner.fold import Snapshot
+
+assert not hooks
+runtime = peft_svf.SVFRuntimeConfig(fold="always", use_cache=False)
+config = peft_svf.SVFConfig(target_modules=["0", "1"], runtime_config=runtime)
+model = get_peft_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), config)
+assert not hooks
+
+# as on a GPU, where values are compared only after an optimizer step
+init = Snapshot.__init__
+Snapshot.__init__ = lambda self, *args: (init(self, *args), setattr(self, "device_type", "cuda"))[0]
+deltas = [parameter for name, parameter in model.named_parameters() if "svf_delta" in name]
+optimizer = torch.optim.AdamW(deltas, lr=0.1, fused=True)  # which changes no version
+x = torch.randn(3, 8)
+with torch.no_grad():
+    before = model(x)
+assert model.base_model.model[0].fold.weight is not None
+assert len(hooks) == 1
+for delta in deltas:
+    delta.grad = torch.ones_like(delta)
+optimizer.step()
+with torch.no_grad():
+    folded = model(x)
+    runtime.fold = "never"
+    gated = model(x)
+assert not torch.allclose(folded, before, atol=1e-2)
+assert torch.allclose(folded, gated, atol=1e-5)
+"""
+
+
+def test_optimizers_are_hooked_at_the_first_fold_and_not_at_import() -> None:
+    done = subprocess.run([sys.executable, "-c", IN_A_FRESH_PROCESS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.usefixtures("as_on_a_gpu")
 @pytest.mark.parametrize("after", ["rollout", "training", "merge"])
 def test_an_optimizer_that_leaves_no_version(after: str) -> None:
@@ -847,15 +890,15 @@ def test_the_estimated_share_is_the_true_one(shape: tuple[int, int], kind: str, 
         elif kind == "few":
             delta *= torch.rand(96) < 0.1
         true = true_share(weight, delta, dtype)
-        assert surviving_share(weight, basis, delta, dtype) == pytest.approx(true, abs=0.04)
-        assert surviving_share(weight, basis, delta, dtype, rows=None) == pytest.approx(true, abs=0.01)
+        assert surviving_fraction(weight, basis, delta, dtype) == pytest.approx(true, abs=0.04)
+        assert surviving_fraction(weight, basis, delta, dtype, rows=None) == pytest.approx(true, abs=0.01)
 
 
 def test_nothing_is_lost_of_nothing_or_in_32_bit() -> None:
     weight = torch.randn(30, 50)
     basis = singular_basis(weight).vectors
-    assert surviving_share(weight.bfloat16(), basis.bfloat16(), torch.zeros(30), torch.bfloat16) == 1.0
-    assert surviving_share(weight, basis, 1e-3 * torch.randn(30), torch.float32) == pytest.approx(1, abs=1e-3)
+    assert surviving_fraction(weight.bfloat16(), basis.bfloat16(), torch.zeros(30), torch.bfloat16) == 1.0
+    assert surviving_fraction(weight, basis, 1e-3 * torch.randn(30), torch.float32) == pytest.approx(1, abs=1e-3)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -869,8 +912,8 @@ def test_a_bf16_layer_folds_only_what_survives(std: float, folds: bool, training
 
 def test_merging_in_bf16_says_what_is_lost() -> None:
     model = adapted(dtype=torch.bfloat16, std=1e-3)
-    share = the_layer(model).surviving_share(deltas(model)[0].detach(), torch.bfloat16)
-    with pytest.warns(UserWarning, match=rf"1 of 1 merged weights.*of ΔW, {share:.0%} is left in linear"):
+    share = the_layer(model).surviving_fraction(deltas(model)[0].detach(), torch.bfloat16)
+    with pytest.warns(UserWarning, match=rf"1 of 1 merged weights.*{share:.0%} of ΔW is left in linear"):
         model.merge_adapter()
     model.unmerge_adapter()
     with pytest.warns(UserWarning, match="too coarse"):

@@ -163,8 +163,8 @@ def test_loads_without_peft_svf(tmp_path: Path) -> None:
         ({"rank": 0}, "at least 1, got 0"),
         ({"energy": 0.0}, "got 0.0"),
         ({"energy": 1.5}, "got 1.5"),
-        ({"adapter_name": "nobody"}, "no adapter 'nobody'; there are default"),
-        ({"adapter_name": []}, "Which expert"),
+        ({"adapter_name": "nobody"}, "'nobody' not found; there are default"),
+        ({"adapter_name": []}, "No adapter is active"),
     ],
 )
 def test_what_cannot_be_exported(options: dict[str, Any], message: str) -> None:
@@ -173,7 +173,7 @@ def test_what_cannot_be_exported(options: dict[str, Any], message: str) -> None:
 
 
 def test_what_is_no_part_of_a_lora() -> None:
-    with pytest.raises(ValueError, match="`bias`, which is no part of a LoRA"):
+    with pytest.raises(ValueError, match="`bias`, which a LoRA cannot hold"):
         to_lora(expert(base_model(), bias="svf_only"))
     lora = get_peft_model(base_model(), LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match=r"is a .*LORA adapter"):
@@ -271,9 +271,9 @@ def test_the_vector_of_trinity(suffix: str, tmp_path: Path) -> None:
         np.save(path, vector.double().numpy())
     else:
         save_file({"trinity_router_es_vector": vector}, path)
-    with pytest.raises(ValueError, match=r"changes model.embed_tokens, an embedding"), pytest.warns(match="40 numbers"):
+    with pytest.raises(ValueError, match=r"changes model.embed_tokens, an embedding"), pytest.warns(match="40 values"):
         import_expert(path, base, layers=[1])
-    with pytest.warns(match="40 numbers after those for singular values"):
+    with pytest.warns(match="40 values after those for singular values"):
         model = import_expert(path, base, layers=[1], skip=["model.embed_tokens"])
     expect(model, {name: released_weight(weights[name], 1 + offsets[name]) for name in names[1:]})
 
@@ -346,14 +346,14 @@ def broken(kind: str, folder: Path) -> Path:
     [
         ("payload", "holds Python objects"),
         ("object", "'step': int; expected tensors by name"),
-        ("wrong length", "has .7,. numbers for model.layers.0.mlp.gate_proj.weight, which has 32"),
-        ("unknown name", "'model.layers.9.mlp.up_proj.weight', and the model has no such weight"),
+        ("wrong length", "has a vector of shape .7,. for model.layers.0.mlp.gate_proj.weight, which has 32"),
+        ("unknown name", "'model.layers.9.mlp.up_proj.weight', which the model does not have"),
         ("nan", "NaN or Inf for model.layers.0"),
-        ("too few places", "has 5 vectors, up to place 4, and the model has 6"),
-        ("mixture of nothing", "'weights_0_k_x', which is for no weight"),
+        ("too few places", "has 5 vectors, up to position 4, but the model has 6"),
+        ("mixture of nothing", "'weights_0_k_x', which fits no weight"),
         ("mixture columns", r"shape \(1, 5\) for 6 matrices"),
         ("mixture parts", r"parts \[0\] for model.layers.0.*; expected 2"),
-        ("truncated", "is damaged or no file of tensors"),
+        ("truncated", "is damaged or not a file of tensors"),
         ("text", "holds Python objects|is damaged"),
     ],
 )
@@ -367,10 +367,10 @@ def test_files_that_are_refused(kind: str, message: str, tmp_path: Path) -> None
 
 def test_more_that_is_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match="is damaged or no file of tensors"):
+    with pytest.raises(ValueError, match="is damaged or not a file of tensors"):
         import_expert(tmp_path / "objects.npy", base_model())
     np.save(tmp_path / "short.npy", np.zeros(5))
-    with pytest.raises(ValueError, match="has 5 numbers, and the"):
+    with pytest.raises(ValueError, match="has 5 values, but the"):
         import_expert(tmp_path / "short.npy", base_model(), layers=[0])
     with pytest.raises(FileNotFoundError, match=r"nothing\.pt"):
         import_expert(tmp_path / "nothing.pt", base_model())
@@ -486,7 +486,7 @@ def test_merged_file_by_file_is_merged_in_memory(kind: str, shard: str, tmp_path
 def test_a_small_change_of_16_bit_weights_is_said_to_be_lost(tmp_path: Path) -> None:
     base_model(dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
     expert(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), scale=1e-4).save_pretrained(tmp_path / "expert")
-    with pytest.warns(UserWarning, match="too coarse for their change, and keep down to"):
+    with pytest.warns(UserWarning, match="too coarse for the change: as little as"):
         merge_to_folder(tmp_path / "expert", tmp_path / "merged")
 
 
@@ -499,7 +499,7 @@ def test_what_cannot_be_merged(tmp_path: Path) -> None:
         merge_to_folder(tmp_path / "expert", target, base=tmp_path / "other")
     with pytest.warns(UserWarning, match="made for another base model"):
         merge_to_folder(tmp_path / "expert", target, base=tmp_path / "other", base_check="warn")
-    with pytest.raises(ValueError, match="is in use"):
+    with pytest.raises(ValueError, match="is not an empty folder"):
         merge_to_folder(tmp_path / "expert", target)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "config.json").write_text((tmp_path / "base" / "config.json").read_text())
@@ -561,7 +561,7 @@ def test_decomposing_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(packs, "singular_basis", counted)
     with pytest.raises(KeyboardInterrupt):
         decompose(tmp_path / "base", tmp_path / "pack")
-    with pytest.raises(ValueError, match="not a whole one"):
+    with pytest.raises(ValueError, match="not a complete basis pack"):
         BasisPack(tmp_path / "pack")
     first = sorted((tmp_path / "pack").iterdir())[0]
     first.write_bytes(first.read_bytes()[:-10])  # a disk that was full
@@ -620,8 +620,8 @@ def damaged(kind: str, pack: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("index", "is no basis pack"),
-        ("format", "format 'another'; this version reads"),
+        ("index", "is not a complete basis pack"),
+        ("format", "format 'another'. This version reads"),
         ("elsewhere", "names '../base/model.safetensors'"),
         ("no file", "is damaged: gone.safetensors cannot be read"),
         ("shape", r"basis of shape \[31, 32\] for .*, whose smaller side is 32"),
@@ -645,7 +645,7 @@ def test_the_pack_of_another_model(tmp_path: Path) -> None:
     decompose(tmp_path / "base", tmp_path / "pack")
     with pytest.raises(ValueError, match=r"was made from other weights: ‖W‖_F of model\.layers"):
         get_peft_model(base_model(seed=1), with_pack(tmp_path / "pack"))
-    with pytest.raises(ValueError, match="nowhere is no basis pack"):
+    with pytest.raises(ValueError, match="nowhere is not a complete basis pack"):
         get_peft_model(base_model(), with_pack(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="no linear modules that match"):
         decompose(tmp_path / "base", tmp_path / "x", target_modules=["nothing"])
@@ -698,7 +698,7 @@ def test_the_base_must_be_bare_and_is_left_so_by_an_error(tmp_path: Path) -> Non
 def test_a_lora_does_not_take_the_place_of_its_expert(tmp_path: Path) -> None:
     model = expert(base_model())
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="holds an adapter of the kind SVF"):
+    with pytest.raises(ValueError, match="already holds an adapter of type SVF"):
         to_lora(model, rank=1).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="named twice"):
         to_lora(model, ["default", "default"])
@@ -775,5 +775,5 @@ def test_what_is_not_known_in_a_file_is_not_left_out_in_silence(kind: str, tmp_p
         tensors = {f"weights_0_k_{n.replace('.', '_')}": v for n, v in vectors.items()}
         tensors["adaptive_weights"] = torch.ones(1, 1)
     path = save_parameters(tmp_path / "policy_params.pt", {**tensors, "value_head.weight": torch.zeros(3)})
-    with pytest.raises(ValueError, match=r"has 'value_head\.weight' beside"):
+    with pytest.raises(ValueError, match=r"unknown entry 'value_head\.weight'"):
         import_expert(path, base_model())

@@ -139,7 +139,7 @@ def test_merging_quantizes_again_and_unmerging_brings_all_back(folder: Path, kin
 def test_what_rounding_would_lose_in_a_merge_is_said(folder: Path) -> None:
     model = PeftModel.from_pretrained(quantized(folder, "nf4"), folder / "expert", config=config(folder))
     for layer in (layer for layer in model.modules() if isinstance(layer, SVFLayer)):
-        layer._delta("default").weight.data.mul_(1e-4)
+        layer.svf_delta["default"].weight.data.mul_(1e-4)
     with pytest.warns(UserWarning, match="14 of 14 merged weights are too coarse"):
         model.merge_adapter()
 
@@ -248,7 +248,7 @@ def test_experts_that_stay_on_a_quantized_model(folder: Path, tmp_path: Path) ->
 def test_a_pack_of_another_model_is_refused(folder: Path, kind: str, tmp_path: Path) -> None:
     full_model(seed=5).save_pretrained(tmp_path / "other")
     decompose(tmp_path / "other", tmp_path / "pack")
-    with pytest.raises(ValueError, match=r"made from other weights than those that .* is a quantized copy of"):
+    with pytest.raises(ValueError, match=r"made from other weights than .* of the weight does not match the pack"):
         PeftModel.from_pretrained(
             quantized(folder, kind), folder / "expert", config=config(folder, basis=str(tmp_path / "pack"))
         )
@@ -317,7 +317,7 @@ def test_a_backend_that_only_knows_the_way_forward(
     layers[0].quantization_backend = None  # the others would be merged for good
     layers[0].base_layer = nn.Linear(layers[0].in_features, layers[0].out_features)
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(TypeError, match=r"is quantized \(gptq\), and PEFT cannot quantize a changed weight"):
+        with pytest.raises(TypeError, match=r"is quantized \(gptq\), and PEFT cannot quantize a merged weight"):
             merge()
         assert svf_layers(model) == layers
         assert not any(layer.merged for layer in layers)
@@ -359,7 +359,7 @@ def test_an_error_while_merging_leaves_the_layer_as_it_was(folder: Path, monkeyp
     def fails(*args: Any) -> float:
         raise MemoryError
 
-    monkeypatch.setattr("peft_svf.tuner.layer.kept_share", fails)
+    monkeypatch.setattr("peft_svf.tuner.layer.kept_fraction", fails)
     with pytest.raises(MemoryError):
         model.merge_adapter()
     assert not any(layer.merged for layer in svf_layers(model))
@@ -399,7 +399,7 @@ def test_weights_that_peft_does_not_know_to_be_quantized(folder: Path, tmp_path:
     about = json.loads((tmp_path / "model" / "config.json").read_text())
     about["quantization_config"] = {"quant_method": "fp8"}
     (tmp_path / "model" / "config.json").write_text(json.dumps(about))
-    with pytest.raises(ValueError, match=r"is quantized \(fp8\): the numbers in its files are not its weights"):
+    with pytest.raises(ValueError, match=r"is quantized \(fp8\), so its files do not hold its weights"):
         decompose(tmp_path / "model", tmp_path / "pack")
     with pytest.raises(ValueError, match=r"is quantized \(fp8\)"):
         merge_to_folder(folder / "expert", tmp_path / "merged", tmp_path / "model")

@@ -1178,7 +1178,7 @@ SHAPE = r"Mixture weights for 3 adapters must have the shape \[rows, 3{}\], got 
         (torch.zeros(4, 4), None, SHAPE.format("", r"\[4, 4\]")),
         (torch.zeros(3), None, SHAPE.format("", r"\[3\]")),
         (torch.tensor(1.0), None, SHAPE.format("", r"\[\]")),
-        (torch.zeros(4, 3, 2), None, r"got \[4, 3, 2\]. Weights with a third dimension need `groups`"),
+        (torch.zeros(4, 3, 2), None, r"got \[4, 3, 2\]. A third dimension needs `groups`"),
         (torch.zeros(0, 3), None, SHAPE.format("", r"\[0, 3\]")),
         ([], None, SHAPE.format("", r"\[0\]")),
         (torch.zeros(4, 3), "layer", SHAPE.format(", 2", r"\[4, 3\]")),

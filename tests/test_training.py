@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,9 @@ from peft_svf.training import (
 )
 from peft_svf.training.arguments import AdapterArguments, TrainArguments, adapter_config
 from peft_svf.training.checkpoints import discard_incomplete, is_complete, last_complete
+from peft_svf.training.data import for_trl
 from peft_svf.training.report import Record
-from peft_svf.training.run import _for_trl, build, main, parse
+from peft_svf.training.run import build, main, parse
 from peft_svf.training.tasks import SPLITS
 from peft_svf.tuner.deltas import adapter_deltas
 
@@ -202,7 +204,7 @@ def test_reinforce_evaluates_on_more_rows_than_it_trains_on(tmp_path: Path) -> N
         ({"num_generations": 4}, "`num_generations` must be 1"),
         ({"num_iterations": 2}, "`num_iterations` must be 1"),
         ({"steps_per_generation": 2}, "`steps_per_generation` .2. must not be greater"),
-        ({"per_device_train_batch_size": 1}, "more than one completion per step"),
+        ({"per_device_train_batch_size": 1}, "two or more completions per step"),
     ],
 )
 def test_reinforce_refuses_what_it_is_not(options: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -315,7 +317,7 @@ def test_a_verifier_that_fails_on_an_answer_has_refused_it() -> None:
         ("os:chain_sum", "'os' has no dataset 'chain_sum'; it has none"),
         ("reasoning_gym:lists", "'reasoning_gym' has no dataset 'lists'"),
         ("reasoning_gym:chain_sum?size=5", "must not set seed or size"),
-        ("no_such_module:chain_sum", "'no_such_module' of a task could not be imported: No module named"),
+        ("no_such_module:chain_sum", "'no_such_module' of a task cannot be imported: No module named"),
     ],
 )
 def test_a_task_that_does_not_exist(spec: str, message: str) -> None:
@@ -450,7 +452,7 @@ def test_delta_that_was_cast_to_16_bit_is_called_out_and_cast_back(tmp_path: Pat
     with pytest.warns(UserWarning, match=r"14 vectors δ are in 16 bit.*ExactState"):
         run.model.train()
     run.add_callback(ExactState())
-    with pytest.warns(UserWarning, match="14 vectors δ had been cast to 16 bit.*fp32 again"):
+    with pytest.warns(UserWarning, match="14 vectors δ were cast to 16 bit.*fp32 again"):
         run.train()
     assert all(delta.dtype == torch.float32 and delta.abs().max() > 0 for delta in deltas(run.model).values())
 
@@ -497,7 +499,7 @@ def test_only_whole_checkpoints_count(tmp_path: Path) -> None:
     assert last_complete(tmp_path) == tmp_path / "checkpoint-1"
     (tmp_path / "checkpoint-10").mkdir()
     (tmp_path / "checkpoint-10" / "trainer_state.json").write_text(state)  # but no weights
-    with pytest.warns(UserWarning, match="checkpoint-10 was not written to its end"):
+    with pytest.warns(UserWarning, match="checkpoint-10 is incomplete"):
         discard_incomplete(tmp_path)
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1"]
     assert not is_complete(tmp_path / "nowhere")
@@ -628,8 +630,8 @@ def test_a_classification_expert_is_reported_by_category(base: Path, tmp_path: P
         assert rows.column_names == data["train"].column_names
     assert data["test"][0]["prompt"][-1]["content"] == "Category:"
     begun = data["train"][0]["prompt"]
-    with pytest.raises(ValueError, match="use one form for all"):
-        _for_trl(datasets.Dataset.from_list([{"prompt": begun}, {"prompt": begun[:-1]}]), parse(arguments)[2])
+    with pytest.raises(ValueError, match="Use one form for all"):
+        for_trl(datasets.Dataset.from_list([{"prompt": begun}, {"prompt": begun[:-1]}]), parse(arguments)[2])
     record = main(arguments)
     by_category = json.loads((tmp_path / "expert" / "training.json").read_text())["accuracy_by_category"]
     assert set(by_category) == {"sums", "products"}
@@ -656,7 +658,7 @@ def test_a_recipe_and_the_command_line(tmp_path: Path, base: Path) -> None:
 def test_every_recipe_parses_and_its_task_exists() -> None:
     recipes = sorted(RECIPES.glob("*.yaml"))
     assert len(recipes) >= 5
-    from peft_svf.training.run import find_script_task
+    from peft_svf.training.recipe import find_script_task
 
     for recipe in recipes:
         arguments, _, adapter, _, _ = parse(["--config", str(recipe)])
@@ -670,14 +672,14 @@ def test_every_recipe_parses_and_its_task_exists() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model_name_or_path": None}, "Which model"),
-        ({"dataset_name": None}, "What to learn"),
+        ({"model_name_or_path": None}, "No base model is given"),
+        ({"dataset_name": None}, "Expected one of --task, --categories"),
         ({"task": SUMS, "prompt_column": None, "answer_column": None}, "both task and dataset_name are given"),
-        ({"reward_funcs": None}, "How are answers rewarded"),
+        ({"reward_funcs": None}, "The dataset has no rewards"),
         ({"reward_funcs": "nubmer"}, "no reward function 'nubmer'"),
         ({"prompt_column": "text"}, "no column 'text'; it has question, solution"),
         ({"dataset_train_split": "training"}, "no split 'training'; it has train, test"),
-        ({"validation_size": 60}, "has 60 rows, of which validation_size=60"),
+        ({"validation_size": 60}, "has 60 examples, too few to hold out validation_size=60"),
         ({"peft_type": "svd"}, "PEFT has no method 'svd'; it has .*svf"),
         ({"peft_type": "svf", "peft_kwargs": '{"rank": 3}'}, "SVFConfig has no field 'rank'"),
         ({"peft_kwargs": "rank=3"}, "`peft_kwargs` must be JSON"),
@@ -686,7 +688,7 @@ def test_every_recipe_parses_and_its_task_exists() -> None:
         ({"answer_format": "number"}, "--answer_format would have no effect: it is for --task"),
         ({"early_stopping_patience": 2, "eval_strategy": "no"}, "--early_stopping_patience would have no effect"),
         ({"peft_type": "lora", "peft_kwargs": '{"init_lora_weights": "nonsense"}'}, "init_lora_weights"),
-        ({"resume_from_checkpoint": "nowhere"}, "no whole checkpoint in nowhere"),
+        ({"resume_from_checkpoint": "nowhere"}, "no complete checkpoint in nowhere"),
         ({"objective": "ppo"}, "`objective` must be one of grpo, rloo, reinforce, got 'ppo'"),
     ],
 )
@@ -695,6 +697,15 @@ def test_options_that_make_no_sense(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         main(script(base, data, tmp_path / "expert", **options))
+
+
+@pytest.mark.parametrize(("words", "on"), [((), False), (("--gradient_checkpointing", "true"), True)])
+def test_a_deprecated_option_counts_and_our_defaults_use_none(words: tuple[str, ...], on: bool) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", FutureWarning)
+        training = parse(["--use_cpu", "true", "--bf16", "false", *words])[1]
+    assert training.gradient_checkpointing is on
+    assert on or not any("deprecated" in str(warning.message) for warning in caught)
 
 
 def test_an_option_is_not_abbreviated() -> None:

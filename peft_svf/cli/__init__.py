@@ -1,1 +1,1 @@
-"""The command line `peft-svf`. Each command imports what it needs when it begins its work, so that help is fast."""
+"""The command line `peft-svf`. Each command imports what it needs when its work begins, so that help is fast."""

@@ -1,28 +1,29 @@
-"""Errors of the command line: one line that says what is wrong, and the way there only on request."""
+"""Errors and warnings of the command line: one line each, with a traceback on request."""
 
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
 from rich.console import Console
 
-# what a user can cause; anything else is a mistake of ours, and its traceback is wanted
+# Errors that a user can cause. All others are bugs, which need their traceback.
 EXPECTED = (ValueError, TypeError, ImportError, OSError)
 
 _debug = False
 
 
 def show_tracebacks(wanted: bool) -> None:
-    """For `--debug`."""
+    """Set `--debug`."""
     global _debug
     _debug = wanted
 
 
 def fail(error: Exception) -> NoReturn:
-    """Say what a user did wrong, without the way it took through our code, and exit with 1."""
+    """Print an error in one line and exit with status 1; with `--debug`, raise it."""
     if _debug:
         raise error
     Console(stderr=True).print(f"[bold red]Error:[/] {type(error).__name__}: ", end="")
@@ -32,8 +33,32 @@ def fail(error: Exception) -> NoReturn:
 
 @contextmanager
 def in_a_line() -> Iterator[None]:
-    """What is wrong within, in one line."""
+    """Print an expected error within the context in one line."""
     try:
         yield
     except EXPECTED as error:
         fail(error)
+
+
+def quiet_third_parties() -> None:
+    """Ignore deprecation warnings of other libraries, on which a user of the command line cannot act. `python -W` and
+    `PYTHONWARNINGS` take precedence."""
+    if sys.warnoptions:
+        return
+    for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
+        warnings.filterwarnings(
+            "ignore", category=category, module=r"(accelerate|datasets|peft|torch|transformers|trl)\b"
+        )
+    # These name an option of `train`, which a user can change.
+    warnings.filterwarnings("default", category=FutureWarning, module=r"transformers\.training_args")
+
+
+@contextmanager
+def warnings_in_a_line() -> Iterator[None]:
+    """Print each `UserWarning` within the context in one line, without its place in the code."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for warning in caught:
+        if issubclass(warning.category, UserWarning):
+            print(f"Warning: {warning.message}", file=sys.stderr)

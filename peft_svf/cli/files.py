@@ -1,12 +1,8 @@
-"""The commands on adapters as files: what is in them, and other formats."""
+"""The commands on files: inspect, export, push, decompose, import and the cache."""
 
 from __future__ import annotations
 
 import json
-import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -14,41 +10,38 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .errors import in_a_line
+from .errors import in_a_line, warnings_in_a_line
+from .options import CheckOption, DtypeOption, JsonOption, check_dtype, checked_base_check
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 files = typer.Typer(no_args_is_help=True)
-export = typer.Typer(no_args_is_help=True, help="Write an expert in a form that needs no peft-svf.")
-cache = typer.Typer(no_args_is_help=True, help="The singular bases of the models that were used.")
+export = typer.Typer(no_args_is_help=True, help="Write an expert in a format that other libraries read.")
+cache = typer.Typer(no_args_is_help=True, help="The cache of singular bases.")
 files.add_typer(export, name="export")
 files.add_typer(cache, name="cache")
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 BaseOption = Annotated[
-    Optional[str], typer.Option("--model_name_or_path", help="The base model (default: that of the adapter's config).")
+    Optional[str],
+    typer.Option("--model_name_or_path", help="The base model. Default: the one in the adapter's config."),
 ]
-DtypeOption = Annotated[str, typer.Option("--dtype", help="Of the base model: auto, float32, bfloat16, ...")]
-CheckOption = Annotated[
-    str, typer.Option("--base_check", help="error, warn or ignore, if the adapter is for another base model.")
-]
-OutputOption = Annotated[Path, typer.Option("--output_dir", help="Where to write.")]
+AdapterArgument = Annotated[str, typer.Argument(help="Folder or Hub id of an SVF adapter.")]
+OutputOption = Annotated[Path, typer.Option("--output_dir", help="The folder to write.")]
+CacheOption = Annotated[Optional[Path], typer.Option("--cache_dir", help="Default: $PEFT_SVF_CACHE.")]
 
 
 @files.command("inspect")
 def inspect_command(
-    adapter: Annotated[str, typer.Argument(help="Folder or Hub id of an SVF adapter.")],
-    count: Annotated[int, typer.Option("--count", help="How many of the largest changes to name.", min=0)] = 5,
-    plot: Annotated[
-        Optional[Path], typer.Option("--plot", help="An image of δ by layer and module, and by size.")
-    ] = None,
+    adapter: AdapterArgument,
+    count: Annotated[int, typer.Option("--count", help="Number of largest changes to list.", min=0)] = 5,
+    plot: Annotated[Optional[Path], typer.Option("--plot", help="Image file for a plot of δ.")] = None,
     model_name_or_path: Annotated[
-        Optional[str], typer.Option("--model_name_or_path", help="A model to compare with the one it was made for.")
+        Optional[str], typer.Option("--model_name_or_path", help="A model to compare with the adapter's base model.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what is in an adapter: base model, size, largest changes. With a model, whether it is for that.
+    """Show the content of an adapter: base model, size, largest changes. With a model, check that it fits.
 
     peft-svf inspect experts/math --plot math.png --model_name_or_path MODEL
     """
@@ -67,36 +60,37 @@ def inspect_command(
     table = Table(show_header=False, box=None)
     revision = f" ({summary.revision})" if summary.revision else ""
     table.add_row("base model", f"{summary.base_model}{revision}")
-    table.add_row("weights", f"{summary.modules}, of which {summary.fingerprinted} have their spectrum recorded")
-    table.add_row("numbers", f"{summary.numbers:,} (r = {summary.r or 'all'})")
+    table.add_row("weights", f"{summary.modules}, {summary.fingerprinted} with a recorded spectrum")
+    table.add_row("parameters", f"{summary.numbers:,} (r = {summary.r or 'full'})")
     table.add_row("rms of δ", f"{summary.rms:.4g}")
     for i, (name, size) in enumerate(summary.largest.items()):
         table.add_row("largest" if i == 0 else "", f"{name}: {size:.4g}")
     if different is not None:
         first = next(iter(different.items()), ("", ""))
         words = f"{len(different)} of {summary.fingerprinted} weights differ, the first is {first[0]}: {first[1]}"
-        table.add_row("spectrum", words if different else f"that of {model_name_or_path}")
+        table.add_row("spectrum", words if different else f"equal to that of {model_name_or_path}")
     if summary.broken:
         table.add_row("NaN or Inf in", ", ".join(summary.broken))
     if summary.more:
-        table.add_row("besides δ", ", ".join(summary.more))
+        table.add_row("other tensors", ", ".join(summary.more))
     Console().print(table)
 
 
 @export.command()
 def lora(
-    adapter: Annotated[str, typer.Argument(help="Folder or Hub id of an SVF adapter.")],
+    adapter: AdapterArgument,
     output_dir: OutputOption,
     model_name_or_path: BaseOption = None,
-    rank: Annotated[Optional[int], typer.Option("--rank", help="At most so many terms in each module.")] = None,
+    rank: Annotated[Optional[int], typer.Option("--rank", help="Largest rank of a module.")] = None,
     energy: Annotated[
-        Optional[float], typer.Option("--energy", help="As many terms as hold this share of the change.")
+        Optional[float],
+        typer.Option("--energy", help="Choose the rank of each module that keeps this fraction of the change."),
     ] = None,
     dtype: DtypeOption = "auto",
     base_check: CheckOption = "error",
     as_json: JsonOption = False,
 ) -> None:
-    """As a LoRA adapter: exact, or the closest of a lower rank.
+    """Write an expert as a LoRA adapter: exact, or the best approximation of a lower rank.
 
     peft-svf export lora experts/math --rank 64 --output_dir math-lora
     """
@@ -113,22 +107,24 @@ def lora(
 
 @export.command()
 def merged(
-    adapter: Annotated[str, typer.Argument(help="Folder or Hub id of an SVF adapter.")],
+    adapter: AdapterArgument,
     output_dir: OutputOption,
     model_name_or_path: BaseOption = None,
-    revision: Annotated[Optional[str], typer.Option("--revision", help="Of the base model on the Hub.")] = None,
+    revision: Annotated[
+        Optional[str], typer.Option("--revision", help="Revision of the base model on the Hub.")
+    ] = None,
     base_check: CheckOption = "error",
     as_json: JsonOption = False,
 ) -> None:
-    """As a whole model, written file by file.
+    """Write an expert and its base model as one model, file by file.
 
     peft-svf export merged experts/math --output_dir math-model
     """
-    with in_a_line(), _warnings_in_a_line():
+    with in_a_line(), warnings_in_a_line():
         from ..interop.merged import merge_to_folder
 
         found = merge_to_folder(
-            adapter, output_dir, model_name_or_path, revision=revision, base_check=_check(base_check)
+            adapter, output_dir, model_name_or_path, revision=revision, base_check=checked_base_check(base_check)
         )
     least = min(found.shares.values())
     if as_json:
@@ -141,11 +137,11 @@ def merged(
 def push(
     folder: Annotated[Path, typer.Argument(help="Folder of an SVF adapter.")],
     repo_id: Annotated[str, typer.Argument(help="Such as me/my-expert.")],
-    private: Annotated[bool, typer.Option("--private", help="If the repository is new.")] = False,
-    revision: Annotated[Optional[str], typer.Option("--revision", help="A branch.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[Optional[str], typer.Option("--revision", help="The branch to push to.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Upload an expert to the Hub, with its card, plots and numbers.
+    """Upload an expert to the Hub, with its model card, plots and record.
 
     peft-svf push experts/math me/math-expert
     """
@@ -160,16 +156,18 @@ def push(
 def decompose(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of the full-precision model.")],
     output_dir: OutputOption,
-    r: Annotated[Optional[int], typer.Option("--r", help="Singular vectors of each weight; all by default.")] = None,
+    r: Annotated[Optional[int], typer.Option("--r", help="Singular vectors of each weight. Default: all.")] = None,
     target_modules: Annotated[
-        Optional[list[str]], typer.Option("--target_modules", help="As in SVFConfig; may be repeated.")
+        Optional[list[str]], typer.Option("--target_modules", help="As in SVFConfig. May be repeated.")
     ] = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="Of the vectors: auto, float32, bfloat16, ...")] = "auto",
-    device: Annotated[str, typer.Option("--device", help="Where to compute.")] = "cpu",
-    revision: Annotated[Optional[str], typer.Option("--revision", help="Of the model on the Hub.")] = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="Of the singular vectors: auto, float32, bfloat16, ...")
+    ] = "auto",
+    device: Annotated[str, typer.Option("--device", help="The device that computes.")] = "cpu",
+    revision: Annotated[Optional[str], typer.Option("--revision", help="Revision of the model on the Hub.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write the singular bases of a model, to be shared, and for its quantized forms. Goes on where it was stopped.
+    """Write the singular bases of a model as a basis pack, for sharing and for quantized models. Can be resumed.
 
     peft-svf decompose MODEL --output_dir MODEL-basis
     """
@@ -178,7 +176,7 @@ def decompose(
 
         from ..interop.packs import decompose as decomposed
 
-        _check_dtype(dtype)
+        check_dtype(dtype)
         kind = None if dtype == "auto" else getattr(torch, dtype)
         targets: Any = target_modules or "all-linear"
         pack = decomposed(
@@ -194,33 +192,34 @@ def decompose(
 @files.command("import")
 def import_command(
     path: Annotated[Path, typer.Argument(help="A file of the paper's released code, or TRINITY's vector.")],
-    model_name_or_path: Annotated[str, typer.Option("--model_name_or_path", help="The model it was trained on.")],
+    model_name_or_path: Annotated[
+        str, typer.Option("--model_name_or_path", help="The model that the expert was trained on.")
+    ],
     output_dir: OutputOption,
     parametrization: Annotated[
         Optional[str],
-        typer.Option("--parametrization", help="sigmoid, raw or offset (default: as such files are written)."),
+        typer.Option("--parametrization", help="sigmoid, raw or offset. Default: that of the file format."),
     ] = None,
-    max_mult: Annotated[float, typer.Option("--max_mult", help="The largest mask of the sigmoid.")] = 1.0,
+    max_mult: Annotated[float, typer.Option("--max_mult", help="Largest value of the sigmoid.")] = 1.0,
     layer: Annotated[
-        Optional[list[int]], typer.Option("--layer", help="A layer that a single vector is for (default: 26).")
+        Optional[list[int]], typer.Option("--layer", help="A layer of TRINITY's vector. Default: 26.")
     ] = None,
-    skip: Annotated[Optional[list[str]], typer.Option("--skip", help="A module to leave out.")] = None,
+    skip: Annotated[Optional[list[str]], typer.Option("--skip", help="A module to leave out. May be repeated.")] = None,
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """An expert of the paper's released code, or TRINITY's, as an SVF adapter. Only tensors are ever loaded.
+    """Import an expert of the paper's released code, or TRINITY's, as an SVF adapter. Only tensors are loaded.
 
     peft-svf import policy_params.pt --model_name_or_path meta-llama/Meta-Llama-3-8B-Instruct --output_dir expert
     """
-    with in_a_line(), _warnings_in_a_line():
+    with in_a_line(), warnings_in_a_line():
         from transformers import AutoModelForCausalLM
 
         from ..interop.released import import_expert
 
         if (output_dir / "adapter_config.json").exists():
             raise ValueError(f"{output_dir} holds an adapter. Write to another folder.")
-        _check_dtype(dtype)
-
+        check_dtype(dtype)
         options: dict[str, Any] = {"parametrization": parametrization, "max_mult": max_mult, "skip": skip or []}
         if layer:
             options["layers"] = layer
@@ -237,10 +236,10 @@ def import_command(
 
 @cache.command("list")
 def list_command(
-    cache_dir: Annotated[Optional[Path], typer.Option("--cache_dir", help="Default: $PEFT_SVF_CACHE.")] = None,
+    cache_dir: CacheOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """What is kept, and how large it is.
+    """List the cached singular bases with their size.
 
     peft-svf cache list
     """
@@ -266,10 +265,10 @@ def list_command(
 
 @cache.command("clear")
 def clear_command(
-    cache_dir: Annotated[Optional[Path], typer.Option("--cache_dir", help="Default: $PEFT_SVF_CACHE.")] = None,
+    cache_dir: CacheOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Delete all that is kept. It is computed again when it is needed.
+    """Delete the cached singular bases. They are computed again when needed.
 
     peft-svf cache clear
     """
@@ -286,33 +285,10 @@ def _loaded(adapter: str, base: str | None, dtype: str, base_check: str) -> Peft
 
     from ..mixture.loading import expert_config
 
-    config = expert_config("adapter", adapter, _check(base_check))
+    config = expert_config("adapter", adapter, checked_base_check(base_check))
     name = base or config.base_model_name_or_path
     if not name:
-        raise ValueError("Which base model? The adapter does not say; pass --model_name_or_path.")
-    _check_dtype(dtype)
+        raise ValueError("The adapter's config names no base model. Pass --model_name_or_path.")
+    check_dtype(dtype)
     model = AutoModelForCausalLM.from_pretrained(name, revision=None if base else config.revision, dtype=dtype)
     return PeftModel.from_pretrained(model, adapter, config=config)
-
-
-def _check_dtype(dtype: str) -> None:
-    import torch
-
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ValueError(f"--dtype must be auto or a torch dtype such as float32, got {dtype!r}.")
-
-
-def _check(base_check: str) -> Any:
-    if base_check not in ("error", "warn", "ignore"):
-        raise ValueError(f"--base_check must be error, warn or ignore, got {base_check!r}.")
-    return base_check
-
-
-@contextmanager
-def _warnings_in_a_line() -> Iterator[None]:
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("always", UserWarning)
-        yield
-    for warning in found:
-        if issubclass(warning.category, UserWarning):
-            print(f"Warning: {warning.message}", file=sys.stderr)

@@ -16,6 +16,16 @@ from rich.table import Table
 
 from ..search.config import SearchConfig
 from .errors import fail
+from .options import (
+    CheckOption,
+    DtypeOption,
+    ExpertOption,
+    JsonOption,
+    ModelOption,
+    checked_base_check,
+    drawn,
+    named_experts,
+)
 
 # Set by other options, or for several reward functions.
 _LEFT_OUT = ("checkpoint", "reward_weights")
@@ -64,8 +74,8 @@ def _with_config(command: Callable[..., None]) -> Callable[..., None]:
 
 @_with_config
 def search(
-    model_name_or_path: Annotated[str, typer.Option("--model_name_or_path", help="The base model.")],
-    expert: Annotated[list[str], typer.Option("--expert", metavar="NAME=PATH", help="An expert; repeat it.")],
+    model_name_or_path: ModelOption,
+    expert: ExpertOption,
     examples: Annotated[str, typer.Option("--examples", help="A .jsonl, .json or .csv file, or a dataset of the Hub.")],
     output_dir: Annotated[Path, typer.Option("--output_dir", help="Where to save the mixture.")],
     reward: Annotated[
@@ -91,12 +101,9 @@ def search(
     limit: Annotated[
         Optional[int], typer.Option("--limit", help="Only the first examples.", min=1, hidden=True)
     ] = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="Of the base model: auto, float32, bfloat16, ...")] = "auto",
-    base_check: Annotated[
-        str,
-        typer.Option("--base_check", help="If an expert is for another base: error, warn or ignore.", hidden=True),
-    ] = "error",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
+    dtype: DtypeOption = "auto",
+    base_check: CheckOption = "error",
+    as_json: JsonOption = False,
     help_all: Annotated[
         bool, typer.Option("--help_all", help="Show all options.", is_eager=True, callback=_show_all)
     ] = False,
@@ -115,8 +122,6 @@ def search(
         from ..scoring.rewards import find_reward
         from ..utils.processes import by_main_process, leave, processes
 
-        if base_check not in ("error", "warn", "ignore"):
-            raise ValueError(f"--base_check must be error, warn or ignore, got {base_check!r}.")
         columns: dict[str, Any] = {
             "prompt_column": prompt_column,
             "answer_column": answer_column,
@@ -134,14 +139,14 @@ def search(
             checkpoint=str(checkpoint),
         )
         function = None if reward == "loglik" else find_reward(reward)
-        experts = named(expert)
+        experts = named_experts(expert)
         for name, path in experts.items():
             if output_dir.resolve() == Path(path).resolve():
                 raise ValueError(f"--output_dir {output_dir} is the folder of expert {name!r}. Pass another folder.")
         mixture = AdaptiveMixture.from_pretrained(
             model_name_or_path,
             experts,
-            base_check=base_check,  # type: ignore[arg-type]
+            base_check=checked_base_check(base_check),
             dtype=dtype,
         )
         if function is None:
@@ -168,11 +173,7 @@ def search(
         print(f"Interrupted. `--resume` continues from {checkpoint}.", file=sys.stderr)
     else:
         checkpoint.unlink(missing_ok=True)
-    try:
-        result.plot(output_dir / "search.png")
-        plotted = " with search.png"
-    except ImportError:
-        plotted = ""
+    plotted = " with search.png" if drawn(result, output_dir / "search.png") else ""
     if as_json:
         print(json.dumps(result.to_dict()))
         return
@@ -184,23 +185,6 @@ def search(
     console.print(table)
     console.print(str(result), highlight=False, markup=False)
     console.print(f"saved in {output_dir}{plotted}", highlight=False, markup=False)
-
-
-def named(experts: list[str]) -> dict[str, str]:
-    """Return `NAME=PATH` options as a dict.
-
-    Raises:
-        ValueError: One is of another form, or a name occurs twice.
-    """
-    found: dict[str, str] = {}
-    for text in experts:
-        name, equals, path = text.partition("=")
-        if not (name and equals and path):
-            raise ValueError(f"--expert must be NAME=PATH, such as math=experts/math, got {text!r}.")
-        if name in found:
-            raise ValueError(f"--expert {name} is given twice, as {found[name]!r} and {path!r}.")
-        found[name] = path
-    return found
 
 
 def _value(name: str, value: Any) -> Any:

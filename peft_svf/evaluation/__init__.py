@@ -1,5 +1,6 @@
-"""Compares strategies of self-adaptation on tasks: accuracy, dispatch and time."""
+"""Comparison of self-adaptation strategies on tasks."""
 
-from .strategies import Evaluation, EvaluationTask, evaluate, make_dispatcher
+from .dispatchers import make_dispatcher
+from .strategies import Evaluation, EvaluationTask, evaluate
 
 __all__ = ["Evaluation", "EvaluationTask", "evaluate", "make_dispatcher"]

@@ -1,22 +1,19 @@
-"""An expert on the Hub, with a card that loads it by copy and paste."""
+"""Upload an expert to the Hub, with a model card that loads it by copy and paste."""
 
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import tempfile
 from pathlib import Path
 
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi
 
-from ..reporting.cards import complete_card
-from ..tuner.config import SVFConfig
+from ..reporting.cards import publish_card
+from ..tuner.config import load_svf_config
 
-# checkpoints of a trainer, and what it logged
+# trainer checkpoints and logs
 LEFT_OUT = ["checkpoint-*/**", ".*", "*.bin", "*.pt", "*.pth", "completions/**", "runs/**"]
-
-_ADAPTER = r'(PeftModel\.from_pretrained\(base_model, )"[^"]*"'
 
 
 def push_expert(
@@ -29,46 +26,32 @@ def push_expert(
     commit_message: str = "Upload SVF expert",
 ) -> str:
     """
-    Upload the folder of a saved expert: adapter, card, plots and numbers.
+    Upload the folder of a saved expert: adapter, model card, plots and records.
 
-    `PeftModel.push_to_hub` uploads adapter and config only, and puts an empty card in the place of the folder's own.
+    `PeftModel.push_to_hub` uploads only adapter and config, and replaces the folder's card by an empty one.
 
     Args:
-        folder: What `save_pretrained`, the training script or a mixture wrote.
-        repo_id (`str`): Where to, such as `"me/my-expert"`. It is made if it is not there.
-        revision (`str`, *optional*): The branch, made if it is not there.
+        folder: The output of `save_pretrained`, of the training command or of a mixture.
+        repo_id (`str`): The repository, such as `"me/my-expert"`. It is created if necessary.
+        revision (`str`, *optional*): The branch, created if necessary.
         private (`bool`, *optional*): Whether a new repository is private.
         token (`str`, *optional*): By default that of `hf auth login`.
-        commit_message (`str`): Of the commit.
+        commit_message (`str`): Message of the commit.
 
     Returns:
-        `str`: The address of the commit.
+        `str`: The URL of the commit.
 
     Raises:
         ValueError: There is no SVF adapter in the folder.
     """
-    source = Path(folder)
-    config = SVFConfig.from_pretrained(str(source))
-    if not isinstance(config, SVFConfig):
-        raise ValueError(f"{source} is a {config.peft_type} adapter, not an SVF one.")
+    config = load_svf_config(folder)
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
-        staged = Path(temporary, "expert")
-        shutil.copytree(source, staged)
-        readme = staged / "README.md"
-        if readme.exists():  # it names the folder that it was saved in
-            text = re.sub(_ADAPTER, rf'\1"{repo_id}"', readme.read_text(encoding="utf-8"))
-            readme.write_text(text, encoding="utf-8")
-        else:
-            readme.write_text(f"# {repo_id.split('/')[-1]}\n\nAn SVF expert (Transformer²).\n", encoding="utf-8")
-        card = ModelCard.load(readme, ignore_metadata_errors=True)
-        if Path(str(card.data.base_model or "")).exists():
-            card.data.base_model = None  # a folder here says nothing to others
-            card.save(readme)
-        complete_card(readme, config.base_model_name_or_path, repo_id, config.revision)
+        staged = shutil.copytree(folder, Path(temporary, "expert"))
+        publish_card(staged / "README.md", config.base_model_name_or_path, repo_id, config.revision)
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=staged,

@@ -1,4 +1,4 @@
-"""What is in an adapter, without its base model; and whether a model is the one that it was made for."""
+"""Summarize an adapter without its base model, and compare a model with the one that an adapter was made for."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from peft.utils.save_and_load import load_peft_weights
 
 from ..spectral.cache import BasisCache
 from ..spectral.fingerprint import fingerprint, fingerprint_difference
-from ..tuner.config import SVFConfig
+from ..tuner.config import load_svf_config
 from ..utils.progress import progress_bar
-from .sources import linear_modules, model_files, model_folder, opened
+from .sources import ModelTensors, linear_modules, meta_model, model_folder
 
 _SUFFIX = ".svf_delta.weight"
 
@@ -23,20 +23,20 @@ _SUFFIX = ".svf_delta.weight"
 @dataclass(frozen=True)
 class AdapterSummary:
     """
-    What an SVF adapter is, and how large its changes are.
+    What an SVF adapter holds, and how large its changes are.
 
     Attributes:
         path: Folder or Hub id.
-        base_model: The model that it is for, as its config says.
-        revision: Of that model.
+        base_model: The base model named in its config.
+        revision: The revision of the base model.
         modules: Number of adapted weights.
-        numbers: How many δ it has in all.
-        r: Most singular values of a weight that it changes; `None` if all.
+        numbers: Number of parameters δ.
+        r: Largest number of adapted singular values per weight; `None` if all.
         rms: Root mean square of all δ.
-        largest: The modules with the largest rms of δ, with that.
-        fingerprinted: How many weights its base is recognised by.
-        broken: Modules whose δ holds NaN or Inf; they count nowhere above.
-        more: Names of what it holds besides δ, such as biases.
+        largest: The modules with the largest rms of δ, and that rms.
+        fingerprinted: Number of weights whose spectrum is recorded.
+        broken: Modules whose δ holds NaN or Inf. They are left out of the other statistics.
+        more: Names of other parameters, such as biases.
     """
 
     path: str
@@ -52,7 +52,7 @@ class AdapterSummary:
     more: list[str]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-serialisable."""
+        """Return the summary as a JSON-serialisable dictionary."""
         return asdict(self)
 
 
@@ -60,18 +60,16 @@ def inspect_adapter(
     path: str | os.PathLike[str], *, count: int = 5
 ) -> tuple[AdapterSummary, dict[str, NDArray[np.float32]]]:
     """
-    A summary of an adapter, and its δ by the name of the module.
+    Return a summary of an adapter, and its δ by module name.
 
     Args:
         path: Folder or Hub id.
-        count (`int`): How many of the largest changes to name.
+        count (`int`): Number of modules in `largest`.
 
     Raises:
-        ValueError: There is no adapter, or it is of another method.
+        ValueError: There is no adapter, or it uses another PEFT method.
     """
-    config = SVFConfig.from_pretrained(str(path))
-    if not isinstance(config, SVFConfig):
-        raise ValueError(f"{path} is a {config.peft_type} adapter, not an SVF one.")
+    config = load_svf_config(path)
     weights = load_peft_weights(str(path), device="cpu")
     deltas = {
         key.removeprefix("base_model.model.").removesuffix(_SUFFIX): value.float().numpy()
@@ -106,33 +104,29 @@ def check_spectrum(
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> dict[str, str]:
     """
-    How the weights of a model differ from those that an adapter was made for, by module; nothing if it is the one.
+    Return how the weights of a model differ from those that an adapter was made for, by module; empty if they agree.
 
-    The weights are read one at a time, and decomposed unless the cache of singular bases has them.
+    The weights are read one at a time, and decomposed unless the cache holds their singular bases.
 
     Args:
         path: Folder or Hub id of an SVF adapter.
         base: Folder or Hub id of a full-precision model.
-        revision (`str`, *optional*): Of the model on the Hub.
-        cache_dir (*optional*): Of singular bases.
+        revision (`str`, *optional*): Revision of the model on the Hub.
+        cache_dir (*optional*): Folder of the cached singular bases.
 
     Raises:
         ValueError: There is no SVF adapter, it records no spectrum, or the model cannot be read.
     """
-    config = SVFConfig.from_pretrained(str(path))
-    expected = config.expected_fingerprint if isinstance(config, SVFConfig) else {}
+    expected = load_svf_config(path).expected_fingerprint
     if not expected:
-        raise ValueError(f"{path} is no SVF adapter that records the spectrum of its base model.")
+        raise ValueError(f"{path} does not record the spectrum of its base model, so it cannot be checked.")
     source, cache = model_folder(base, revision), BasisCache(cache_dir)
-    places = {key: file for file, keys in model_files(source).items() for key in keys}
-    modules, differences = linear_modules(source), {}
+    tensors, modules, differences = ModelTensors(source), linear_modules(meta_model(source)), {}
     for name, numbers in progress_bar(expected.items(), desc="Comparing", unit="weight"):
-        if name not in modules or f"{name}.weight" not in places:
+        if name not in modules or f"{name}.weight" not in tensors:
             differences[name] = "the model has no such weight"
             continue
-        with opened(source / places[f"{name}.weight"]) as file:
-            weight = file.get_tensor(f"{name}.weight")
-        weight = weight.mT if modules[name] else weight
+        weight = tensors.read(f"{name}.weight", transposed=modules[name])
         found = fingerprint(cache.load_or_compute(weight, name=name).spectrum)
         if difference := fingerprint_difference(numbers, found, (weight.shape[0], weight.shape[1])):
             differences[name] = difference

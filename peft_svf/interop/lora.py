@@ -1,7 +1,7 @@
-"""Experts as LoRA adapters, for everything that serves LoRA and nothing else.
+"""Export experts as LoRA adapters, for servers that support only LoRA.
 
-The change of an expert is its own singular value decomposition, `ΔW = Σ_i (σ_i δ_i) u_i v_iᵀ`. So the best LoRA of rank
-r is made of the r terms with the largest |σ_i δ_i| (Eckart and Young, 1936), and nothing has to be decomposed.
+The change of an expert, `ΔW = Σ_i (σ_i δ_i) u_i v_iᵀ`, is already a singular value decomposition. The best LoRA of rank
+r therefore consists of the r terms with the largest |σ_i δ_i| (Eckart and Young, 1936).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME
 from safetensors.torch import save
 
-from ..tuner.layer import SVFLayer
+from ..tuner.layer import SVFLayer, svf_layers
 from ..utils.files import write_whole
 from ..utils.progress import progress_bar
 
@@ -26,13 +26,13 @@ from ..utils.progress import progress_bar
 @dataclass
 class LoraExport:
     """
-    An expert, or the best part of it, as LoRA.
+    An expert, or its best low-rank approximation, as a LoRA adapter.
 
     Attributes:
-        config (`LoraConfig`): With the rank of each module in its `rank_pattern`; every scaling is 1.
-        state_dict (`dict[str, torch.Tensor]`): As PEFT saves it, `lora_A [r, in]` and `lora_B [out, r]`.
-        retained (`dict[str, float]`): Share of `‖ΔW‖²` of each module that is left, 1 where ΔW is 0.
-        retained_overall (`float`): The same of all modules together.
+        config (`LoraConfig`): Its `rank_pattern` holds the rank of each module. Every scaling is 1.
+        state_dict (`dict[str, torch.Tensor]`): In PEFT's format, `lora_A [r, in]` and `lora_B [out, r]`.
+        retained (`dict[str, float]`): Retained fraction of `‖ΔW‖²` of each module, 1 if ΔW is 0.
+        retained_overall (`float`): Retained fraction over all modules.
     """
 
     config: LoraConfig
@@ -42,19 +42,19 @@ class LoraExport:
 
     @property
     def rank(self) -> int:
-        """Of the module with the largest, which a server has to allow."""
+        """The largest rank of a module, which the server must allow."""
         return int(self.config.r)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write a PEFT LoRA adapter, which loads without peft_svf.
+        """Save a PEFT LoRA adapter, which loads without peft_svf.
 
         Raises:
-            ValueError: Another kind of adapter is there, such as the expert itself.
+            ValueError: The folder holds another kind of adapter, such as the expert itself.
         """
         folder = Path(save_directory)
         if (folder / CONFIG_NAME).exists() and (kind := PeftConfig.from_pretrained(str(folder)).peft_type) != "LORA":
             kind = getattr(kind, "value", kind)
-            raise ValueError(f"{folder} holds an adapter of the kind {kind}. Write the LoRA to another folder.")
+            raise ValueError(f"{folder} already holds an adapter of type {kind}. Save the LoRA in another folder.")
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / "adapter_model.safetensors", save(self.state_dict, metadata={"format": "pt"}))
         self.config.save_pretrained(str(folder))
@@ -72,33 +72,33 @@ def to_lora(
     dtype: torch.dtype | None = None,
 ) -> LoraExport:
     """
-    The LoRA adapter that comes closest to an expert.
+    Return the LoRA adapter that is closest to an expert.
 
-    Exact, but for rounding, if `rank` is at least that of the expert, or neither `rank` nor `energy` is given.
+    Exact up to rounding if `rank` is at least that of the expert, or if neither `rank` nor `energy` is given.
 
     Args:
-        model ([`~peft.PeftModel`]): With the expert, which need not be active.
-        adapter_name (`str` or `list[str]`, *optional*): The expert, or several to add up, as active ones do; the active
-            ones if `None`. A mixture is an adapter like any other.
-        rank (`int`, *optional*): Keep at most so many terms in each module.
-        energy (`float`, *optional*): Keep as many terms in each module as hold this share of `‖ΔW‖²`.
-        dtype (`torch.dtype`, *optional*): Of the result; fp32 (fp64 for an fp64 model) by default.
+        model ([`~peft.PeftModel`]): The model with the expert, which need not be active.
+        adapter_name (`str` or `list[str]`, *optional*): The expert, or several experts to add; the active ones if
+            `None`.
+        rank (`int`, *optional*): Largest number of terms to keep in each module.
+        energy (`float`, *optional*): Keep the fewest terms in each module that hold this fraction of `‖ΔW‖²`.
+        dtype (`torch.dtype`, *optional*): Dtype of the result; fp32 (fp64 for an fp64 model) by default.
 
     Raises:
-        ValueError: Both `rank` and `energy`, one out of range, an adapter that is not there or is no SVF adapter, or
-            one that trains more than δ (`bias` or `modules_to_save`).
+        ValueError: Both `rank` and `energy` are given, or one is out of range. Or an adapter is unknown, is not an SVF
+            adapter, or has more than δ (`bias` or `modules_to_save`).
     """
     if rank is not None and energy is not None:
         raise ValueError("Pass `rank` or `energy`, not both.")
     if rank is not None and rank < 1:
         raise ValueError(f"`rank` must be at least 1, got {rank}.")
     if energy is not None and not 0 < energy <= 1:
-        raise ValueError(f"`energy` is a share of the change, above 0 and at most 1, got {energy}.")
+        raise ValueError(f"`energy` must be a fraction above 0 and at most 1, got {energy}.")
     names = _names(model, adapter_name)
     layers = {
-        name: module
-        for name, module in model.base_model.model.named_modules()
-        if isinstance(module, SVFLayer) and any(each in module.svf_delta for each in names)
+        layer.module_name: layer
+        for layer in svf_layers(model.base_model.model)
+        if any(name in layer.svf_delta for name in names)
     }
     tensors, ranks, kept, whole = {}, {}, {}, {}
     for name, layer in progress_bar(layers.items(), desc="Exporting", unit="layer"):
@@ -128,57 +128,56 @@ def _names(model: Any, adapter_name: str | Sequence[str] | None) -> list[str]:
     else:
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
     if len(set(names)) < len(names):
-        raise ValueError(f"An adapter is named twice: {names}.")
+        raise ValueError(f"An adapter is named twice: {names}. Name each one once.")
     if not names:
-        raise ValueError("Which expert? No adapter is active and none was named.")
+        raise ValueError("No adapter is active. Name the expert with `adapter_name=`.")
     for name in names:
         config = getattr(model, "peft_config", {}).get(name)
         if config is None:
-            raise ValueError(f"There is no adapter {name!r}; there are {', '.join(getattr(model, 'peft_config', {}))}.")
+            raise ValueError(f"Adapter {name!r} not found; there are {', '.join(getattr(model, 'peft_config', {}))}.")
         if config.peft_type != "SVF":
-            raise ValueError(f"Adapter {name!r} is a {config.peft_type} adapter, not an SVF one.")
+            raise ValueError(f"Adapter {name!r} is a {config.peft_type} adapter. Expected an SVF adapter.")
         if config.bias != "none" or config.modules_to_save:
             what = "`modules_to_save`" if config.modules_to_save else "`bias`"
-            raise ValueError(f"Adapter {name!r} has {what}, which is no part of a LoRA. Export a merged model instead.")
+            raise ValueError(f"Adapter {name!r} has {what}, which a LoRA cannot hold. Export a merged model instead.")
     return names
 
 
 def _delta(layer: SVFLayer, names: Sequence[str]) -> torch.Tensor:
     delta = layer.summed_delta(names)
-    assert delta is not None
     if not torch.isfinite(delta).all():
         raise ValueError(f"δ of {layer.module_name} in {', '.join(names)} holds NaN or Inf.")
     return delta
 
 
 def _sizes(layer: SVFLayer, delta: torch.Tensor) -> torch.Tensor:
-    """The size of each term: |σ_i δ_i|, `[r]`."""
-    layer._ready_basis()
+    """Return the size of each term, |σ_i δ_i|, `[r]`."""
+    layer.basis_columns(len(delta))  # built if necessary, with the spectrum
     assert layer.base_spectrum is not None
     return layer.base_spectrum[: len(delta)].to(delta.device) * delta.abs()
 
 
 def _terms(layer: SVFLayer, delta: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """These terms of `ΔW = up @ down`, `[out, n]` and `[n, in]`."""
-    W, Q = layer._as_out_in(layer._unmerged_weight()), layer._columns(delta)
+    """Return the chosen terms of `ΔW = up @ down`, `[out, n]` and `[n, in]`."""
+    W, Q = layer.weight_out_in(), layer.basis_columns(len(delta))
     work = torch.promote_types(W.dtype, torch.float32)
     W, Q, delta = W.to(work), Q[:, chosen.to(Q.device)].to(work), delta[chosen].to(work)
     if layer.side == "output":
         up, down = Q, (Q.mT @ W) * delta.unsqueeze(1)  # u_i, σ_i δ_i v_iᵀ
     else:
         up, down = (W @ Q) * delta, Q.mT  # σ_i δ_i u_i, v_iᵀ
-    # equal parts to both sides, or one overflows in 16 bit where the other has room
+    # equal norms on both sides, or one of them may overflow in 16 bit
     even = (down.norm(dim=1).clamp(min=1e-30) / up.norm(dim=0).clamp(min=1e-30)).sqrt()
     return up * even, down / even.unsqueeze(1)
 
 
 def _rank(squares: torch.Tensor, rank: int | None, energy: float | None) -> int:
-    """How many of these terms to keep, `[r]` in descending order; at least one, as LoRA has no rank 0."""
+    """Return how many of the terms `[r]`, in descending order, to keep: at least one, as LoRA has no rank 0."""
     if rank is not None:
         return min(rank, len(squares))
     if energy is not None:
-        shares = squares.cumsum(0) / squares.sum()
-        return min(int((shares < energy * (1 - 1e-12)).sum()) + 1, len(squares))
+        fractions = squares.cumsum(0) / squares.sum()
+        return min(int((fractions < energy * (1 - 1e-12)).sum()) + 1, len(squares))
     return max(1, int((squares > 0).sum()))
 
 

@@ -1,6 +1,6 @@
-"""An expert put into the weights of its base model, file by file.
+"""Merge an expert into the weight files of its base model.
 
-What `merge_and_unload` and `save_pretrained` give, but with no more than one file of weights in memory.
+The result is that of `merge_and_unload` and `save_pretrained`, but only one file of weights is in memory at a time.
 """
 
 from __future__ import annotations
@@ -14,22 +14,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import ModelCardData
 from peft.utils.save_and_load import load_peft_weights
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from ..reporting.cards import merged_card
 from ..spectral.arithmetic import effective_weight
 from ..spectral.cache import BasisCache
 from ..spectral.fingerprint import fingerprint, fingerprint_difference
-from ..spectral.rounding import surviving_share
+from ..spectral.rounding import surviving_fraction
 from ..tuner.base_check import recorded_name
-from ..tuner.config import SVFConfig
-from ..tuner.fold import SMALLEST_SHARE
+from ..tuner.config import SVFConfig, load_svf_config
+from ..tuner.fold import SMALLEST_FRACTION
 from ..utils.files import write_whole
 from ..utils.progress import progress_bar
-from .sources import OTHER_WEIGHTS, full_precision_config, model_files, model_folder, opened
+from .sources import OTHER_WEIGHTS, meta_model, model_files, model_folder, opened
 
 _PREFIX, _SUFFIX = "base_model.model.", ".svf_delta.weight"
 
@@ -37,11 +36,11 @@ _PREFIX, _SUFFIX = "base_model.model.", ".svf_delta.weight"
 @dataclass(frozen=True)
 class Merged:
     """
-    What was written.
+    A merged model on disk.
 
     Attributes:
-        folder (`Path`): Where.
-        shares (`dict[str, float]`): How much of ΔW each merged module kept; below 1 where a weight has 16 bits.
+        folder (`Path`): The folder of the model.
+        shares (`dict[str, float]`): The fraction of ΔW in each merged weight; below 1 for 16-bit weights.
     """
 
     folder: Path
@@ -59,38 +58,38 @@ def merge_to_folder(
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> Merged:
     """
-    Write the base model with an expert merged into its weights.
+    Save the base model with an expert merged into its weights.
 
-    Bit for bit what `merge_and_unload` computes, in the dtype of the files. The folder appears when it is complete.
+    Bit for bit what `merge_and_unload` computes, in the dtype of the files. The config is written last, so an
+    incomplete folder does not load.
 
     Args:
         adapter: Folder or Hub id of an SVF adapter.
-        save_directory: A folder that does not exist, or is empty.
+        save_directory: A folder that does not exist or is empty.
         base (*optional*): Folder or Hub id of the base model; that of the adapter's config if `None`.
-        revision (`str`, *optional*): Of the base model on the Hub; that of the adapter's config if both are `None`.
-        base_check (`str`): If the adapter is for another base model, see [`SVFRuntimeConfig`].
-        cache_dir (*optional*): Of singular bases.
+        revision (`str`, *optional*): Revision of the base model on the Hub; that of the adapter's config if both are
+            `None`.
+        base_check (`str`): What to do if the adapter was made for another base model, see [`SVFRuntimeConfig`].
+        cache_dir (*optional*): Folder of the cached singular bases.
 
     Raises:
-        ValueError: The adapter is not SVF, trains more than δ, or is for another base model; the base has no
-            safetensors files, or lacks a weight; or the folder is in use.
+        ValueError: The adapter is not an SVF adapter, has more than δ, or was made for another base model. The base
+            model has no safetensors files or lacks a weight. Or the folder is not empty.
     """
-    config = SVFConfig.from_pretrained(str(adapter))
-    if not isinstance(config, SVFConfig):
-        raise ValueError(f"{adapter} is a {config.peft_type} adapter; only SVF adapters can be merged here.")
+    config = load_svf_config(adapter)
     deltas = _deltas(adapter)
     target = Path(save_directory).resolve()
     made = not target.exists()
     if not made and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} is in use. Merge into a folder that does not exist yet.")
+        raise ValueError(f"{target} exists and is not an empty folder. Merge into a new folder.")
     source = model_folder(base or config.base_model_name_or_path, revision or (None if base else config.revision))
     transposed = _transposed(source, deltas)
     files = model_files(source)
     lacking = [name for name in deltas if f"{name}.weight" not in {key for keys in files.values() for key in keys}]
     if lacking:
         raise ValueError(
-            f"{source} has no tensor {lacking[0]}.weight, which the adapter changes: another model, or one whose files "
-            "have other names than its modules; load and merge that with `merge_and_unload`."
+            f"{source} has no tensor {lacking[0]}.weight, which the adapter changes. Pass the adapter's base model. If "
+            "its files name the modules differently, load it and use `merge_and_unload`."
         )
     shares: dict[str, float] = {}
     unfinished = target / ".unfinished"
@@ -102,8 +101,8 @@ def merge_to_folder(
         _complain(differences, base_check, adapter, len(deltas))
         _copy_rest(source, unfinished)
         name = str(base or config.base_model_name_or_path)
-        write_whole(unfinished / "README.md", _card(adapter, name, len(shares)))
-        # the config last, without which nothing loads
+        write_whole(unfinished / "README.md", merged_card(str(adapter), name, len(shares)))
+        # the config last: without it nothing loads
         for path in sorted(unfinished.iterdir(), key=lambda path: path.name == "config.json"):
             os.replace(path, target / path.name)
         unfinished.rmdir()
@@ -112,11 +111,11 @@ def merge_to_folder(
         if made:
             target.rmdir()
         raise
-    if coarse := [name for name, share in shares.items() if share < SMALLEST_SHARE]:
+    if coarse := [name for name, share in shares.items() if share < SMALLEST_FRACTION]:
         least = min(shares.values())
         warnings.warn(
-            f"{len(coarse)} of {len(shares)} merged weights are too coarse for their change, and keep down to "
-            f"{least:.0%} of it. Merge into an fp32 copy of the base model, or serve the adapter.",
+            f"{len(coarse)} of {len(shares)} merged weights are too coarse for the change: as little as {least:.0%} of "
+            "ΔW is left. Merge into an fp32 copy of the base model, or serve the adapter unmerged.",
             stacklevel=2,
         )
     return Merged(target, shares)
@@ -132,7 +131,7 @@ def _write_weights(
     cache: BasisCache,
     shares: dict[str, float],
 ) -> list[str]:
-    """Write each file with what is merged into it; returns how its weights differ from those of the adapter's base."""
+    """Write each file with the merged weights. Return the differences to the base model of the adapter."""
     differences = []
     with progress_bar(desc="Merging", total=len(deltas), unit="layer") as bar:
         for file, keys in files.items():
@@ -155,34 +154,32 @@ def _deltas(adapter: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     deltas = {}
     for key, value in load_peft_weights(str(adapter), device="cpu").items():
         if key.endswith(".base_layer.weight"):
-            continue  # PEFT saves the weight of an output layer with its adapter
+            continue  # PEFT saves the weight of an adapted output layer with the adapter
         if not (key.startswith(_PREFIX) and key.endswith(_SUFFIX)):
             raise ValueError(
-                f"{adapter} trains more than δ ({key}). Load it onto its base model and use `merge_and_unload`."
+                f"{adapter} has more than δ ({key}). Load it with its base model and use `merge_and_unload`."
             )
         name = key[len(_PREFIX) : -len(_SUFFIX)]
         if not torch.isfinite(value).all():
             raise ValueError(f"δ of {name} in {adapter} holds NaN or Inf.")
         deltas[name] = value
     if not deltas:
-        raise ValueError(f"{adapter} holds no vectors.")
+        raise ValueError(f"{adapter} holds no δ.")
     return deltas
 
 
 def _transposed(source: Path, deltas: Mapping[str, Any]) -> dict[str, bool]:
-    """Whether each module stores its weight as `[in, out]`."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(full_precision_config(source))
-    modules = dict(model.named_modules())
+    """Return whether each module stores its weight as `[in, out]`."""
+    modules = dict(meta_model(source).named_modules())
     if unknown := [name for name in deltas if name not in modules]:
         raise ValueError(f"The model in {source} has no module {unknown[0]}, which the adapter changes.")
-    weights = {name: modules[name].weight for name in deltas}
+    weights: dict[str, Any] = {name: modules[name].weight for name in deltas}
     for name, module in modules.items():
         for adapted, weight in weights.items():
             if name != adapted and getattr(module, "weight", None) is weight:
                 raise ValueError(
-                    f"{adapted} shares its weight with {name}, which merging would change, too. Untie them, or serve "
-                    "the adapter as it is."
+                    f"{adapted} shares its weight with {name}, so merging would change both. Untie them, or serve the "
+                    "adapter unmerged."
                 )
     return {name: isinstance(modules[name], Conv1D) for name in deltas}
 
@@ -190,21 +187,21 @@ def _transposed(source: Path, deltas: Mapping[str, Any]) -> dict[str, bool]:
 def _merged(
     weight: torch.Tensor, delta: torch.Tensor, name: str, config: SVFConfig, cache: BasisCache
 ) -> tuple[torch.Tensor, float, str | None]:
-    """`W(z)` and the share of ΔW in it, and how the weight differs from the one that the adapter was made for."""
+    """Return `W(z)`, the fraction of ΔW in it, and the difference to the weight that the adapter was made for."""
     basis = cache.load_or_compute(weight, name=name)
     if len(delta) > basis.vectors.shape[1]:
-        raise ValueError(f"The adapter has {len(delta)} numbers for {name}, a weight of shape {tuple(weight.shape)}.")
+        raise ValueError(f"δ of {name} has {len(delta)} entries, too many for a weight of shape {tuple(weight.shape)}.")
     expected = config.expected_fingerprint
     recorded = recorded_name(name, expected)
     difference = None
     if expected and recorded is None:
-        difference = "the adapter was not made for a module of this name"
+        difference = "the adapter has no module of this name"
     elif recorded is not None:
         shape = (weight.shape[0], weight.shape[1])
         difference = fingerprint_difference(expected[recorded], fingerprint(basis.spectrum), shape)
     vectors = basis.leading(len(delta)).vectors
-    share = surviving_share(weight, vectors, delta, weight.dtype) if weight.dtype.itemsize <= 2 else 1.0
-    return effective_weight(weight, vectors, delta), share, difference
+    fraction = surviving_fraction(weight, vectors, delta, weight.dtype) if weight.dtype.itemsize <= 2 else 1.0
+    return effective_weight(weight, vectors, delta), fraction, difference
 
 
 def _complain(differences: list[str], base_check: str, adapter: Any, count: int) -> None:
@@ -215,27 +212,15 @@ def _complain(differences: list[str], base_check: str, adapter: Any, count: int)
         f"{differences[0]}."
     )
     if base_check == "error":
-        raise ValueError(message + ' If you know better, pass `base_check="warn"`.')
+        raise ValueError(message + ' To merge anyway, pass `base_check="warn"`.')
     warnings.warn(message, stacklevel=3)
 
 
 def _copy_rest(source: Path, target: Path) -> None:
-    """Config, tokenizer, code; not the card, which is that of the base model, and no other weights."""
+    """Copy config, tokenizer and code, but not the card of the base model nor other weights."""
     left_out = shutil.ignore_patterns(
         "*.safetensors", *OTHER_WEIGHTS, "*.bin.index.json", "README.md", ".*", "original"
     )
     shutil.copytree(source, target, dirs_exist_ok=True, ignore=left_out)
     if (target / "model.safetensors").exists():
         (target / "model.safetensors.index.json").unlink(missing_ok=True)  # stale
-
-
-def _card(adapter: Any, base: str, count: int) -> str:
-    """Local paths say nothing to others; of those only the last part is named."""
-    local = Path(base).is_dir()
-    header = ModelCardData(base_model=None if local else base, tags=["svf", "transformer-squared"])
-    name, shown = Path(str(adapter)).name, Path(base).name if local else base
-    return (
-        f"---\n{header.to_yaml()}\n---\n\n# {Path(base).name} with the expert {name}\n\n"
-        f"The weights of {shown} with the SVF expert {name} merged into {count} of them by "
-        "[peft-svf](https://pypi.org/project/peft-svf/). It loads as any model and needs no other library.\n"
-    )

@@ -1,4 +1,4 @@
-"""Makes a basis pack from the files of a model, one weight after the other."""
+"""Make a basis pack from the files of a model, one weight at a time."""
 
 from __future__ import annotations
 
@@ -12,9 +12,6 @@ import torch
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import nn
-from transformers import AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
 
 from ..spectral.basis import SingularBasis, singular_basis
 from ..spectral.cache import checksum, weight_key
@@ -22,7 +19,7 @@ from ..spectral.pack import FORMAT, INDEX, BasisPack
 from ..tuner.config import SVFConfig
 from ..utils.files import write_whole
 from ..utils.progress import progress_bar
-from .sources import full_precision_config, model_files, model_folder, opened
+from .sources import ModelTensors, linear_modules, meta_model, model_folder
 
 
 @torch.no_grad()
@@ -39,39 +36,37 @@ def decompose(
     """
     Write the singular bases of a model, for `SVFRuntimeConfig(basis=...)`.
 
-    Never more than one weight and its basis are in memory. What is there already is not computed again if it is of the
-    same weight and setting, so a call that was stopped can be repeated.
+    At most one weight and its basis are in memory. Existing files of the same weights and settings are kept, so an
+    interrupted call can be repeated.
 
     Args:
         model: Folder or Hub id of the full-precision model, with safetensors files.
-        save_directory: Where to write.
-        target_modules: What to decompose, as in [`SVFConfig`].
-        r (`int`, *optional*): Keep so many columns, the largest σ; all if `None`.
-        dtype (`torch.dtype`, *optional*): Of the vectors; that of the weights if `None`.
-        device (`str`): Where to compute.
-        revision (`str`, *optional*): Of the model on the Hub.
+        save_directory: The output folder.
+        target_modules: The modules to decompose, as in [`SVFConfig`].
+        r (`int`, *optional*): Number of columns to keep, largest σ first; all if `None`.
+        dtype (`torch.dtype`, *optional*): Dtype of the vectors; that of the weights if `None`.
+        device (`str`): Device of the computation.
+        revision (`str`, *optional*): Revision of the model on the Hub.
 
     Raises:
-        ValueError: No such modules, the model is quantized, has no safetensors files or lacks a weight, or a weight has
-            no basis.
+        ValueError: No module matches, the model is quantized, has no safetensors files or lacks a weight, or a weight
+            cannot be decomposed.
     """
     if r is not None and r < 1:
         raise ValueError(f"`r` must be at least 1, got {r}.")
     source, target = model_folder(model, revision), Path(save_directory)
     modules = _targets(source, target_modules)
-    places = {key: file for file, keys in model_files(source).items() for key in keys}
-    if lacking := [name for name in modules if f"{name}.weight" not in places]:
+    tensors = ModelTensors(source)
+    if lacking := [name for name in modules if f"{name}.weight" not in tensors]:
         raise ValueError(f"{source} has no tensor {lacking[0]}.weight.")
     target.mkdir(parents=True, exist_ok=True)
-    (target / INDEX).unlink(missing_ok=True)  # until it is whole again
+    (target / INDEX).unlink(missing_ok=True)  # written again when the pack is complete
     files, size = {}, 0
     for number, (name, transposed) in enumerate(
         progress_bar(modules.items(), desc="Decomposing", unit="weight", total=len(modules))
     ):
         path = target / f"basis-{number + 1:05d}-of-{len(modules):05d}.safetensors"
-        with opened(source / places[f"{name}.weight"], device=str(device)) as file:
-            weight = file.get_tensor(f"{name}.weight")
-        weight = weight.mT if transposed else weight
+        weight = tensors.read(f"{name}.weight", transposed=transposed, device=device)
         about = {"module": name, "key": weight_key(weight), "r": str(r), "dtype": str(dtype or weight.dtype)}
         if not _is_done(path, about):
             basis = singular_basis(weight, r, name=name)
@@ -86,15 +81,14 @@ def decompose(
 
 
 def _targets(source: Path, target_modules: Sequence[str] | str) -> dict[str, bool]:
-    """The modules, and whether each stores its weight as `[in, out]`."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(full_precision_config(source))
+    """Return the modules to decompose, and whether each stores its weight as `[in, out]`."""
+    model = meta_model(source)
     chosen: Any = target_modules if isinstance(target_modules, str) else list(target_modules)
     config = _maybe_include_all_linear_layers(SVFConfig(target_modules=chosen), model)
     found = {
-        name: isinstance(module, Conv1D)
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and check_target_module_exists(config, name)
+        name: transposed
+        for name, transposed in linear_modules(model).items()
+        if check_target_module_exists(config, name)
     }
     if not found:
         raise ValueError(f"The model in {source} has no linear modules that match {target_modules!r}.")

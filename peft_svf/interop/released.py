@@ -1,12 +1,12 @@
-"""Experts that were trained with the paper's released code, and the vector of TRINITY, as SVF adapters.
+"""Import experts of the paper's released code, and vectors of TRINITY, as SVF adapters.
 
 The released code (https://github.com/SakanaAI/self-adaptive-llms) composes
 
     W' = U diag(σ ⊙ m) Vᵀ · Σσ / Σ(σ ⊙ m)
 
-where the mask m is the sigmoid of what was trained, and in its mixtures what was trained itself. TRINITY
-(https://huggingface.co/papers/2512.04695) trains offsets, m = 1 + v, with the same normalisation. An adapter has no
-such factor, so it goes into z, which is exact: z = m · Σσ / Σ(σ ⊙ m).
+where the mask m is the sigmoid of the trained parameters, or in mixtures the parameters themselves. TRINITY
+(https://huggingface.co/papers/2512.04695) trains offsets, m = 1 + v, with the same normalisation. SVF has no such
+factor, so it is multiplied into z, which is exact: z = m · Σσ / Σ(σ ⊙ m).
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
-from ..spectral.cache import BasisCache
 from ..tuner.config import SVFConfig
-from ..tuner.layer import SVFLayer
+from ..tuner.layer import SVFLayer, svf_layers
 
 Parametrization = Literal["sigmoid", "raw", "offset"]
 
@@ -49,31 +48,31 @@ def import_expert(
     adapter_name: str = "default",
 ) -> PeftModel:
     """
-    Load an expert of the released code, or of TRINITY, onto its base model; save it with `save_pretrained`.
+    Load an expert of the released code or of TRINITY onto its base model. Save it with `save_pretrained`.
 
-    The kind of file is told by what is in it:
+    The content of the file decides how it is read:
 
-    - a vector for each parameter name (`learnable_params*.pt`),
-    - a vector for each place among the model's MLP weights (`policy_params*.pt`),
-    - the same of a mixture, with its weights (`policy_params*.pt` of a few-shot search),
-    - one long vector (TRINITY's `model_iter_*.npy`, or a safetensors file with one): the offsets of all matrices of
-      `layers` and of those outside of any layer, in the order of the state dict. What follows them is left out.
+    - one vector per parameter name (`learnable_params*.pt`),
+    - one vector per MLP weight of the model, by position (`policy_params*.pt`),
+    - the vectors of a mixture with its weights (`policy_params*.pt` of a few-shot search),
+    - one long vector (TRINITY's `model_iter_*.npy`, or a safetensors file with one tensor): the offsets of all matrices
+      of `layers` and outside of layers, in the order of the state dict. Further values are left out.
 
     Args:
-        path: The file. Nothing but tensors is ever loaded from it.
-        base (`torch.nn.Module`): The model that the expert was trained on, which gets adapted.
-        parametrization (`str`, *optional*): What the numbers are: `"sigmoid"` (m is `max_mult` times their sigmoid),
-            `"raw"` (m itself) or `"offset"` (m - 1). The file does not say it. By default what the code that writes
-            such a file means: sigmoid, raw for a mixture, offset for one long vector.
-        normalize (`bool`): Whether the sum of the singular values was kept, as all of the released code does.
-        max_mult (`float`): The largest mask of the sigmoid.
-        layers (`Sequence[int]`): For one long vector, the layers that it is for.
+        path: The file. Only tensors are ever loaded from it.
+        base (`torch.nn.Module`): The model that the expert was trained on, which gets the adapter.
+        parametrization (`str`, *optional*): Meaning of the values: `"sigmoid"` (m is `max_mult` times their sigmoid),
+            `"raw"` (m itself) or `"offset"` (m - 1). The file does not record it. By default as in the released code:
+            offset for one long vector, raw for a mixture, otherwise sigmoid.
+        normalize (`bool`): Whether the sum of the singular values was preserved, as in all of the released code.
+        max_mult (`float`): The factor of the sigmoid.
+        layers (`Sequence[int]`): The layers of one long vector.
         skip (`Sequence[str]`): Modules to leave out, such as embeddings, which SVF cannot adapt.
-        adapter_name (`str`): What to call the adapter.
+        adapter_name (`str`): Name of the adapter.
 
     Raises:
-        ValueError: The file holds something else than tensors, is damaged, or does not fit the model; the message names
-            the parameter.
+        ValueError: The file holds Python objects, is damaged, or does not fit the model. The message names the
+            parameter.
         FileNotFoundError: There is no such file.
     """
     if parametrization is not None and parametrization not in get_args(Parametrization):
@@ -96,7 +95,7 @@ def import_expert(
 
 
 def _read(path: Path) -> dict[str, torch.Tensor] | torch.Tensor:
-    """All tensors of a file by name, or its one vector."""
+    """Return all tensors of a file by name, or its only vector."""
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
     try:
@@ -108,11 +107,11 @@ def _read(path: Path) -> dict[str, torch.Tensor] | torch.Tensor:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} holds Python objects, not only tensors, and loading those can run any code: refused. Where you "
-            "trust it, load it yourself and save its tensors."
+            f"{path} holds Python objects, and loading them can run arbitrary code. If you trust the file, load it "
+            "yourself and save only its tensors."
         ) from error
-    except Exception as error:  # a damaged pickle can end in any
-        raise ValueError(f"{path} is damaged or no file of tensors: {error}") from error
+    except Exception as error:  # a damaged pickle can raise any
+        raise ValueError(f"{path} is damaged or not a file of tensors: {error}") from error
     if isinstance(content, torch.Tensor):
         return content.flatten()
     if not isinstance(content, Mapping) or not content:
@@ -126,25 +125,27 @@ def _read(path: Path) -> dict[str, torch.Tensor] | torch.Tensor:
 
 
 def _matrices(base: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """All weight matrices in the order of the state dict, tied ones under each of their names."""
+    """Return all weight matrices in the order of the state dict, tied ones under each of their names."""
     return [(name, value) for name, value in base.state_dict().items() if value.ndim == 2 and min(value.shape) > 1]
 
 
 def _of_names(found: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor], path: Path) -> dict[str, Any]:
     if unknown := [name for name in found if name not in weights]:
-        raise ValueError(f"{path} has a vector for {unknown[0]!r}, and the model has no such weight: another model?")
+        raise ValueError(
+            f"{path} has a vector for {unknown[0]!r}, which the model does not have. Pass the expert's base model."
+        )
     return dict(found)
 
 
 def _of_positions(found: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor], path: Path) -> dict[str, Any]:
     names = [name for name in weights if "mlp" in name]
     if unknown := [key for key in found if not _POSITION.fullmatch(key)]:
-        raise ValueError(f"{path} has {unknown[0]!r} beside vectors by place, which nothing is known of.")
+        raise ValueError(f"{path} has the unknown entry {unknown[0]!r} next to its vectors.")
     places = {int(match[1]): value for key, value in found.items() if (match := _POSITION.fullmatch(key))}
     if sorted(places) != list(range(len(names))):
         raise ValueError(
-            f"{path} has {len(places)} vectors, up to place {max(places)}, and the model has {len(names)} MLP weights: "
-            "another model?"
+            f"{path} has {len(places)} vectors, up to position {max(places)}, but the model has {len(names)} MLP "
+            "weights. Pass the expert's base model."
         )
     return {names[place]: value for place, value in sorted(places.items())}
 
@@ -156,15 +157,15 @@ def _of_mixture(found: Mapping[str, torch.Tensor], weights: Mapping[str, torch.T
     for key, value in found.items():
         if match := _PART.fullmatch(key):
             if match[2] not in names:
-                raise ValueError(f"{path} has {key!r}, which is for no weight of the model: another model?")
+                raise ValueError(f"{path} has {key!r}, which fits no weight. Pass the expert's base model.")
             parts.setdefault(names[match[2]], {})[int(match[1])] = value.float()
         elif key != "adaptive_weights":
-            raise ValueError(f"{path} has {key!r} beside the parts of a mixture, which nothing is known of.")
+            raise ValueError(f"{path} has the unknown entry {key!r} next to the parts of a mixture.")
     ordered = [name for name in weights if name in parts]
     if alpha.ndim != 2 or alpha.shape[1] not in (1, len(ordered)):
         raise ValueError(
-            f"{path} has mixture weights of shape {tuple(alpha.shape)} for {len(ordered)} matrices; expected one "
-            "column, or one for each matrix."
+            f"{path} has mixture weights of shape {tuple(alpha.shape)} for {len(ordered)} matrices. Expected one "
+            "column, or one per matrix."
         )
     mixed = {}
     for place, name in enumerate(ordered):
@@ -185,13 +186,13 @@ def _of_one_vector(
     lengths = [min(weights[name].shape) for name in chosen]
     if len(found) < sum(lengths):
         raise ValueError(
-            f"{path} has {len(found)} numbers, and the {len(chosen)} matrices of the layers {list(layers)} and outside "
-            f"of layers have {sum(lengths)} singular values: another model, or other `layers`?"
+            f"{path} has {len(found)} values, but the {len(chosen)} matrices of the layers {list(layers)} and outside "
+            f"of layers have {sum(lengths)} singular values. Pass the expert's base model and its `layers`."
         )
     if len(found) > sum(lengths):
         warnings.warn(
-            f"{path} has {len(found) - sum(lengths)} numbers after those for singular values, such as TRINITY's head, "
-            "which are left out.",
+            f"{path} has {len(found) - sum(lengths)} values after those for singular values, which are left out. "
+            "TRINITY's head is stored there.",
             stacklevel=3,
         )
     return dict(zip(chosen, found[: sum(lengths)].split(lengths), strict=True))
@@ -219,40 +220,40 @@ def _adapted(
         k = min(weights[name].shape)
         if vector.shape != (k,):
             raise ValueError(
-                f"{path} has {tuple(vector.shape)} numbers for {name}, which has {k} singular values: another model?"
+                f"{path} has a vector of shape {tuple(vector.shape)} for {name}, which has {k} singular values. Pass "
+                "the expert's base model."
             )
         if not torch.isfinite(vector).all():
             raise ValueError(f"{path} has NaN or Inf for {name}.")
         layer = base.get_submodule(module)
         if isinstance(layer, nn.Embedding):
             raise ValueError(
-                f"{path} changes {module}, an embedding, which SVF cannot adapt. Pass `skip=[{module!r}]` to do "
-                "without it."
+                f"{path} changes {module}, an embedding, which SVF cannot adapt. Pass `skip=[{module!r}]` to leave it "
+                "out."
             )
         values = vector.double()
         ways = {"sigmoid": values.sigmoid() * max_mult, "raw": values, "offset": 1 + values}
         chosen[module] = ways[parametrization]
     if not chosen:
-        raise ValueError(f"Nothing is left of {path} to import.")
+        raise ValueError(f"{path} has nothing to import besides the modules in `skip`.")
     config = SVFConfig(target_modules=list(chosen), task_type="CAUSAL_LM")
     model: PeftModel = get_peft_model(base, config, adapter_name=adapter_name)
-    cache = BasisCache()
     try:
-        for layer in [module for module in model.modules() if isinstance(module, SVFLayer)]:
+        for layer in svf_layers(model):
             mask = chosen[layer.module_name]
-            scale = _scale(layer, mask, cache) if normalize else 1.0
+            scale = _scale(layer, mask) if normalize else 1.0
             layer.svf_delta[adapter_name].weight.copy_(mask * scale - 1)  # type: ignore[operator]
     except BaseException:
-        model.unload()  # the base model as it was
+        model.unload()  # restore the base model
         raise
     return model.eval()
 
 
-def _scale(layer: SVFLayer, mask: torch.Tensor, cache: BasisCache) -> float:
+def _scale(layer: SVFLayer, mask: torch.Tensor) -> float:
     """Σσ / Σ(σ ⊙ m)."""
-    weight = layer._as_out_in(layer._unmerged_weight())
-    sigma = cache.load_or_compute(weight, name=layer.module_name).spectrum  # kept as the basis was made
+    sigma = layer.base_spectrum
+    assert sigma is not None  # set with the basis
     total = (sigma * mask).sum()
     if not total.abs() > 1e-12 * sigma.sum():
-        raise ValueError(f"The mask of {layer.module_name} sums to 0, so that its scale is not defined.")
+        raise ValueError(f"The mask of {layer.module_name} sums to 0, so it has no scale. Pass `normalize=False`.")
     return float(sigma.sum() / total)

@@ -1,4 +1,4 @@
-"""The files of a model, to be read one tensor at a time."""
+"""The files of a model, read one tensor at a time."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.onn
 
 
 def model_folder(base: str | os.PathLike[str] | None, revision: str | None) -> Path:
-    """The folder of a model; of one on the Hub, all but weights in other formats is downloaded.
+    """Return the folder of a model. A model on the Hub is downloaded, without weights in other formats.
 
     Raises:
         ValueError: No model is named.
     """
     if base is None:
-        raise ValueError("Which base model? The adapter does not say; pass it.")
+        raise ValueError("The adapter does not name its base model. Pass `base=`.")
     if Path(base).is_dir():
         return Path(base)
     return Path(snapshot_download(str(base), revision=revision, ignore_patterns=[*OTHER_WEIGHTS, "original/*"]))
 
 
-def full_precision_config(source: Path) -> Any:
-    """The config of the model in a folder.
+def meta_model(source: Path) -> nn.Module:
+    """Return the full-precision model in a folder, without weights (on the meta device).
 
     Raises:
         ValueError: Its weights are quantized.
@@ -44,16 +44,16 @@ def full_precision_config(source: Path) -> Any:
     if quantization := getattr(config, "quantization_config", None):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise ValueError(
-            f"The model in {source} is quantized ({method}): the numbers in its files are not its weights. Use the "
+            f"The model in {source} is quantized ({method}), so its files do not hold its weights. Use the "
             "full-precision model that it was made from."
         )
-    return config
-
-
-def linear_modules(source: Path) -> dict[str, bool]:
-    """The linear modules of the model in a folder, and whether each stores its weight as `[in, out]`."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(full_precision_config(source))
+        model: nn.Module = AutoModelForCausalLM.from_config(config)
+    return model
+
+
+def linear_modules(model: nn.Module) -> dict[str, bool]:
+    """Return the linear modules of a model, and whether each stores its weight as `[in, out]`."""
     return {
         name: isinstance(module, Conv1D)
         for name, module in model.named_modules()
@@ -62,16 +62,16 @@ def linear_modules(source: Path) -> dict[str, bool]:
 
 
 def model_files(source: Path) -> dict[str, list[str]]:
-    """The names of the tensors in each file of weights; of a single file if there is one, as transformers reads it.
+    """Return the names of the tensors in each file of weights. A single file takes precedence, as in transformers.
 
     Raises:
-        ValueError: There are no safetensors files, or the index is damaged or names one elsewhere.
+        ValueError: There are no safetensors files, or the index is damaged or names a file in another folder.
     """
     if (source / _SINGLE).exists():
         with opened(source / _SINGLE) as file:
             return {_SINGLE: list(file.keys())}
     if not (source / _INDEX).exists():
-        raise ValueError(f"{source} has neither {_SINGLE} nor an index of several such files.")
+        raise ValueError(f"{source} has neither {_SINGLE} nor {_INDEX}. Save the model as safetensors first.")
     try:
         places = dict(json.loads((source / _INDEX).read_text())["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
@@ -79,17 +79,44 @@ def model_files(source: Path) -> dict[str, list[str]]:
     files: dict[str, list[str]] = {}
     for key, name in places.items():
         if not isinstance(name, str) or Path(name).name != name:
-            raise ValueError(f"{source / _INDEX} names {name!r}, which is no file beside it.")
+            raise ValueError(f"{source / _INDEX} names {name!r}, which is not a file next to it.")
         files.setdefault(name, []).append(key)
     return files
 
 
-@contextmanager
-def opened(path: Path, **options: Any) -> Iterator[Any]:
-    """A safetensors file.
+class ModelTensors:
+    """The tensors of a model folder by name, each read when it is asked for.
 
     Raises:
-        ValueError: It is not there, damaged, or lacks a tensor that is asked for.
+        ValueError: As `model_files`.
+    """
+
+    def __init__(self, source: Path) -> None:
+        self.source = source
+        self._files = {key: file for file, keys in model_files(source).items() for key in keys}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def read(self, name: str, *, transposed: bool = False, device: str | torch.device = "cpu") -> torch.Tensor:
+        """Return a tensor.
+
+        Raises:
+            ValueError: It is missing, or its file is damaged.
+        """
+        if name not in self._files:
+            raise ValueError(f"{self.source} has no tensor {name}.")
+        with opened(self.source / self._files[name], device=str(device)) as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+        return tensor.mT if transposed else tensor
+
+
+@contextmanager
+def opened(path: Path, **options: Any) -> Iterator[Any]:
+    """Open a safetensors file.
+
+    Raises:
+        ValueError: The file is missing, damaged, or lacks a requested tensor.
     """
     try:
         with safe_open(path, framework="pt", **options) as file:

@@ -15,14 +15,15 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from ..reporting.mixture_card import is_mixture_card, mixture_card
+from ..reporting.cards import is_mixture_card, mixture_card
+from ..routing.dispatch import Dispatch, fixed_dispatch
+from ..scoring.names import BASE
 from ..scoring.objectives import LogLikelihoodObjective, Objective, RewardObjective
 from ..scoring.rewards import RewardFunc
 from ..search.checkpoint import Checkpoint
 from ..search.config import SearchConfig
 from ..search.identity import description_of, digest_of_base, digest_of_experts, digest_of_rows
 from ..search.optimizers import as_optimizer
-from ..search.space import BASE
 from ..search.statistics import IN_CONTEXT, SEARCHED
 from ..search.validated import ValidatedSearch
 from ..search.validation import hold_out, split_examples
@@ -376,6 +377,10 @@ class AdaptiveMixture:
         """Call the model's `generate` with the mixture active."""
         self.activate()
         return self.model.generate(*args, **kwargs)
+
+    def __call__(self, prompts: Sequence[Any]) -> Dispatch:
+        """Dispatch every prompt to the mixture, so that a mixture is a [`Dispatcher`]."""
+        return fixed_dispatch(self.adapter_name, prompts)
 
     def activate(self) -> None:
         """Make the mixture the active adapter of the model."""

@@ -9,7 +9,7 @@ from typing import Any, Literal, Union
 import numpy as np
 import torch
 
-from ..search.space import BASE
+from ..scoring.names import BASE
 from ..tuner.rows import group_of_each
 
 UNIFORM = "uniform"  # all experts with equal weights, among the baselines

@@ -1,4 +1,4 @@
-"""Model cards and plots. Knows files and numbers, no models."""
+"""Model cards and plots, from files and plain data."""
 
 from .plots import plot_curves, plot_deltas, plot_evaluation, plot_result
 

@@ -1,4 +1,4 @@
-"""Pictures: of a search, how it went, what it compares to, and where the weights are; and of an evaluation."""
+"""Plots of a search result, an evaluation, a training and the δ of an adapter."""
 
 from __future__ import annotations
 
@@ -17,8 +17,12 @@ def plot_result(result: Any, path: str | Path | None = None) -> Any:
     """
     Draw the progress of a search, all scores with their intervals, and α per expert and group.
 
+    Args:
+        result ([`MixtureResult`]): The result of the search.
+        path (*optional*): The image file to write.
+
     Returns:
-        The figure, which is also saved if there is a path.
+        `matplotlib.figure.Figure`: The figure.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -40,7 +44,7 @@ def _progress(axes: Any, result: Any) -> None:
     axes.plot(rows, np.maximum.accumulate([entry["best"] for entry in result.history]), label="best so far")
     axes.plot(rows, [np.mean(entry["elites"]) for entry in result.history], label="mean of the elites")
     axes.set(
-        xlabel="evaluations",
+        xlabel="evaluations of a mixture on an example",
         ylabel="expected reward" if result.expected else result.objective,
         title="search",
     )
@@ -78,7 +82,11 @@ def _alpha(picture: Any, axes: Any, result: Any) -> None:
 
 def plot_evaluation(found: Any, path: str | Path) -> None:
     """
-    Draw accuracies by task and strategy with their intervals, and where each dispatcher sent the questions.
+    Draw the accuracies by task and strategy with their intervals, and the confusion matrix of each dispatcher.
+
+    Args:
+        found ([`Evaluation`]): The evaluation.
+        path: The image file to write.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -115,9 +123,9 @@ def plot_deltas(deltas: Deltas, path: str | Path, *, title: str = "") -> None:
     Draw the size of δ by layer and module, and its entries sorted by size.
 
     Args:
-        deltas: δ by name of the module, as [`adapter_deltas`] gives them.
+        deltas: δ by module name, as returned by [`adapter_deltas`].
         path: The image file to write.
-        title (`str`): What to write above.
+        title (`str`): Title of the figure.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -134,7 +142,7 @@ def plot_deltas(deltas: Deltas, path: str | Path, *, title: str = "") -> None:
     for kind in kinds:
         values = np.sort(np.abs(np.concatenate([d for name, d in deltas.items() if _place(name)[1] == kind])))[::-1]
         right.plot(np.linspace(0, 1, len(values)), values, label=kind)
-    right.set(xlabel="share of the singular values, by size of δ", title="|δ|, sorted", yscale="log")
+    right.set(xlabel="fraction of the singular values, by size of δ", title="|δ|, sorted", yscale="log")
     right.set_ylim(bottom=max(1e-6, right.get_ylim()[0]))
     right.legend(fontsize="small")
     if title:
@@ -143,7 +151,7 @@ def plot_deltas(deltas: Deltas, path: str | Path, *, title: str = "") -> None:
 
 
 def delta_sizes(deltas: Deltas) -> tuple[list[int], list[str], NDArray[np.float64]]:
-    """Layers, kinds of modules, and the rms of δ `[layers, kinds]` (NaN where there is none)."""
+    """Return the layers, the kinds of modules, and the rms of δ `[layers, kinds]` (NaN for missing modules)."""
     places = {name: _place(name) for name in deltas}
     layers = sorted({layer for layer, _ in places.values()})
     kinds = list(dict.fromkeys(kind for _, kind in places.values()))
@@ -154,19 +162,19 @@ def delta_sizes(deltas: Deltas) -> tuple[list[int], list[str], NDArray[np.float6
 
 
 def _place(name: str) -> tuple[int, str]:
-    """Number of the layer and the rest of the module's name: `model.layers.3.mlp.up_proj` → 3, `mlp.up_proj`."""
+    """Split a module name into layer and kind: `model.layers.3.mlp.up_proj` → 3, `mlp.up_proj`."""
     found = re.search(r"\.(\d+)\.", f".{name}.")
     return (int(found[1]), f".{name}."[found.end() :].strip(".")) if found else (0, name)
 
 
 def plot_curves(history: Sequence[Mapping[str, float]], path: str | Path, *, title: str = "") -> None:
     """
-    Draw mean reward, KL and greedy accuracy per step.
+    Draw the mean reward, the KL divergence and the greedy accuracy per step.
 
     Args:
         history: A trainer's `state.log_history`.
         path: The image file to write.
-        title (`str`): What to write above.
+        title (`str`): Title of the figure.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -177,7 +185,7 @@ def plot_curves(history: Sequence[Mapping[str, float]], path: str | Path, *, tit
     left = axes[0, 0]
     reward, accuracy = _series(history, "reward"), _series(history, "eval_accuracy")
     if reward:
-        left.plot(*zip(*reward, strict=True), label="mean reward of the samples")
+        left.plot(*zip(*reward, strict=True), label="mean reward of the completions")
     if accuracy:
         left.plot(*zip(*accuracy, strict=True), "o-", c="tab:green", label="greedy accuracy, validation")
     left.set(xlabel="step", title=title)

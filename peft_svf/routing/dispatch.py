@@ -1,4 +1,4 @@
-"""Which expert a prompt is for: the first of the two passes of Transformer² (section 3.2, strategies A and B)."""
+"""Dispatch: which expert each prompt goes to, the first of the two passes of Transformer² (section 3.2)."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..scoring.names import BASE
 from ..scoring.rewards import content_text
-from ..tuner.rows import BASE
+from ..scoring.tokens import context_length
+from ..tuner.rows import BASE as PEFT_BASE
 
-OTHER = "other"
-NOTHING = "N/A"  # a prompt without content
+CONTENT_FREE = "N/A"  # the text in place of a prompt without content
 
 
 @dataclass(frozen=True)
 class Dispatch:
     """
-    Where some prompts go.
+    The expert of each prompt.
 
     Attributes:
-        labels: The experts and `"other"`, which is the base model.
-        probabilities: `[prompts, labels]`, each row sums to 1.
-        choices: The label of each prompt.
+        labels: The adapters to choose from, and `"base"` if the base model is among the choices.
+        probabilities: `[prompts, labels]`; each row sums to 1.
+        choices: The label of each prompt; `"base"` also for a prompt that no expert is sure enough for.
         seconds: Duration of the first pass.
-        errors: Index of each prompt that could not be dispatched, with the reason. It goes to `"other"`.
+        errors: Index of each prompt that could not be dispatched, with the reason. It goes to `"base"`.
     """
 
     labels: list[str]
@@ -38,52 +39,61 @@ class Dispatch:
 
     @property
     def experts(self) -> list[str]:
-        """The labels but `"other"`."""
-        return [label for label in self.labels if label != OTHER]
+        """The labels without `"base"`."""
+        return [label for label in self.labels if label != BASE]
 
     @property
     def adapter_names(self) -> list[str]:
-        """The adapter of each prompt, as `generate` takes them for mixed batches."""
-        return [BASE if choice == OTHER else choice for choice in self.choices]
+        """The adapter of each prompt, in the form that PEFT's `generate` takes for mixed batches."""
+        return [PEFT_BASE if choice == BASE else choice for choice in self.choices]
 
     @property
     def weights(self) -> np.ndarray:
-        """The probabilities of the experts, `[prompts, experts]`; that of `"other"` is left to the base model."""
-        return self.probabilities[:, [self.labels.index(expert) for expert in self.experts]]
+        """Probabilities of the experts, `[prompts, experts]`. The rest to 1 is that of the base model."""
+        return self.probabilities[:, [label != BASE for label in self.labels]]
 
     @property
     def soft_weights(self) -> np.ndarray:
-        """`weights` as those of mixtures: 0 for prompts that were sent to `"other"` though an expert was most probable,
-        as they failed or nothing was sure."""
-        most = [self.labels[int(row.argmax())] for row in self.probabilities]
-        refused = [choice == OTHER != best for choice, best in zip(self.choices, most, strict=True)]
-        refused = [no or i in self.errors for i, no in enumerate(refused)]
+        """`weights` for mixtures: 0 for a prompt that failed, or that went to `"base"` because of a threshold."""
+        best = self.probabilities.argmax(axis=1)
+        refused = [
+            i in self.errors or (choice == BASE != self.labels[best[i]]) for i, choice in enumerate(self.choices)
+        ]
         return np.where(np.array(refused, dtype=bool)[:, None], 0.0, self.weights)
 
 
 class Dispatcher(Protocol):
-    """What the first pass needs.
-
-    Attributes:
-        experts: Names of the adapters that it chooses from.
-    """
-
-    experts: list[str]
+    """A function that chooses an expert for each prompt: [`PromptDispatcher`], [`NearestDispatcher`], an
+    [`AdaptiveMixture`], or a custom one."""
 
     def __call__(self, prompts: Sequence[Any]) -> Dispatch:
-        """Look at prompts, which are text or messages."""
+        """
+        Choose an expert for each prompt.
+
+        Args:
+            prompts: Texts, or lists of messages. Without prompts, the result names the labels only.
+        """
         ...
+
+
+def fixed_dispatch(adapter_name: str, prompts: Sequence[Any]) -> Dispatch:
+    """Return a [`Dispatch`] of every prompt to one adapter, with probability 1."""
+    return Dispatch([adapter_name], np.ones((len(prompts), 1)), [adapter_name] * len(prompts))
 
 
 @dataclass
 class Shortener:
     """
-    Takes the middle out of prompts that are too long, with a warning for the first.
+    Texts of prompts, where a long one loses its middle. The first long prompt gives a warning.
 
     Args:
-        tokenizer: Counts and cuts.
-        max_tokens (`int`, *optional*): Longest prompt; by default the model's context less `ROOM` tokens for the rest.
-        model: Has that context.
+        tokenizer: The tokenizer that counts and cuts.
+        max_tokens (`int`, *optional*): Longest prompt. Default: the model's context without `ROOM` tokens for the
+            question around the prompt.
+        model: The model with this context.
+
+    Raises:
+        ValueError: `max_tokens` is below 2.
     """
 
     tokenizer: Any
@@ -96,11 +106,11 @@ class Shortener:
     def __post_init__(self) -> None:
         if self.max_tokens is not None and self.max_tokens < 2:
             raise ValueError(f"`max_prompt_tokens` must be at least 2, got {self.max_tokens}.")
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2048
+        context = context_length(self.model.config)
         self.limit = self.max_tokens or max(context - self.ROOM, context // 2)
 
     def each(self, prompts: Sequence[Any]) -> tuple[list[str], dict[int, str]]:
-        """Texts of all prompts, and what is wrong with which; those have a text that says nothing."""
+        """Return the text of each prompt, and the error of each invalid one, whose text is `CONTENT_FREE`."""
         if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], Mapping)):
             raise TypeError(f"Expected a list of prompts, got one prompt: {prompts!r}.")
         texts, errors = [], {}
@@ -108,14 +118,14 @@ class Shortener:
             try:
                 texts.append(self(prompt))
             except (ValueError, TypeError, KeyError) as error:
-                texts.append(NOTHING)
+                texts.append(CONTENT_FREE)
                 errors[i] = str(error)
         return texts, errors
 
     def __call__(self, prompt: Any) -> str:
-        """The text of a prompt, shortened if need be; of messages, those of the user."""
+        """Return the text of a prompt, shortened if it is too long. Of messages, those of the user count."""
         text = text_of_prompt(prompt)
-        if len(text.encode()) <= self.limit:  # no token is shorter than a byte
+        if len(text.encode()) <= self.limit:  # a token has at least one byte
             return text
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if len(ids) <= self.limit:
@@ -123,8 +133,8 @@ class Shortener:
         if not self.warned:
             self.warned = True
             warnings.warn(
-                f"A prompt of {len(ids)} tokens is longer than the {self.limit} that dispatch reads; its middle is "
-                "left out there. The second pass gets all of it.",
+                f"A prompt of {len(ids)} tokens is longer than the {self.limit} that dispatch reads. Its middle is "
+                "left out of the first pass; the second pass reads all of it.",
                 stacklevel=4,
             )
         half = self.limit // 2
@@ -133,62 +143,68 @@ class Shortener:
 
 
 def check_experts(model: Any, experts: Mapping[str, Any]) -> list[str]:
-    """The names, if they can be dispatched to.
+    """
+    Return the names of the experts after checking them.
 
     Raises:
-        ValueError: None, one that is not loaded, or one that is called `"other"`.
-        TypeError: No mapping.
+        ValueError: There are none, one is not loaded, or one is called `"base"`.
+        TypeError: `experts` is not a mapping.
     """
     if not isinstance(experts, Mapping):
-        raise TypeError(f"`experts` must map the name of each expert to what is known of it, got {experts!r}.")
+        raise TypeError(f"`experts` must map the name of each expert to its description or examples, got {experts!r}.")
     if not experts:
         raise ValueError("No experts: dispatch needs at least one.")
     for name in experts:
         if name not in model.peft_config:
             raise ValueError(f"The expert {name!r} is not loaded; the model has {', '.join(model.peft_config)}.")
-        if name == OTHER:
-            raise ValueError(f"An expert cannot be called {OTHER!r}, which stands for the base model.")
+        if name == BASE:
+            raise ValueError(f"An expert cannot be called {BASE!r}, the name of the base model. Load it by another.")
     return list(experts)
 
 
 def check_labels(labels: Sequence[str]) -> None:
-    """Whether they can be told apart.
+    """
+    Check that the labels differ by more than case and spaces.
 
     Raises:
-        ValueError: An empty one, or two that differ in case and spaces only.
+        ValueError: A label is empty, or occurs twice.
     """
     folded = [label.strip().casefold() for label in labels]
     for label, plain in zip(labels, folded, strict=True):
         if not plain:
-            raise ValueError("A label is empty.")
+            raise ValueError("A label is empty. Give each expert a label that says what it is for.")
         if folded.count(plain) > 1:
-            raise ValueError(f"The label {label!r} occurs twice.")
+            raise ValueError(f"The label {label!r} occurs twice; labels must differ by more than case and spaces.")
 
 
 def choose(
-    labels: list[str], probabilities: np.ndarray, sure: np.ndarray, errors: Mapping[int, str], begun: float
+    labels: list[str], probabilities: np.ndarray, sure: np.ndarray, errors: Mapping[int, str], start: float
 ) -> Dispatch:
-    """The most probable label of each row that is sure, else `"other"`."""
+    """Return the most probable label of each prompt that is sure and has no error, otherwise `"base"`."""
     choices = [
-        labels[int(row.argmax())] if certain and i not in errors else OTHER
+        labels[int(row.argmax())] if certain and i not in errors else BASE
         for i, (row, certain) in enumerate(zip(probabilities, sure, strict=True))
     ]
-    return Dispatch(labels, probabilities, choices, time.perf_counter() - begun, dict(errors))
+    return Dispatch(labels, probabilities, choices, time.perf_counter() - start, dict(errors))
 
 
 def text_of_prompt(prompt: Any) -> str:
-    """A prompt as text; of messages, those of the user.
+    """
+    Return a prompt as text without outer whitespace, which many chat templates remove. Of messages, those of the user
+    count, joined by newlines.
 
     Raises:
-        ValueError: An empty prompt.
+        ValueError: The prompt is empty.
+        TypeError: The prompt is neither text nor messages.
     """
     if not isinstance(prompt, (str, list, tuple)):
         raise TypeError(f"A prompt must be text or a list of messages, got {prompt!r}.")
-    text = (
-        prompt
+    turns = (
+        [prompt]
         if isinstance(prompt, str)
-        else "\n".join(content_text(message["content"]) for message in prompt if message["role"] == "user")
+        else [content_text(message["content"]) for message in prompt if message["role"] == "user"]
     )
+    text = "\n".join(turn.strip() for turn in turns)
     if not text.strip():
         raise ValueError("A prompt is empty.")
     return text

@@ -1,4 +1,4 @@
-"""Which expert a prompt is for, by its likeness to examples: one forward pass, and nothing to ask."""
+"""Dispatch by similarity to example prompts: one forward pass of the base model."""
 
 from __future__ import annotations
 
@@ -9,36 +9,39 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..scoring.names import BASE
 from ..scoring.prefix import takes
 from ..scoring.tokens import padded, with_pad_token
-from ..tuner.rows import BASE
-from .dispatch import OTHER, Dispatch, Shortener, check_experts, choose
+from ..tuner.rows import BASE as PEFT_BASE
+from .dispatch import Dispatch, Shortener, check_experts, choose
 
 
 class NearestDispatcher:
     """
-    Routes a prompt to the expert whose examples it is most like, by the base model's own hidden states, each of length
-    1, averaged over the prompt's tokens but the first, which is huge in many models and says nothing (LoRAuter routes
-    by embeddings of tasks, https://huggingface.co/papers/2601.21795). Nothing is asked or generated, so hundreds of
-    experts cost no more than a few.
+    Route a prompt to the expert with the most similar example prompts.
 
-    A prompt that is less like the nearest expert's examples than they are like each other goes to `"other"`.
+    A prompt is the mean of the base model's hidden states of its tokens, each normalized to length 1. The first token
+    is left out: in many models it is very large and the same for all prompts. LoRAuter routes by such embeddings of
+    tasks (https://huggingface.co/papers/2601.21795). Nothing is generated, so the cost hardly grows with the number of
+    experts.
+
+    A prompt goes to `"base"` if it is less similar to the nearest expert's examples than these are to each other.
 
     Args:
         model (`PeftModel`): The model with the experts.
         tokenizer: Its tokenizer.
-        experts (`dict[str, list]`): A few example prompts for each expert, text or messages. A dozen is good.
-        threshold (`float`, *optional*): Least cosine similarity to the nearest expert. By default, for each expert, the
-            least that one of its examples has to the mean of the others, less `margin`; with a single example nothing
-            is refused.
+        experts (`dict[str, list]`): Example prompts of each expert, text or messages. A dozen per expert is enough.
+        threshold (`float`, *optional*): Smallest cosine similarity to the nearest expert. Default: for each expert, the
+            smallest similarity of one of its examples to the mean of the others, minus `margin`. An expert with one
+            example refuses nothing.
         margin (`float`): See `threshold`.
-        temperature (`float`): Of the softmax that makes probabilities of similarities.
-        layer (`int`, *optional*): After which block to look; the middle one if `None`.
-        max_prompt_tokens (`int`, *optional*): Longer prompts lose their middle. By default what the context holds.
-        batch_size (`int`): Prompts at once.
+        temperature (`float`): Temperature of the softmax over similarities.
+        layer (`int`, *optional*): The block whose output is compared. Default: the middle one.
+        max_prompt_tokens (`int`, *optional*): Longer prompts lose their middle. Default: what the context holds.
+        batch_size (`int`): Prompts per batch.
 
     Raises:
-        ValueError: No experts, one that is not loaded or has no examples, or an argument out of range.
+        ValueError: There are no experts, one is not loaded or has no examples, or an argument is out of range.
     """
 
     def __init__(
@@ -56,7 +59,7 @@ class NearestDispatcher:
     ) -> None:
         self.model, self.tokenizer, self.batch_size = model, with_pad_token(tokenizer), batch_size
         self.experts = check_experts(model, experts)
-        self.labels = [*self.experts, OTHER]
+        self.labels = [*self.experts, BASE]
         if temperature <= 0:
             raise ValueError(f"`temperature` must be positive, got {temperature}.")
         blocks = int(model.config.get_text_config().num_hidden_layers)
@@ -70,49 +73,42 @@ class NearestDispatcher:
             _, wrong = self.shortener.each(examples)
             if wrong:
                 i, reason = next(iter(wrong.items()))
-                raise ValueError(f"Example {i} of the expert {name!r} is of no use: {reason}")
+                raise ValueError(f"Example {i} of the expert {name!r} cannot be used: {reason}")
 
-        found = {name: self._embedded([self.shortener(p) for p in examples]) for name, examples in experts.items()}
-        # what all prompts have in common says nothing; with one expert there is nothing to tell it by
-        means = [vectors.mean(axis=0) for vectors in found.values()]
+        embedded = [self._embedded([self.shortener(p) for p in examples]) for examples in experts.values()]
+        # Subtract what the prompts of all experts have in common. A single expert has nothing to compare with.
+        means = [vectors.mean(axis=0) for vectors in embedded]
         self._common = np.mean(means, axis=0) if len(means) > 1 else np.zeros_like(means[0])
-        centred = {name: self._directions(vectors) for name, vectors in found.items()}
-        self._centres = np.array([_unit(vectors.mean(axis=0)) for vectors in centred.values()])
-        self.thresholds = np.array(
-            [_least_similarity(v) - margin if threshold is None else threshold for v in centred.values()]
-        )
+        centred = [self._directions(vectors) for vectors in embedded]
+        self._centres = np.array([_unit(vectors.mean(axis=0)) for vectors in centred])
+        self.thresholds = np.array([_least_similarity(v) - margin if threshold is None else threshold for v in centred])
 
     def __call__(self, prompts: Sequence[Any]) -> Dispatch:
-        """
-        The expert for each prompt.
-
-        Args:
-            prompts: Texts, or lists of messages.
-        """
-        begun = time.perf_counter()
+        """Choose an expert for each prompt, see [`Dispatcher`]."""
+        start = time.perf_counter()
         texts, errors = self.shortener.each(prompts)
         if not texts:
-            return Dispatch(self.labels, np.empty((0, len(self.labels))), [], time.perf_counter() - begun)
+            return Dispatch(self.labels, np.empty((0, len(self.labels))), [], time.perf_counter() - start)
         similarities = self._directions(self._embedded(texts)) @ self._centres.T
-        # "other" is as near as an expert would have to be
+        # The base model is as similar as the nearest expert must be.
         nearest = similarities.argmax(axis=1)
         logits = np.column_stack([similarities, self.thresholds[nearest]]) / self.temperature
         probabilities = np.exp(logits - logits.max(axis=1, keepdims=True))
         probabilities /= probabilities.sum(axis=1, keepdims=True)
-        return choose(self.labels, probabilities, np.ones(len(texts), dtype=bool), errors, begun)
+        return choose(self.labels, probabilities, np.ones(len(texts), dtype=bool), errors, start)
 
     @torch.no_grad()
     def _embedded(self, texts: list[str]) -> np.ndarray:
-        """Mean hidden state of each text, `[texts, hidden]`."""
+        """Return the mean hidden state of each text, `[texts, hidden]`."""
         parts = []
         kept = {"logits_to_keep": 1} if takes(self.model, "logits_to_keep") else {}
         for start in range(0, len(texts), self.batch_size):
             ids = self.tokenizer(texts[start : start + self.batch_size])["input_ids"]
             batch = padded(ids, "right", None, self.tokenizer, self.model.device)
-            output = self.model(**batch, **kept, output_hidden_states=True, adapter_names=[BASE] * len(ids))
+            output = self.model(**batch, **kept, output_hidden_states=True, adapter_names=[PEFT_BASE] * len(ids))
             hidden = torch.nn.functional.normalize(output.hidden_states[self.layer].float(), dim=-1)
             mask = batch["attention_mask"].clone()
-            mask[:, 0] = mask.sum(1) == 1  # a prompt of one token has no other
+            mask[:, 0] = mask.sum(1) == 1  # the only token of a prompt counts
             weights = mask.unsqueeze(-1)
             parts.append(((hidden * weights).sum(1) / weights.sum(1)).cpu().numpy())
         return np.concatenate(parts).astype(np.float64)
@@ -122,12 +118,12 @@ class NearestDispatcher:
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
-    found: np.ndarray = vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
-    return found
+    unit: np.ndarray = vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+    return unit
 
 
 def _least_similarity(vectors: np.ndarray) -> float:
-    """The least that one of some directions has to the mean of the others; -1 of one."""
+    """Return the smallest similarity of one direction to the mean of the others; -1 for a single one."""
     if len(vectors) < 2:
         return -1.0
     others = _unit(vectors.sum(axis=0) - vectors)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,45 +14,50 @@ from typing import Any
 
 import torch
 
-from ..mixture.mixture import AdaptiveMixture
 from ..scoring.rewards import content_text
-from ..scoring.tokens import padded, prompt_ids, with_pad_token
+from ..scoring.tokens import context_length, padded, prompt_ids, user_turns, with_pad_token
 from .dispatch import Dispatch, Dispatcher, text_of_prompt
 
 
 @dataclass
 class Adapted:
     """
-    Answers, and how they came about.
+    Answers, with the expert and the time of each pass.
 
     Attributes:
-        texts: The answer to each prompt; `None` for one that failed.
-        experts: The expert of each prompt, `"other"` for the base model, or the name of a mixture.
-        dispatch ([`Dispatch`], *optional*): With the probabilities; `None` if one mixture answers everything.
-        seconds: Of the `"first"` and the `"second"` pass.
+        texts: The answer to each prompt; `None` for a prompt that failed.
+        dispatch ([`Dispatch`]): The expert of each prompt, with the probabilities.
+        seconds: Seconds of the `"first"` and the `"second"` pass.
         errors: Index of each prompt that failed, with the reason.
     """
 
     texts: list[str | None]
-    experts: list[str]
-    dispatch: Dispatch | None
+    dispatch: Dispatch
     seconds: dict[str, float]
     errors: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def experts(self) -> list[str]:
+        """The expert of each prompt; `"base"` for the base model."""
+        return self.dispatch.choices
 
 
 class SelfAdaptiveModel:
     """
-    A model that looks at each prompt, takes the expert for it, and answers all of them in one batch.
+    A model that dispatches each prompt to an expert, then answers all prompts in one batch.
 
-    It has what the model has; `generate` and a call take and return what the model's do, so that it can stand where a
-    model is expected, such as in `pipeline("text-generation", model=..., tokenizer=...)` or lm-eval's `HFLM`.
+    It has the attributes of the model. `generate` and a call take and return the same as the model's. So it works where
+    a model is expected, as in `pipeline("text-generation", model=..., tokenizer=...)` or lm-eval's `HFLM`.
 
     Args:
         model (`PeftModel`): The model with the experts.
         tokenizer: Its tokenizer.
-        dispatcher ([`Dispatcher`] or [`AdaptiveMixture`]): Chooses the experts, or is the mixture for all prompts.
-        soft (`bool`): Mix the experts of each prompt by their probabilities, instead of the most probable one. Prompts
-            below the dispatcher's threshold get the base model all the same.
+        dispatcher ([`Dispatcher`]): Chooses the expert of each prompt. An [`AdaptiveMixture`] answers all prompts.
+        soft (`bool`): Mix the experts of each prompt by their probabilities, instead of the most probable expert only.
+            Prompts below the dispatcher's threshold still get the base model.
+
+    Raises:
+        ValueError: The dispatcher belongs to another model.
 
     Example:
 
@@ -62,29 +68,26 @@ class SelfAdaptiveModel:
         ```
     """
 
-    def __init__(
-        self, model: Any, tokenizer: Any, dispatcher: Dispatcher | AdaptiveMixture, *, soft: bool = False
-    ) -> None:
+    def __init__(self, model: Any, tokenizer: Any, dispatcher: Dispatcher, *, soft: bool = False) -> None:
         self.model, self.tokenizer = model, with_pad_token(tokenizer)
         self.dispatcher, self.soft = dispatcher, soft
+        self._user_turns = user_turns(self.tokenizer)
         if getattr(dispatcher, "model", model) is not model:
-            raise ValueError("The dispatcher is for another model.")
+            raise ValueError("The dispatcher belongs to another model. Make one for the model that is passed here.")
 
     def __getattr__(self, name: str) -> Any:
-        if name == "model":  # not there yet, in a copy or a pickle
+        if name == "model":  # not set yet while this object is copied or unpickled
             raise AttributeError(name)
-        found = getattr(self.model, name)
-        if not inspect.ismethod(found):
-            return found
+        value = getattr(self.model, name)
+        if not inspect.ismethod(value):
+            return value
 
-        @functools.wraps(found)
+        @functools.wraps(value)
         def method(*args: Any, **kwargs: Any) -> Any:
-            result = found(*args, **kwargs)
-            return self if result is self.model else result  # `to`, `eval` and their like
+            result = value(*args, **kwargs)
+            return self if result is self.model else result  # `to`, `eval` and others return the model
 
         return method
-
-    # ------------------------------------------------------------------------------------------------ use
 
     def chat(
         self, prompts: Any, *, system_prompt: str | None = None, return_details: bool = False, **generation_kwargs: Any
@@ -92,91 +95,97 @@ class SelfAdaptiveModel:
         """
         Answer prompts.
 
-        A prompt that fails, such as an empty one or one that is too long for the model, does not take the others along.
+        A prompt that fails, because it is empty or longer than the model's context, does not affect the others.
 
         Args:
-            prompts: A text, a list of messages, or a list of such. Texts become messages if the tokenizer has a chat
+            prompts: A text, a list of messages, or a list of these. Texts become messages if the tokenizer has a chat
                 template.
-            system_prompt (`str`, *optional*): Before prompts that have none.
+            system_prompt (`str`, *optional*): System message for prompts without one.
             return_details (`bool`): Return [`Adapted`].
-            generation_kwargs: For `generate`, such as `max_new_tokens` and, for a single prompt, a `streamer`.
+            generation_kwargs: For `generate`, such as `max_new_tokens`, or a `streamer` for a single prompt.
 
         Returns:
-            The answer, or a list of answers, where `None` stands for one that failed; a warning says why.
+            The answer, or a list of answers. The answer to a prompt that failed is `None`, with a warning.
+
+        Raises:
+            ValueError: `num_return_sequences` is above 1.
         """
         if (generation_kwargs.get("num_return_sequences") or 1) > 1:
-            raise ValueError("`num_return_sequences` must be 1: a prompt has one answer here; see `generate`.")
+            raise ValueError("`num_return_sequences` must be 1 in `chat`. Use `generate` for several answers.")
         single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Mapping))
         conversations = [prompts] if single else list(prompts)
-        dispatch, names = self._first_pass(conversations)
-        begun = time.perf_counter()
+        dispatch = self.dispatcher(conversations)
+        start = time.perf_counter()
         texts, errors = self._answers(conversations, dispatch, system_prompt, generation_kwargs)
-        seconds = {"first": 0.0 if dispatch is None else dispatch.seconds, "second": time.perf_counter() - begun}
+        seconds = {"first": dispatch.seconds, "second": time.perf_counter() - start}
         for i, reason in errors.items():
             warnings.warn(f"Prompt {i} was not answered: {reason}", stacklevel=2)
         if return_details:
-            return Adapted(texts, names, dispatch, seconds, errors)
+            return Adapted(texts, dispatch, seconds, errors)
         return texts[0] if single else texts
 
     @torch.no_grad()
     def generate(self, input_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        """As the model's `generate`; the first pass reads the decoded `input_ids`."""
+        """Generate like the model. The first pass reads the user's turns in `input_ids`, as in `chat`; without a chat
+        template it reads the whole text."""
         input_ids = kwargs.pop("inputs", None) if input_ids is None else input_ids
-        with self._adapted_to(input_ids, kwargs.get("attention_mask")) as options:
+        with self._dispatched(input_ids, kwargs.get("attention_mask")) as options:
             return self.model.generate(input_ids=input_ids, **options, **kwargs)
 
     def forward(
         self, input_ids: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None, **kwargs: Any
     ) -> Any:
-        """As the model's; the first pass reads the decoded `input_ids`. Not for decoding by hand, where later calls
-        see one token: `generate` looks once."""
-        with self._adapted_to(input_ids, attention_mask) as options:
+        """Call the model; the first pass reads the same as in `generate`. Do not decode with it token by token: later
+        calls see one token only. `generate` dispatches once."""
+        with self._dispatched(input_ids, attention_mask) as options:
             return self.model(input_ids=input_ids, attention_mask=attention_mask, **options, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.forward(*args, **kwargs)
 
-    # ------------------------------------------------------------------------------------------------ passes
-
     @contextmanager
-    def _adapted_to(
+    def _dispatched(
         self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
     ) -> Iterator[dict[str, Any]]:
-        """As `_adapted`, for tokens that nobody has looked at."""
+        """Run the first pass on token ids; see `_adapted`."""
         if input_ids is None:
-            raise ValueError("A self-adaptive model needs `input_ids`, which the first pass reads.")
+            raise ValueError("A self-adaptive model needs `input_ids`: the first pass reads them.")
         if attention_mask is None or attention_mask.shape != input_ids.shape:
             rows = list(input_ids)
         else:
             rows = [row[mask.bool()] for row, mask in zip(input_ids, attention_mask, strict=True)]
-        prompts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
-        dispatch, _ = self._first_pass(prompts)
-        with self._adapted(dispatch, range(len(prompts))) as options:
+        with self._adapted(self.dispatcher([self._user_turns(row) for row in rows]), range(len(rows))) as options:
             yield options
 
-    def _first_pass(self, prompts: Sequence[Any]) -> tuple[Dispatch | None, list[str]]:
-        if isinstance(self.dispatcher, AdaptiveMixture):
-            return None, [self.dispatcher.adapter_name] * len(prompts)
-        dispatch = self.dispatcher(prompts)
-        return dispatch, list(dispatch.choices)
+    @contextmanager
+    def _adapted(self, dispatch: Dispatch, rows: Sequence[int]) -> Iterator[dict[str, Any]]:
+        """Apply the experts of these rows; yields the arguments that the model needs for it."""
+        if self.soft:
+            with self.model.base_model.row_mixture(dispatch.soft_weights[list(rows)], dispatch.experts):
+                yield {}
+        else:
+            yield {"adapter_names": [dispatch.adapter_names[i] for i in rows]}
 
     @torch.no_grad()
     def _answers(
         self,
         conversations: list[Any],
-        dispatch: Dispatch | None,
+        dispatch: Dispatch,
         system_prompt: str | None,
         generation_kwargs: Mapping[str, Any],
     ) -> tuple[list[str | None], dict[int, str]]:
-        errors, ids = {} if dispatch is None else dict(dispatch.errors), {}
-        room = self._context() - int(generation_kwargs.get("max_new_tokens") or 1)
+        errors: dict[int, str] = dict(dispatch.errors)
+        ids: dict[int, list[int]] = {}
+        room = context_length(self.model.config, default=sys.maxsize) - int(
+            generation_kwargs.get("max_new_tokens") or 1
+        )
         for i, prompt in enumerate(conversations):
             if i in errors:
                 continue
             try:
                 text_of_prompt(prompt)
                 tokens = prompt_ids(self._rendered(prompt, system_prompt), self.tokenizer)
-            except Exception as error:  # whatever a chat template finds wrong
+            except Exception as error:  # a chat template may raise anything
                 errors[i] = f"{type(error).__name__}: {error}"
                 continue
             if len(tokens) > room:
@@ -195,20 +204,8 @@ class SelfAdaptiveModel:
                 texts[i] = answer
         return texts, errors
 
-    @contextmanager
-    def _adapted(self, dispatch: Dispatch | None, rows: Sequence[int]) -> Iterator[dict[str, Any]]:
-        """The experts of these rows in place; yields what `generate` has to be told."""
-        if dispatch is None:
-            assert isinstance(self.dispatcher, AdaptiveMixture)
-            self.dispatcher.activate()
-            yield {}
-        elif self.soft:
-            with self.model.base_model.row_mixture(dispatch.soft_weights[list(rows)], dispatch.experts):
-                yield {}
-        else:
-            yield {"adapter_names": [dispatch.adapter_names[i] for i in rows]}
-
     def _rendered(self, prompt: Any, system_prompt: str | None) -> Any:
+        """The prompt in the form that `prompt_ids` takes: messages, or text without a chat template."""
         if not getattr(self.tokenizer, "chat_template", None):
             text = prompt if isinstance(prompt, str) else "\n".join(content_text(m["content"]) for m in prompt)
             return text if system_prompt is None else f"{system_prompt}\n\n{text}"
@@ -216,6 +213,3 @@ class SelfAdaptiveModel:
         if system_prompt is not None and not any(message["role"] == "system" for message in messages):
             messages = [{"role": "system", "content": system_prompt}, *messages]
         return messages
-
-    def _context(self) -> int:
-        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2**31)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -150,3 +152,100 @@ def until_end(ids: list[int], ends: set[int], pad: int) -> list[int]:
 def context_length(config: Any, default: int = 2048) -> int:
     """Return how many tokens a model can read, or `default` if its config does not say."""
     return int(getattr(config.get_text_config(), "max_position_embeddings", None) or default)
+
+
+def user_turns(tokenizer: Any) -> Callable[[Any], str]:
+    """
+    Return a function that reads the user's turns from the token ids of a prompt, joined by newlines.
+
+    A first pass that gets token ids then sees the same text as one that gets the messages. The chat template is
+    rendered once with known texts, which shows the markers around a turn. Prompts without these markers give their
+    whole decoded text, as do all prompts where there is no template, or one without distinct markers.
+
+    A system message that the template puts into the user's turn without markers (Gemma, Mistral) stays in the text.
+
+    Args:
+        tokenizer: The tokenizer of the prompts.
+    """
+    special = [re.escape(token) for token in sorted(tokenizer.all_special_tokens, key=len, reverse=True)]
+    markers = _user_markers(tokenizer, special)
+
+    def read(ids: Any) -> str:
+        if markers is not None:
+            opening, system, endings = markers
+            pieces = _decoded(tokenizer, ids).split(opening)[1:]
+            if pieces:
+                turns = [_turn(piece, system, endings) for piece in pieces]
+                return "\n".join(re.sub("|".join(special), "", turn).strip() if special else turn for turn in turns)
+        text: str = tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+    return read
+
+
+def _turn(piece: str, system: tuple[str, str], endings: list[str]) -> str:
+    begin, end = system
+    if end and piece.startswith(begin):
+        piece = piece.partition(end)[2] or piece
+    return next((piece.partition(ending)[0] for ending in endings if ending in piece), piece)
+
+
+def _user_markers(tokenizer: Any, special: list[str]) -> tuple[str, tuple[str, str], list[str]] | None:
+    """What opens a user's turn, what stands around a system message inside it, and what may end it."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    from jinja2.exceptions import TemplateError
+
+    first, answer, second, system = (f"{word}x7q" for word in ("first", "answer", "second", "system"))
+    messages = [
+        {"role": "user", "content": first},
+        {"role": "assistant", "content": answer},
+        {"role": "user", "content": second},
+    ]
+
+    def rendered(messages: list[dict[str, str]], asks: bool) -> list[str]:
+        """The prompt, cut at the texts of its messages.
+
+        Raises:
+            ValueError: A text is missing, or they are in another order.
+        """
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
+        text = _decoded(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"])
+        contents = [message["content"] for message in messages]
+        if re.findall("|".join(contents), text) != contents:
+            raise ValueError
+        return re.split("|".join(contents), text)
+
+    def units(text: str) -> list[str]:
+        """Special tokens are whole, or `<s>` and `</s>` would have an end in common."""
+        return re.findall("|".join([*special, "."]), text, re.DOTALL)
+
+    def common(one: str, other: str, step: int) -> str:
+        """What both begin with (`step=1`) or end with (`step=-1`)."""
+        pairs = zip(units(one)[::step], units(other)[::step], strict=False)
+        return "".join([a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)][::step])
+
+    try:
+        before, after_first, before_second, end = rendered(messages, asks=False)
+        asked = rendered(messages, asks=True)[-1]
+    except (TemplateError, ValueError):  # the template refuses two turns, or loses a text
+        return None
+    opening = common(before, before_second, -1)
+    try:
+        head, inner, *_ = rendered([{"role": "system", "content": system}, *messages], asks=False)
+    except (TemplateError, ValueError):
+        head, inner = "", opening
+    around = ("", "")
+    if opening and opening in head:  # the message is inside the turn
+        around = (head.rpartition(opening)[2], inner if inner.strip() else "")
+    elif inner:
+        opening = common(opening, inner, -1)
+    # The end of a turn. Whitespace alone may also stand within a text, so that it needs the answer's opening after it.
+    short, long = common(after_first, end, 1), common(after_first, asked, 1)
+    endings = [ending for ending in (short, long) if ending.strip()]
+    return (opening, around, endings) if opening.strip() and endings else None
+
+
+def _decoded(tokenizer: Any, ids: Any) -> str:
+    text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return text

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from accelerate.utils.memory import should_reduce_batch_size
 
+from ..scoring.names import BASE
 from ..scoring.objectives import Objective
 from ..scoring.rewards import REFERENCE_COLUMNS, text_of
 from ..scoring.tokens import context_length, joined, prompt_ids
 from .evaluator import Evaluator
-from .space import BASE
 
 
 def answer_of(row: dict[str, Any]) -> str | None:

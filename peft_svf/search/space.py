@@ -8,8 +8,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-BASE = "base"  # the base model, among the baselines
-
 
 class SearchSpace(Protocol):
     """

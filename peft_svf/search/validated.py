@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..scoring.expected_reward import ExpectedRewardObjective
+from ..scoring.names import BASE
 from ..scoring.objectives import Objective
 from ..utils.processes import processes
 from ..utils.progress import progress_bar, progress_note
@@ -23,7 +24,7 @@ from .loop import FINALISTS, Outcome, run_search
 from .method import Method, choose_method, lack_of_signal
 from .optimizers import Optimizer, make_optimizer
 from .selection import per_question
-from .space import BASE, SearchSpace
+from .space import SearchSpace
 from .statistics import IN_CONTEXT, SEARCHED, compared, interval
 from .validation import Split
 

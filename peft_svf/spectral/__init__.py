@@ -1,4 +1,4 @@
-"""Singular bases and the arithmetic of SVF. Knows torch, not PEFT."""
+"""Singular bases and the arithmetic of SVF. Depends on torch, not on PEFT."""
 
 from .arithmetic import (
     delta_weight,
@@ -17,7 +17,7 @@ from .function import folded_linear, invertible
 from .pack import FORMAT as PACK_FORMAT
 from .pack import INDEX as PACK_INDEX
 from .pack import BasisPack
-from .rounding import surviving_share
+from .rounding import surviving_fraction
 
 __all__ = [
     "PACK_FORMAT",
@@ -44,6 +44,6 @@ __all__ = [
     "products_cost",
     "projected_products",
     "singular_basis",
-    "surviving_share",
+    "surviving_fraction",
     "weight_key",
 ]

@@ -1,11 +1,11 @@
-"""Two ways to compute the same thing: the gate on activations, and the effective weight `W(z)`.
+"""Two equivalent forms of SVF: the gate on activations, and the effective weight `W(z)`.
 
 With `z = 1 + δ`, `W(z) = U diag(σ ⊙ z) Vᵀ` (Transformer², eq. 1) is, exactly,
 
     out <= in:  W(z) = W + Q diag(δ) Qᵀ W,   y = g(W x)        g(h) = h + Q (δ ⊙ Qᵀ h)
     out >  in:  W(z) = W + W Q diag(δ) Qᵀ,   y = W g(x)
 
-so neither σ nor the second factor is needed, and δ = 0 leaves every bit as it was.
+so neither σ nor the second factor is needed, and δ = 0 leaves every bit unchanged.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import torch
 
 from .basis import gate_side
 
-# A call with fewer tokens costs as much as one with this many, for then the time goes into reading Q, not into
-# multiplying (measured: a call with 1 token takes as long as 8 to 10 tokens of a long one, one with 8 as long as 17).
+# A call with fewer tokens costs as much as one with this many, because reading Q then takes longer than multiplying.
+# Measured: a call with 1 token costs as much as 8 to 10 tokens of a long call, a call with 8 tokens as much as 17.
 MIN_TOKENS = 16
 
 
 def gate_correction(h: torch.Tensor, basis: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    """What the gate adds: `g(h) - h = Q (δ ⊙ Qᵀ h)`.
+    """Return the change made by the gate: `g(h) - h = Q (δ ⊙ Qᵀ h)`.
 
     Args:
         h (`torch.Tensor`): `[..., k]`, in the dtype of `basis`.
         basis (`torch.Tensor`): `Q`, `[k, r]`.
-        delta (`torch.Tensor`): δ, `[r]`, or one per row, `[b, 1, ..., r]`; fp32 (fp64 for an fp64 model); the product
-            with it is taken in its precision.
+        delta (`torch.Tensor`): δ, `[r]`, or one per batch row, `[b, 1, ..., r]`; fp32 (fp64 for an fp64 model). The
+            product with it is computed in its precision.
 
     Returns:
         `torch.Tensor`: `[..., k]`, all zeros where δ = 0.
@@ -36,12 +36,12 @@ def gate_correction(h: torch.Tensor, basis: torch.Tensor, delta: torch.Tensor) -
 
 
 def gate(h: torch.Tensor, basis: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    """The spectral gate `g(h) = h + Q (δ ⊙ Qᵀ h)`. Arguments as in [`gate_correction`]."""
+    """Return the spectral gate `g(h) = h + Q (δ ⊙ Qᵀ h)`. Arguments as in [`gate_correction`]."""
     return h + gate_correction(h, basis, delta)
 
 
 def delta_weight(weight: torch.Tensor, basis: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    """`ΔW = W(z) - W`.
+    """Return `ΔW = W(z) - W`.
 
     Args:
         weight (`torch.Tensor`): `W`, `[out, in]`.
@@ -55,42 +55,42 @@ def delta_weight(weight: torch.Tensor, basis: torch.Tensor, delta: torch.Tensor)
     W, Q, d = weight.to(dtype), basis.to(dtype), delta.to(dtype)
     output_side, (k, r), m = gate_side(*weight.shape) == "output", Q.shape, max(weight.shape)
     with torch.autocast(weight.device.type, enabled=False):
-        if 2 * r * m < k * (r + m):  # through the r coefficients, which is cheaper for a narrow basis
+        if 2 * r * m < k * (r + m):  # through the r coefficients: cheaper for a narrow basis
             return Q @ (d.unsqueeze(1) * (Q.mT @ W)) if output_side else ((W @ Q) * d) @ Q.mT
         change = (Q * d) @ Q.mT
         return change @ W if output_side else W @ change
 
 
 def effective_weight(weight: torch.Tensor, basis: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    """`W(z)` in `weight`'s dtype, rounded once. Arguments as in [`delta_weight`]."""
+    """Return `W(z)` in the dtype of `weight`, rounded once. Arguments as in [`delta_weight`]."""
     return delta_weight(weight, basis, delta).add_(weight).to(weight.dtype)
 
 
-# What things cost, in multiplications; only their ratios matter.
+# Costs, in multiplications. Only their ratios matter.
 
 
 def fold_cost(out_features: int, in_features: int, r: int) -> int:
-    """Cost of one [`effective_weight`]."""
+    """Return the cost of one [`effective_weight`]."""
     k, m = sorted((out_features, in_features))
     return min(2 * k * r * m, k * k * (r + m))
 
 
 def gate_cost(k: int, r: int, tokens: int) -> int:
-    """Cost of one [`gate_correction`] for so many tokens."""
+    """Return the cost of one [`gate_correction`] for this many tokens."""
     return 2 * k * r * max(tokens, MIN_TOKENS)
 
 
 def products_cost(k: int, r: int, tokens: int, dtype: torch.dtype) -> int:
-    """Cost of one [`projected_products`]."""
+    """Return the cost of one [`projected_products`]."""
     over_tokens, over_gram = 2 * k * r * tokens, k * k * (tokens + r)
     return over_tokens if dtype.itemsize == 2 else min(over_tokens, over_gram)
 
 
 def projected_products(a: torch.Tensor, b: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
-    """`Σ_t (Qᵀ a_t) ⊙ (Qᵀ b_t)`, the diagonal of `Qᵀ (aᵀ b) Q`: the gradient of δ for the right a and b.
+    """Return `Σ_t (Qᵀ a_t) ⊙ (Qᵀ b_t)`, the diagonal of `Qᵀ (aᵀ b) Q`. For suitable a and b it is the gradient of δ.
 
-    Taken token by token, or from the k × k matrix `aᵀ b` where that is cheaper, which is so for many tokens. In 16 bit
-    always token by token, as that matrix would be rounded as a whole.
+    Computed token by token, or from the k × k matrix `aᵀ b` if that is cheaper, as it is for many tokens. In 16 bit
+    always token by token, because rounding the whole matrix would lose accuracy.
 
     Args:
         a, b (`torch.Tensor`): `[t, k]`.

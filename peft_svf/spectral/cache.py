@@ -1,10 +1,9 @@
 """A content-addressed cache of singular bases on disk.
 
-A base model is decomposed once. The key of an entry is a hash of the weight itself (bytes, shape, dtype), so a renamed,
-copied or re-sharded checkpoint hits, and any change of a weight misses. Entries are safetensors files, written under a
-temporary name and renamed, and guarded by a lock: of two processes that want the same weight one computes, the other
-waits and reads. The cache only ever saves time: if an entry is damaged it is computed again, if the folder cannot be
-written the work goes on without it, and each of these is a warning.
+The key of an entry is a hash of the weight itself (bytes, shape, dtype). A renamed, copied or re-sharded checkpoint
+hits, and any change of a weight misses. Entries are safetensors files, written under a temporary name and renamed. A
+lock makes one of several processes compute a basis while the others wait and read it. A damaged entry is computed
+again, and if the folder cannot be written the work goes on without it; both give a warning.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ from safetensors.torch import save_file
 from .basis import SingularBasis, singular_basis
 
 ENVIRONMENT_VARIABLE = "PEFT_SVF_CACHE"
-# part of the key: a change of algorithm or file layout must miss
+# part of the key, so that a new algorithm or file layout misses
 FORMAT = "peft_svf.basis.v1"
 HEX = "[0-9a-f]"
 
 
 def default_cache_dir() -> Path:
-    """`$PEFT_SVF_CACHE`, or `peft_svf` under the Hugging Face home."""
+    """Return `$PEFT_SVF_CACHE`, or `peft_svf` in the Hugging Face home."""
     return Path(os.environ.get(ENVIRONMENT_VARIABLE) or Path(HF_HOME) / "peft_svf").expanduser()
 
 
@@ -50,10 +49,10 @@ class CacheEntry:
 
 
 class BasisCache:
-    """Singular bases by content of the weight.
+    """Singular bases on disk, by the content of the weight.
 
     Args:
-        cache_dir (`str` or `os.PathLike`, *optional*): Where the entries live; default [`default_cache_dir`].
+        cache_dir (`str` or `os.PathLike`, *optional*): Folder of the entries; default [`default_cache_dir`].
     """
 
     def __init__(self, cache_dir: str | os.PathLike[str] | None = None) -> None:
@@ -65,7 +64,7 @@ class BasisCache:
         return f"BasisCache({str(self.directory)!r})"
 
     def is_writable(self) -> bool:
-        """Whether entries can be kept, which makes the folder if it is not there."""
+        """Whether entries can be written. Creates the folder if necessary."""
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError:
@@ -73,16 +72,16 @@ class BasisCache:
         return os.access(self.directory, os.W_OK)
 
     def load_or_compute(self, weight: torch.Tensor, *, name: str = "weight") -> SingularBasis:
-        """The full basis of `weight` (`[out, in]`), from disk if it is there.
+        """Return the full basis of `weight` (`[out, in]`), from disk if possible.
 
         Raises:
-            ValueError: As [`singular_basis`], naming `name`.
+            ValueError: As [`singular_basis`].
         """
         key = weight_key(weight)
         if (hit := self._read(key, weight)) is not None:
             return hit
         with self._lock(key):
-            # another process may have written it while this one waited
+            # another process may have written it in the meantime
             if (hit := self._read(key, weight)) is not None:
                 return hit
             basis = singular_basis(weight, name=name)
@@ -90,10 +89,10 @@ class BasisCache:
         return basis
 
     def entries(self) -> list[CacheEntry]:
-        """What is in the cache, damaged files left out."""
+        """Return the entries of the cache, without damaged files."""
         found = []
         for path in sorted(self.directory.glob(f"{HEX * 64}.safetensors")):
-            # ValueError: a shape that is none
+            # ValueError: the shape is not one
             with (
                 contextlib.suppress(OSError, SafetensorError, KeyError, ValueError),
                 safe_open(path, framework="pt") as file,
@@ -104,9 +103,9 @@ class BasisCache:
         return found
 
     def clear(self) -> int:
-        """Delete all entries, left-over temporary files and locks. Returns the number of bytes freed."""
+        """Delete all entries, left-over temporary files and locks. Return the number of bytes freed."""
         freed = 0
-        # by the full shape of our names: the folder may hold models, too
+        # match full names only, because the folder may also hold models
         for pattern in (f"{HEX * 64}.safetensors", f"{HEX * 16}-{HEX * 32}.tmp", f".locks/{HEX * 64}.lock"):
             for path in self.directory.glob(pattern):
                 with contextlib.suppress(FileNotFoundError):
@@ -128,10 +127,12 @@ class BasisCache:
             return None
         except (OSError, SafetensorError) as error:
             if path.exists():
-                warnings.warn(f"Singular basis {path} could not be read ({error}); computing it again.", stacklevel=2)
+                warnings.warn(f"Singular basis {path} cannot be read ({error}). It is computed again.", stacklevel=2)
             return None
         if expected != checksum(key, basis):
-            warnings.warn(f"Singular basis {path} is damaged (checksum differs); computing it again.", stacklevel=2)
+            warnings.warn(
+                f"Singular basis {path} is damaged (its checksum differs). It is computed again.", stacklevel=2
+            )
             return None
         return SingularBasis(basis.vectors.to(weight.device), basis.spectrum)
 
@@ -149,7 +150,7 @@ class BasisCache:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             temporary.touch(exist_ok=False)
-            mode = temporary.stat().st_mode  # as the umask has it; safetensors gives its files to their owner alone
+            mode = temporary.stat().st_mode  # of the umask; safetensors makes its files readable by their owner only
             save_file(tensors, temporary, metadata=about)
             temporary.chmod(mode)
             os.replace(temporary, self._path(key))
@@ -177,36 +178,36 @@ class BasisCache:
                 lock.release()
 
     def _give_up_writing(self, error: Exception) -> None:
-        # once: with a full disk or a read-only folder each of a model's weights would fail alike
+        # warn once: on a full disk or in a read-only folder every weight would fail
         with self._giving_up:
             first, self._writable = self._writable, False
         if first:
             warnings.warn(
-                f"Singular bases cannot be kept in {self.directory} ({error}); going on without, they will be computed "
-                f"again next time. Set {ENVIRONMENT_VARIABLE} to a folder that can be written.",
+                f"Singular bases cannot be written to {self.directory} ({error}), so they will be computed again. "
+                f"Set {ENVIRONMENT_VARIABLE} to a writable folder.",
                 stacklevel=2,
             )
 
 
 def weight_key(weight: torch.Tensor) -> str:
-    """Hash of a weight's values in logical (row-major) order, its shape and its dtype. Hex, 64 characters."""
+    """Return the hash of a weight's values in row-major order, its shape and its dtype: 64 hex characters."""
     digest = hashlib.sha256(f"{FORMAT}|{tuple(weight.shape)}|{weight.dtype}|".encode())
     digest.update(_bytes(weight))
     return digest.hexdigest()
 
 
 def list_cache(cache_dir: str | os.PathLike[str] | None = None) -> list[CacheEntry]:
-    """The decomposed weights in a cache folder."""
+    """Return the entries of a cache folder."""
     return BasisCache(cache_dir).entries()
 
 
 def clear_cache(cache_dir: str | os.PathLike[str] | None = None) -> int:
-    """Empty a cache folder; returns the number of bytes freed."""
+    """Delete the entries of a cache folder. Return the number of bytes freed."""
     return BasisCache(cache_dir).clear()
 
 
 def checksum(key: str, basis: SingularBasis) -> str:
-    """Of an entry and of the weight that it belongs to, so that a file under another's name is not believed."""
+    """Return the checksum of an entry and its key, so that a file under a wrong name is detected."""
     digest = hashlib.sha256(key.encode())
     for tensor in (basis.vectors, basis.spectrum):
         digest.update(f"|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
@@ -215,5 +216,5 @@ def checksum(key: str, basis: SingularBasis) -> str:
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
-    # as uint8: numpy has no bfloat16
+    # as uint8, because numpy has no bfloat16
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data

@@ -1,4 +1,4 @@
-"""A linear layer with `W(z)` ready made, that still gives the gradient of δ."""
+"""A linear layer with a precomputed `W(z)` that still computes the gradient of δ."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from torch.nn.functional import linear
 from .arithmetic import projected_products
 from .basis import gate_side
 
-# δ's gradient is divided by 1 + δ, see below. Closer to 0 than this it would lose more than a digit.
+# The gradient of δ is divided by 1 + δ. Closer to 0 than this, it would lose more than one digit.
 SMALLEST_Z = 0.1
 
 
 class FoldedLinear(torch.autograd.Function):
     """
-    `y = W(z) x + b` and its gradients, for the cost of the plain layer and little more.
+    `y = W(z) x + b` and its gradients, for little more than the cost of the plain layer.
 
     The input gradient is the plain one, `W(z)ᵀ dy`. The gradient of δ on the output side (out <= in) is
 
         dδ = Σ_t (Qᵀ dy_t) ⊙ (Qᵀ W x_t)       with  Qᵀ y_t = (1 + δ) ⊙ Qᵀ W x_t
 
-    so the layer's own output stands in for `W x`, and on the input side
+    so the layer's own output replaces `W x`. On the input side
 
         dδ = Σ_t (Qᵀ Wᵀ dy_t) ⊙ (Qᵀ x_t)      with  Qᵀ dx_t = (1 + δ) ⊙ Qᵀ Wᵀ dy_t
 
-    the input gradient stands in for `Wᵀ dy`. Nothing but the layer's own output or input is kept for backward. Where
-    1 + δ is near 0 nothing is left to divide, see [`invertible`].
+    the input gradient replaces `Wᵀ dy`. Backward needs only the layer's own output or input. The division fails if
+    1 + δ is near 0, see [`invertible`].
 
-    Call [`folded_linear`].
+    Call it through [`folded_linear`].
     """
 
     @staticmethod
@@ -75,22 +75,22 @@ def folded_linear(
     x: torch.Tensor, delta: torch.Tensor, bias: torch.Tensor | None, folded: torch.Tensor, basis: torch.Tensor
 ) -> torch.Tensor:
     """
-    `W(z) x + b` with gradients for x, δ and b. All but δ and Q have one dtype.
+    Return `W(z) x + b`, with gradients for x, δ and b. All arguments except δ and Q have the same dtype.
 
     Args:
         x (`torch.Tensor`): `[..., in]`.
-        delta (`torch.Tensor`): δ, `[r]`, fp32 or fp64, which `folded` was made with, and [`invertible`].
+        delta (`torch.Tensor`): The δ of `folded`, `[r]`, fp32 or fp64, [`invertible`].
         bias (`torch.Tensor`, *optional*): `[out]`.
         folded (`torch.Tensor`): `W(z)`, `[out, in]`.
         basis (`torch.Tensor`): `Q`, `[min(out, in), r]`.
 
     Returns:
-        `torch.Tensor`: `[..., out]`. If out <= in it is needed in backward and must not be changed in place.
+        `torch.Tensor`: `[..., out]`. If out <= in, backward needs it, so it must not be changed in place.
     """
     result: torch.Tensor = FoldedLinear.apply(x, delta, bias, folded, basis)
     return result
 
 
 def invertible(delta: torch.Tensor) -> bool:
-    """Whether every 1 + δ is far enough from 0 for [`folded_linear`]."""
+    """Whether all 1 + δ are far enough from 0 for [`folded_linear`]."""
     return bool(((1 + delta.detach()).abs() >= SMALLEST_Z).all())

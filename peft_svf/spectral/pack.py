@@ -1,8 +1,7 @@
-"""A basis pack: the singular bases of a model by the name of the module, to be shared.
+"""A basis pack: the singular bases of a model by module name, to share them.
 
-Where the weights at hand are not those that experts were trained on, as in a quantized model, the bases must come from
-elsewhere. A pack is a folder (or a repository on the Hub) of safetensors files, each with the basis of one weight, and
-an index, which is written last.
+A quantized model does not hold the weights that experts were trained on, so its bases must come from elsewhere. A pack
+is a folder or Hub repository of safetensors files, one per weight, and an index that is written last.
 """
 
 from __future__ import annotations
@@ -25,15 +24,15 @@ INDEX = "basis.safetensors.index.json"
 FORMAT = "peft_svf.pack.v1"
 
 
-# A share of the square of a weight. Quantization to 8 bits moves up to 0.001, to 4 bits 0.006 to 0.02; the weight of
-# another layer of the same shape differs by 0.46 and more (SmolLM2, docs/design-notes.md).
+# Fractions of the squared norm of a weight. Quantization displaces up to 0.001 (8 bits) or 0.006 to 0.02 (4 bits).
+# Between layers of the same shape it is 0.46 and more (measured on SmolLM2).
 DISPLACED, DISPLACED_IF_FINE = 0.1, 0.01
-# Neighbours in a row that mostly share a scale; 4-bit weights have at most 16 values among them.
+# Neighbours in a row mostly share a scale, so 4-bit weights have at most 16 different values among them.
 NEIGHBOURS, VALUES_IF_COARSE = 32, 16
 
 
 def _displaced(weight: torch.Tensor, basis: SingularBasis) -> float:
-    """How much of a weight lies along other singular vectors than the basis says: Σ |‖q_iᵀ W‖² - σ_i²| / Σ σ_i²."""
+    """Return the fraction of a weight that does not match the basis: Σ |‖q_iᵀ W‖² - σ_i²| / Σ σ_i²."""
     vectors = basis.vectors.to(device=weight.device, dtype=torch.float32)
     along = vectors.mT @ weight.float() if gate_side(*weight.shape) == "output" else (weight.float() @ vectors).mT
     found = along.square().sum(dim=1).cpu().double()  # not every device has fp64
@@ -42,7 +41,7 @@ def _displaced(weight: torch.Tensor, basis: SingularBasis) -> float:
 
 
 def _allowed(weight: torch.Tensor) -> float:
-    """How much rounding may have displaced of a weight: less if it is so fine that it has more than 4 bits."""
+    """Return the fraction that rounding may displace: less for a weight of more than 4 bits."""
     rows = weight[:: max(1, len(weight) // 16), :NEIGHBOURS]
     values = sorted(len(row.unique()) for row in rows)
     return DISPLACED_IF_FINE if values[len(values) // 2] > VALUES_IF_COARSE else DISPLACED
@@ -50,17 +49,17 @@ def _allowed(weight: torch.Tensor) -> float:
 
 class BasisPack:
     """
-    The bases in a pack, read one at a time.
+    The bases of a pack, read one at a time.
 
     Args:
-        path: Folder, or id of a repository on the Hub.
-        revision (`str`, *optional*): On the Hub.
+        path: Folder or Hub id.
+        revision (`str`, *optional*): Revision on the Hub.
 
     Attributes:
-        about: What the pack says of itself, such as its `base_model`.
+        about: Metadata of the pack, such as its `base_model`.
 
     Raises:
-        ValueError: There is no pack, or it is none that can be read.
+        ValueError: There is no pack, or it cannot be read.
     """
 
     def __init__(self, path: str | os.PathLike[str], revision: str | None = None) -> None:
@@ -72,14 +71,14 @@ class BasisPack:
             kind = self.about["format"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{self.path} is no basis pack, or not a whole one: {INDEX} cannot be read ({error}). Make one with "
+                f"{self.path} is not a complete basis pack: {INDEX} cannot be read ({error}). Make one with "
                 "`peft-svf decompose`."
             ) from error
         if kind != FORMAT:
-            raise ValueError(f"{self.path} is a pack of the format {kind!r}; this version reads {FORMAT!r}.")
+            raise ValueError(f"{self.path} is a pack of the format {kind!r}. This version reads {FORMAT!r}.")
         for name, file in self.files.items():
             if not isinstance(file, str) or Path(file).name != file or Path(file).suffix != ".safetensors":
-                raise ValueError(f"{self.path} names {file!r} for {name}, which is no file beside the index.")
+                raise ValueError(f"{self.path} names {file!r} for {name}, which is not a file next to the index.")
 
     def __repr__(self) -> str:
         return f"BasisPack({self.path!r})"
@@ -92,26 +91,26 @@ class BasisPack:
     def basis_for(
         self, weight: torch.Tensor, *, name: str, quantized: bool = False, base_check: str = "error"
     ) -> SingularBasis:
-        """The basis for a weight `[out, in]` of this name, on its device and in its dtype.
+        """Return the basis of a weight `[out, in]`, on its device and in its dtype.
 
         Args:
-            weight: The weight at hand.
-            name: Of its module.
-            quantized: Whether the pack is of the weight that this one is a rounded copy of. The basis then keeps the
-                dtype that it has in the pack. Fine-tuned weights that changed by less than rounding cannot be told.
-            base_check: What to do then if it is of another weight, as in [`SVFRuntimeConfig`].
+            weight: The weight.
+            name: Name of its module.
+            quantized: Whether the weight is a quantized copy of the decomposed one. The basis then keeps its dtype. A
+                fine-tuning that changed the weight by less than rounding is not detected.
+            base_check: What to do if a quantized weight does not match, as in [`SVFRuntimeConfig`].
 
         Raises:
-            ValueError: The pack has none, has one for another shape or for other weights, or is damaged.
+            ValueError: The pack has no basis of this name, or one for another shape or other weights, or is damaged.
         """
         found = self.load(name, k=min(weight.shape))
         if quantized:
             part = _displaced(weight, found)
             if not part <= _allowed(weight):  # nor NaN
                 message = (
-                    f"{self.path} was made from other weights than those that {name} is a quantized copy of: along its "
-                    f"singular vectors {part:.1%} of the weight is elsewhere; rounding moves 0.1 % (8 bits) to 2 % (4 "
-                    'bits). For rounding that is coarser, pass `SVFRuntimeConfig(base_check="warn")`.'
+                    f"{self.path} was made from other weights than {name}: {part:.1%} of the weight does not match the "
+                    "pack, and rounding explains 0.1 % (8 bits) to 2 % (4 bits). For coarser quantization, pass "
+                    '`SVFRuntimeConfig(base_check="warn")`.'
                 )
                 if base_check == "error" or part != part:
                     raise ValueError(message)
@@ -122,16 +121,16 @@ class BasisPack:
         allowed = tolerances([0.0, 0.0, 0.0, expected], (weight.shape[0], weight.shape[1]))[3]
         if not abs(norm - expected) <= allowed:  # nor NaN
             raise ValueError(
-                f"{self.path} was made from other weights: ‖W‖_F of {name} is {norm:.8g}, and there it was "
-                f"{expected:.8g}."
+                f"{self.path} was made from other weights: ‖W‖_F of {name} is {norm:.8g}, the pack has {expected:.8g}. "
+                "Use the pack of this base model."
             )
         return SingularBasis(found.vectors.to(device=weight.device, dtype=weight.dtype), found.spectrum)
 
     def load(self, name: str, k: int) -> SingularBasis:
-        """The basis of a module whose smaller side is `k`, on the CPU, as it is kept.
+        """Return the stored basis of a module whose smaller side is `k`, on the CPU.
 
         Raises:
-            ValueError: As `basis_for`, but for the weights.
+            ValueError: As `basis_for`, without the check of the weight.
         """
         known = self._name(name)
         try:
@@ -150,16 +149,14 @@ class BasisPack:
         return found
 
     def _name(self, name: str) -> str:
-        """As the pack calls a module; a model and its headless form differ by a prefix."""
+        """Return the name of a module in the pack. A model and its headless form differ by a prefix."""
         if name in self.files:
             return name
         same = [each for each in self.files if each.endswith(f".{name}") or name.endswith(f".{each}")]
         if len(same) != 1:
-            raise ValueError(f"{self.path} has no basis for {name}; it has {len(self.files)}, such as {self._first()}.")
+            first = next(iter(self.files), "none")
+            raise ValueError(f"{self.path} has no basis for {name}; it has {len(self.files)}, such as {first}.")
         return same[0]
-
-    def _first(self) -> str:
-        return next(iter(self.files), "none")
 
     def _file(self, name: str) -> Path:
         if os.path.isdir(self.path):

@@ -1,4 +1,4 @@
-"""How much of a change survives when it is added to a weight that is stored in few bits."""
+"""The fraction of a change that survives in a weight of low precision."""
 
 from __future__ import annotations
 
@@ -10,24 +10,23 @@ SAMPLED_ROWS = 64
 
 
 @torch.no_grad()
-def surviving_share(
+def surviving_fraction(
     weight: torch.Tensor, basis: torch.Tensor, delta: torch.Tensor, dtype: torch.dtype, rows: int | None = SAMPLED_ROWS
 ) -> float:
     """
-    Share of ΔW that is left in `round(W + ΔW) - round(W)`, in the direction of ΔW.
+    Return the fraction of ΔW in `round(W + ΔW) - round(W)`, in the direction of ΔW.
 
-    A change below half a unit in the last place is rounded away: in bf16 half of ΔW is gone at δ ~ 1e-3. It can also be
-    rounded up as a whole, when ΔW is nearly proportional to W; what is too much counts as lost in the same way.
+    A change below half a unit in the last place is rounded away: in bf16, half of ΔW is lost at δ ~ 1e-3. If ΔW is
+    nearly proportional to W, all of it may be rounded up; the excess counts as lost, too.
 
-    Estimated from evenly spaced rows of the weight, computed exactly, so that it costs as much as sending that many
-    tokens through the gate.
+    Estimated from evenly spaced rows of the weight, for the cost of the gate on that many tokens.
 
     Args:
         weight (`torch.Tensor`): `W`, `[out, in]`.
         basis (`torch.Tensor`): `Q`, `[min(out, in), r]`.
         delta (`torch.Tensor`): δ, `[r]`.
-        dtype (`torch.dtype`): What W(z) would be kept in.
-        rows (`int`, *optional*): How many rows to look at; all if `None`.
+        dtype (`torch.dtype`): The dtype of the stored W(z).
+        rows (`int`, *optional*): Number of rows to use; all if `None`.
 
     Returns:
         `float`: At most 1; 1 if δ = 0, and near 1 for dtypes of 32 and 64 bits.
@@ -46,5 +45,5 @@ def surviving_share(
     change = change.to(work)
     kept = (some + change).to(dtype).to(work) - some.to(dtype).to(work)
     total = change.double().pow(2).sum()
-    share = float((kept.double() * change.double()).sum() / total) if total > 0 else 1.0
-    return min(share, 2.0 - share)
+    fraction = float((kept.double() * change.double()).sum() / total) if total > 0 else 1.0
+    return min(fraction, 2.0 - fraction)

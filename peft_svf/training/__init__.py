@@ -1,4 +1,4 @@
-"""Training experts by reinforcement learning with TRL's trainers."""
+"""Training of experts by reinforcement learning with TRL's trainers."""
 
 try:
     from .callbacks import EqualRewards, ExactState, RewardBar

@@ -1,4 +1,4 @@
-"""The options of the training script beside those of TRL's trainers, and the adapter they ask for."""
+"""The options of a training run that TRL's trainers do not have, and the adapter that they describe."""
 
 from __future__ import annotations
 
@@ -33,45 +33,37 @@ OBJECTIVES: dict[str, tuple[type, type]] = {
 @dataclass
 class TrainArguments(ScriptArguments):
     """
-    What to learn: TRL's `ScriptArguments` (a dataset) or a task with a verifier, and how answers are rewarded.
+    The data and the rewards: a dataset, as in TRL's `ScriptArguments`, or a task with a verifier. The `help` of each
+    field describes it.
 
-    Args:
-        objective (`str`): `"grpo"`, `"rloo"` or `"reinforce"`, which also decides what further options there are.
-        task (`str`, *optional*): `reasoning_gym:NAME?setting=value&...`, in the place of a dataset. Instead of
-            `reasoning_gym`, a module that registers datasets with it.
-        categories (`dict[str, str]`, *optional*): Tasks by name. Trains a classification expert: the prompts are those
-            of the tasks, the answers their names.
-        system_prompt (`str`, *optional*): Put before every prompt.
-        answer_format (`str`): How to take the answer to a `task` out of a completion.
-        prompt_column (`str`): The dataset's column with the prompt.
-        answer_column (`str`, *optional*): The dataset's column with the reference answer, which rewards see as
-            `answer`.
-        reward_funcs (`list[str]`, *optional*): Names of verifiable rewards or dotted paths. Default: the verifier of
-            the task.
-        reward_model_name_or_path (`str`, *optional*): A reward model, as in TRL.
-        reward_timeout (`float`, *optional*): Seconds after which a call of a reward function is an error.
-        train_size, validation_size, test_size (`int`): Examples of a `task`; of a dataset, those for validation are
-            taken off the training split.
-        early_stopping_patience (`int`, *optional*): Evaluations without a better accuracy after which to stop.
-        base_model_name (`str`, *optional*): What to call the base model in the saved adapter, where
-            `model_name_or_path` is a folder of this machine.
+    Raises:
+        ValueError: The objective is unknown, `categories` is no mapping, or a `task` is given with `categories`.
     """
 
-    objective: str = field(default="grpo", metadata={"help": "The objective.", "choices": list(OBJECTIVES)})
+    objective: str = field(
+        default="grpo",
+        metadata={"help": "The objective, which also decides the trainer's options.", "choices": [*OBJECTIVES]},
+    )
     task: Optional[str] = field(
-        default=None, metadata={"help": "MODULE:NAME?setting=value&..., such as reasoning_gym:chain_sum?max_terms=2"}
+        default=None,
+        metadata={
+            "help": "A task instead of a dataset: MODULE:NAME?setting=value&..., such as "
+            "reasoning_gym:chain_sum?max_terms=2. A custom module registers its datasets with reasoning_gym."
+        },
     )
     categories: Optional[Union[dict[str, str], str]] = field(
-        default=None, metadata={"help": "Tasks by name (JSON): train an expert that names the task of a prompt."}
+        default=None,
+        metadata={"help": "Tasks by name (JSON), to train a classification expert that names the task of a prompt."},
     )
-    system_prompt: Optional[str] = field(default=None, metadata={"help": "Put before every prompt."})
+    system_prompt: Optional[str] = field(default=None, metadata={"help": "System message of every prompt."})
     answer_format: str = field(
         default="text",
-        metadata={"help": "How to take the answer to a task out of a completion.", "choices": list(ANSWERS)},
+        metadata={"help": "How to extract the answer to a task from a completion.", "choices": list(ANSWERS)},
     )
     prompt_column: str = field(default="prompt", metadata={"help": "The dataset's column with the prompt."})
     answer_column: Optional[str] = field(
-        default=None, metadata={"help": "The dataset's column with the reference answer."}
+        default=None,
+        metadata={"help": "The dataset's column with the reference answer, which rewards get as `answer`."},
     )
     reward_funcs: Optional[list[str]] = field(
         default=None,
@@ -79,45 +71,48 @@ class TrainArguments(ScriptArguments):
     )
     reward_model_name_or_path: Optional[str] = field(default=None, metadata={"help": "A reward model, as in TRL."})
     reward_timeout: Optional[float] = field(
-        default=None, metadata={"help": "Seconds after which a call of a reward function is an error."}
+        default=None,
+        metadata={"help": "Seconds after which a call of a reward function is an error. Default: no limit."},
     )
     train_size: int = field(default=2000, metadata={"help": "Training examples of a task."})
-    validation_size: int = field(default=64, metadata={"help": "Examples to choose the best model by."})
-    test_size: int = field(default=128, metadata={"help": "Examples for the numbers in the model card."})
+    validation_size: int = field(
+        default=64,
+        metadata={"help": "Examples that choose the best model; held out of the training split if there is no other."},
+    )
+    test_size: int = field(default=128, metadata={"help": "Examples for the accuracy in the model card."})
     early_stopping_patience: Optional[int] = field(
-        default=None, metadata={"help": "Evaluations without a better accuracy after which to stop."}
+        default=None, metadata={"help": "Evaluations without a better accuracy before the training stops."}
     )
     base_model_name: Optional[str] = field(
-        default=None, metadata={"help": "What to call the base model in the saved adapter."}
+        default=None,
+        metadata={"help": "Name of the base model in the saved adapter, if model_name_or_path is a local folder."},
     )
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
             raise ValueError(f"`objective` must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}.")
         self.categories = _mapping(self.categories, "categories")
-        given = [name for name in ("task", "categories") if getattr(self, name)]
-        if len(given) > 1:
-            raise ValueError(f"Pass one of {' and '.join(map(repr, given))}, not both.")
+        if self.task and self.categories:
+            raise ValueError("Both `task` and `categories` are given. Pass one of them.")
 
 
 @dataclass
 class AdapterArguments(ModelConfig):
     """
-    What to train: TRL's `ModelConfig`, and any PEFT method by name.
+    The model and the adapter: TRL's `ModelConfig`, and any PEFT method by name.
 
-    Args:
-        peft_type (`str`): A PEFT method, such as `svf`, `lora`, `ia3`, `vera` or `tinylora`. LoRA takes the `lora_`
-            options.
-        target_modules (`list[str]`, *optional*): Default: `all-linear`.
-        r (`int`, *optional*): Rank of SVF; `None` is full.
-        peft_kwargs (`dict`, *optional*): Further fields of the method's config.
+    Raises:
+        ValueError: PEFT does not know the method, or `peft_kwargs` is no mapping.
     """
 
-    peft_type: str = field(default="svf", metadata={"help": "A PEFT method: svf, lora, ia3, vera, tinylora, ..."})
-    target_modules: Optional[list[str]] = field(
-        default=None, metadata={"help": "Modules to adapt; default: all linear"}
+    peft_type: str = field(
+        default="svf",
+        metadata={"help": "A PEFT method: svf, lora, ia3, vera, tinylora, ... The lora_ options are for LoRA only."},
     )
-    r: Optional[int] = field(default=None, metadata={"help": "Rank of SVF; full by default."})
+    target_modules: Optional[list[str]] = field(
+        default=None, metadata={"help": "Modules to adapt. Default: all-linear."}
+    )
+    r: Optional[int] = field(default=None, metadata={"help": "Rank of SVF. Default: full."})
     peft_kwargs: Optional[Union[dict[str, Any], str]] = field(
         default=None, metadata={"help": "Further fields of the method's PEFT config (JSON)."}
     )
@@ -131,10 +126,11 @@ class AdapterArguments(ModelConfig):
 
 
 def adapter_config(arguments: AdapterArguments) -> PeftConfig:
-    """The PEFT config that the options describe.
+    """
+    Return the PEFT config that the options describe.
 
     Raises:
-        ValueError: The method has no field of a given name.
+        ValueError: The method's config has no field of a given name.
     """
     modules: Any = arguments.target_modules or "all-linear"
     if isinstance(modules, list) and len(modules) == 1:
@@ -148,7 +144,7 @@ def adapter_config(arguments: AdapterArguments) -> PeftConfig:
     if kind == "SVF":
         options["r"] = arguments.r
     if kind == "IA3" and modules == "all-linear":
-        options["feedforward_modules"] = []  # rescale outputs everywhere
+        options["feedforward_modules"] = []  # otherwise IA3 needs to know which modules are feed-forward
     if kind == "LORA":
         options |= {
             "r": arguments.lora_r,
@@ -168,14 +164,15 @@ def adapter_config(arguments: AdapterArguments) -> PeftConfig:
 
 
 def check_given(given: Mapping[str, Any], script: TrainArguments, adapter: AdapterArguments, training: Any) -> None:
-    """Refuse options that would be without effect.
+    """
+    Refuse options that would have no effect.
 
     Raises:
-        ValueError: One was given.
+        ValueError: Such an option was given.
     """
     kind, verified = adapter.peft_type.lower(), script.task is not None
     lora = [name for name in given if name.startswith("lora_") or name in ("use_rslora", "use_dora")]
-    needless = {
+    unused = {
         **(dict.fromkeys(lora, f"--peft_type lora, not {kind}") if kind != "lora" else {}),
         **({"r": f"--peft_type svf, not {kind} (which has --lora_r or --peft_kwargs)"} if kind != "svf" else {}),
         **({} if verified else {"answer_format": "--task"}),
@@ -183,28 +180,26 @@ def check_given(given: Mapping[str, Any], script: TrainArguments, adapter: Adapt
         **({"prompt_column": "a dataset", "answer_column": "a dataset"} if verified or script.categories else {}),
         **({"early_stopping_patience": "--eval_strategy steps"} if training.eval_strategy == "no" else {}),
     }
-    for name, wanted in needless.items():
+    for name, wanted in unused.items():
         if given.get(name) is not None:
-            raise ValueError(f"--{name} would have no effect: it is for {wanted}.")
+            raise ValueError(f"--{name} would have no effect: it is for {wanted}. Remove it.")
 
 
 def defaults(objective: str, peft_type: str) -> dict[str, Any]:
-    """Defaults that differ from TRL's: what works for SVF, and what a CPU needs. A recipe or the command line overrides
-    them."""
+    """Return the defaults that differ from TRL's, for SVF and for CPUs. A recipe and the command line override them."""
     chosen: dict[str, Any] = {
         "output_dir": f"outputs/{peft_type.lower()}-{objective}",
         "logging_steps": 1,
         "metric_for_best_model": "eval_accuracy",
         "per_device_eval_batch_size": 32,
         "num_generations_eval": 1,
-        # only what is newest and what was best
-        "save_total_limit": 2,
+        "save_total_limit": 2,  # the newest and the best
     }
     if objective != "reinforce":
         chosen["learning_rate"] = 3e-3 if peft_type.upper() == "SVF" else 1e-4
     if not torch.accelerator.is_available():
-        # fp32, and no recomputation: bf16 autocast takes three times as long on most CPUs
-        chosen |= {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
+        # On most CPUs bf16 autocast is three times slower than fp32.
+        chosen |= {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "activation_checkpointing": False}
     return chosen
 
 

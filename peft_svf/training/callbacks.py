@@ -1,4 +1,4 @@
-"""Callbacks that make a training run say what is wrong, and go on from a checkpoint as if it had never stopped."""
+"""Trainer callbacks: fp32 δ and exact resumption, a warning about equal rewards, and a progress bar."""
 
 from __future__ import annotations
 
@@ -9,53 +9,53 @@ import torch
 from huggingface_hub.utils import tqdm
 from transformers import TrainerCallback
 
-from ..tuner.layer import SVFLayer
+from ..tuner.layer import svf_layers
 from ..utils.progress import progress_disabled
 
 
 class ExactState(TrainerCallback):
     """
-    Keeps δ in fp32, and makes a resumed run equal to one that was never interrupted.
+    Keep δ in fp32, and make a resumed run equal to an uninterrupted one.
 
-    TRL casts everything trainable to bf16 for some base models (quantized ones, ZeRO-3), in which small updates of δ
-    are lost. And when a layer starts to fold depends on what it was used for before, which no checkpoint holds: so
-    folded weights are dropped at every checkpoint, and both runs go on from the same state.
+    TRL casts trainable parameters to bf16 for some base models (quantized, ZeRO-3). Small updates of δ are lost in
+    bf16. The moment at which a layer folds depends on its earlier use, which a checkpoint does not hold. Therefore
+    folded weights are dropped at every checkpoint: both runs then continue from the same state.
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         cast = left = 0
-        for layer in _layers(model):
+        for layer in svf_layers(model):
             layer.fold.forget()
             for delta in layer.delta_weights(layer.svf_delta):
                 if delta.dtype.itemsize == 2:
-                    if hasattr(delta, "ds_id"):  # ZeRO-3 keeps its own record of the dtype
+                    if hasattr(delta, "ds_id"):  # ZeRO-3 records the dtype itself
                         left += 1
                     else:
                         delta.data = delta.data.to(torch.float32)
                         cast += 1
         if cast:
             warnings.warn(
-                f"{cast} vectors δ had been cast to 16 bit, in which small updates are lost; they are in fp32 again.",
+                f"{cast} vectors δ were cast to 16 bit, which loses small updates. They are in fp32 again.",
                 stacklevel=2,
             )
         if left:
             warnings.warn(
-                f"ZeRO-3 keeps {left} vectors δ in 16 bit, in which small updates are lost in every forward, if not in "
-                "the optimizer. FSDP2 and ZeRO-2 keep them in fp32.",
+                f"ZeRO-3 keeps {left} vectors δ in 16 bit, so the forward pass does not see small updates. "
+                "Use FSDP2 or ZeRO-2, which keep them in fp32.",
                 stacklevel=2,
             )
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        for layer in _layers(model):
+        for layer in svf_layers(model):
             layer.fold.forget()
 
 
 class EqualRewards(TrainerCallback):
     """
-    Warns when all completions of every prompt got the same reward, for then GRPO and RLOO have no gradient.
+    Warn when all completions of every prompt get the same reward: GRPO and RLOO then have no gradient.
 
     Args:
-        patience (`int`): Number of logged steps in a row before the warning.
+        patience (`int`): Consecutive logged steps before the warning.
     """
 
     def __init__(self, patience: int = 3) -> None:
@@ -69,17 +69,16 @@ class EqualRewards(TrainerCallback):
         if self.count == self.patience and state.is_world_process_zero:
             warnings.warn(
                 f"In the last {self.patience} logged steps (up to step {state.global_step}, mean reward "
-                f"{logs.get('reward', float('nan')):.3g}) all completions of a prompt got the same reward, for every "
-                "prompt: there is no gradient, and nothing is learned. If all are right, take harder questions. If all "
-                "are wrong, take easier ones or a reward that gives part of the points, sample more completions "
-                "(num_generations), at a higher temperature, or longer ones (max_completion_length), and look at some "
-                "with log_completions=True: they may be right, but in a form that the reward does not accept.",
+                f"{logs.get('reward', float('nan')):.3g}) all completions of each prompt got the same reward: there is "
+                "no gradient. If all are right, use harder questions. If all are wrong, use easier ones or partial "
+                "credit, raise num_generations, temperature or max_completion_length, and check with "
+                "log_completions=True that the reward accepts the form of the answers.",
                 stacklevel=2,
             )
 
 
 class RewardBar(TrainerCallback):
-    """One progress bar with reward, KL and accuracy, in the place of the Trainer's bar and its printed dicts."""
+    """One progress bar with reward, KL and accuracy, instead of the Trainer's bar and printed dicts."""
 
     SHOWN = ("reward", "kl", "eval_accuracy")
 
@@ -106,7 +105,3 @@ class RewardBar(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
             self.bar.close()
-
-
-def _layers(model: Any) -> list[SVFLayer]:
-    return [module for module in model.modules() if isinstance(module, SVFLayer)] if model is not None else []

@@ -1,7 +1,7 @@
-"""Greedy accuracy on held-out examples, while training and after it.
+"""Greedy accuracy on held-out examples, during training and after it.
 
-TRL's own evaluation samples at the training temperature and averages over batches of different size: good enough to
-watch, too noisy to select by.
+TRL's evaluation samples at the training temperature and averages over batches of different size. That is too noisy to
+choose the best model.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..utils.processes import processes
 
 
 def greedy_accuracy(*args: Any, **kwargs: Any) -> float:
-    """Mean of [`greedy_scores`], whose arguments it takes: with rewards of 0 and 1, the accuracy."""
+    """Return the mean of [`greedy_scores`], which has the same arguments: the accuracy, for rewards of 0 and 1."""
     scores = greedy_scores(*args, **kwargs)
     return sum(scores) / len(scores)
 
@@ -35,23 +35,26 @@ def greedy_scores(
     generation_kwargs: Mapping[str, Any] | None = None,
 ) -> list[float]:
     """
-    Rewards of greedily decoded answers, one for each example.
+    Return the rewards of greedily decoded answers, one per example.
 
-    With several processes, each answers a part of the examples, and all return the same.
+    With several processes, each answers a part of the examples, and all return all rewards.
 
     Args:
         model: A causal language model on its device. Its training mode is restored.
         tokenizer: Its tokenizer.
-        examples: Rows with a `"prompt"` and what the rewards need, such as a `datasets.Dataset`.
-        reward_funcs: One or several reward functions of TRL's protocol, which are added up.
+        examples: Examples with a `"prompt"` and the columns that the rewards need, such as a `datasets.Dataset`.
+        reward_funcs: One reward function of TRL's protocol, or several, whose rewards are added.
         batch_size (`int`): Prompts per `generate` call.
-        max_new_tokens (`int`): Where an answer is cut off.
-        generation_kwargs (`dict`, *optional*): More for `generate`.
+        max_new_tokens (`int`): Longest answer, in tokens.
+        generation_kwargs (`dict`, *optional*): Further arguments of `generate`.
+
+    Raises:
+        ValueError: There are no examples.
     """
     rows, state = list(examples), processes()
     if not rows:
-        raise ValueError("There are no examples to evaluate on.")
-    # a sharded model needs all ranks in every call, for each layer's weights are with all of them
+        raise ValueError("There are no examples to evaluate on; expected at least one.")
+    # Every call of a sharded model needs all ranks, because each rank holds a part of every layer.
     together = state.num_processes == 1 or _is_sharded(model)
     part = rows if together else rows[state.process_index :: state.num_processes]
     scores: list[float] = []
@@ -76,7 +79,7 @@ def greedy_scores(
 
 
 def _is_sharded(model: Any) -> bool:
-    """By FSDP1, FSDP2 or tensor parallelism, or ZeRO-3."""
+    """Return whether FSDP1, FSDP2, tensor parallelism or ZeRO-3 shards the model."""
     return any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()) or any(
         isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters()
     )
@@ -84,10 +87,10 @@ def _is_sharded(model: Any) -> bool:
 
 class GreedyEvaluation(TrainerCallback):
     """
-    Greedy accuracy at every evaluation of a trainer, as the metric `eval_accuracy`.
+    Compute the greedy accuracy at every evaluation of a trainer, as the metric `eval_accuracy`.
 
-    It is among the metrics by which the trainer chooses the best model and stops early. It takes its turn whenever the
-    trainer evaluates, so the trainer needs an `eval_dataset`; a few rows will do.
+    The trainer can choose the best model and stop early by this metric. The callback runs whenever the trainer
+    evaluates, so the trainer needs an `eval_dataset`; a few examples are enough.
 
     ```python
     trainer = GRPOTrainer(
@@ -101,12 +104,12 @@ class GreedyEvaluation(TrainerCallback):
     ```
 
     Args:
-        examples: Rows with a `"prompt"` and what the rewards need.
+        examples: Examples with a `"prompt"` and the columns that the rewards need.
         reward_funcs: One or several reward functions of TRL's protocol.
         name (`str`): The metric is called `eval_<name>`.
-        batch_size (`int`, *optional*): Prompts per `generate` call; the trainer's `per_device_eval_batch_size` if
-            `None`.
-        max_new_tokens (`int`, *optional*): The trainer's `max_completion_length` if `None`.
+        batch_size (`int`, *optional*): Prompts per `generate` call. Default: the trainer's
+            `per_device_eval_batch_size`.
+        max_new_tokens (`int`, *optional*): Longest answer, in tokens. Default: the trainer's `max_completion_length`.
     """
 
     def __init__(
@@ -118,15 +121,12 @@ class GreedyEvaluation(TrainerCallback):
         batch_size: int | None = None,
         max_new_tokens: int | None = None,
     ) -> None:
-        self.examples = examples
-        self.reward_funcs = reward_funcs
-        self.metric = f"eval_{name}"
-        self.batch_size = batch_size
-        self.max_new_tokens = max_new_tokens
+        self.examples, self.reward_funcs, self.metric = examples, reward_funcs, f"eval_{name}"
+        self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
         self.trainer: Any = None
 
     def report_to(self, trainer: Any) -> None:
-        """Send the metric to the trainer's trackers, too."""
+        """Also send the metric to the trainer's trackers."""
         self.trainer = trainer
 
     def on_evaluate(
@@ -140,7 +140,7 @@ class GreedyEvaluation(TrainerCallback):
             batch_size=self.batch_size or args.per_device_eval_batch_size,
             max_new_tokens=self.max_new_tokens or getattr(args, "max_completion_length", None) or 256,
         )
-        if metrics is not None:  # the very dict by which the trainer goes on
+        if metrics is not None:  # the trainer chooses the best model by this dict
             metrics[self.metric] = value
         if self.trainer is not None:
             self.trainer.log({self.metric: value})

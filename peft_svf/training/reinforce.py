@@ -2,7 +2,7 @@
 
     J(θ) = E[ r(ŷ, y) log π(ŷ|x) ] - λ KL(π ‖ π_base)      (Transformer², eq. 2; r = ±1)
 
-TRL has no plain policy gradient; GRPO with one completion per prompt and the reward itself as its advantage is one.
+TRL has no plain policy gradient. GRPO is one if it takes one completion per prompt and the reward as the advantage.
 """
 
 from __future__ import annotations
@@ -19,48 +19,55 @@ class ReinforceConfig(GRPOConfig):
     """
     Configuration of a [`ReinforceTrainer`]: TRL's `GRPOConfig` with the paper's settings (Table 6) as defaults.
 
-    `beta` is the paper's λ, which it chose among 0, 0.1, 0.2 and 0.3 on validation data. The loss of a sequence is the
-    sum over its tokens, divided by `max_completion_length` (`loss_type="dr_grpo"`): a constant, which matters for
-    `max_grad_norm` and `beta` only. Rewards are not normalized, so that `scale_rewards` and
-    `multi_objective_aggregation` are without effect.
+    `beta` is the paper's λ, chosen among 0, 0.1, 0.2 and 0.3 on validation data. The loss of a sequence is the sum over
+    its tokens, divided by the constant `max_completion_length` (`loss_type="dr_grpo"`). This constant affects only
+    `max_grad_norm` and `beta`. Rewards are not normalized: `scale_rewards` and `multi_objective_aggregation` have no
+    effect.
 
     Args:
-        signed_rewards (`bool`):
-            Rewards are 1 for right and 0 for wrong, and count 1 and −1: without a baseline, a reward of 0 teaches
-            nothing. It is the weighted sum of several that is mapped so. `False` takes rewards as they are.
+        signed_rewards (`bool`): Map rewards of 1 and 0 to 1 and −1, because a reward of 0 has no gradient without a
+            baseline. Of several reward functions, the weighted sum is mapped. `False` uses rewards unchanged.
+
+    Raises:
+        ValueError: `num_generations` is not 1, the settings are not on-policy, or a step has one completion.
     """
 
     signed_rewards: bool = field(
-        default=True, metadata={"help": "Rewards are 1 and 0, and count 1 and -1. False takes them as they are."}
+        default=True, metadata={"help": "Map rewards of 1 and 0 to 1 and -1. False uses rewards unchanged."}
     )
 
     num_generations: Optional[int] = field(
-        default=1, metadata={"help": "Completions per prompt. REINFORCE has no baseline, so more bring nothing but 1."}
+        default=1,
+        metadata={"help": "Completions per prompt. Must be 1: without a baseline, more do not reduce variance."},
     )
     learning_rate: float = field(default=2e-3, metadata={"help": "The initial learning rate."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "The scheduler type to use."})
     max_grad_norm: float = field(default=1e-3, metadata={"help": "Max gradient norm."})
-    loss_type: str = field(default="dr_grpo", metadata={"help": "Sum over tokens over a constant: unbiased."})
-    scale_rewards: str = field(default="none", metadata={"help": "Without effect: rewards are used as they are."})
+    loss_type: str = field(
+        default="dr_grpo", metadata={"help": "Sum over tokens divided by a constant, which is unbiased."}
+    )
+    scale_rewards: str = field(default="none", metadata={"help": "No effect: rewards are not normalized."})
 
     def __post_init__(self) -> None:
         if self.num_generations not in (None, 1):
             raise ValueError(
-                f"`num_generations` must be 1 for REINFORCE, got {self.num_generations}: a prompt's completions are "
-                "not compared with each other. For that, use GRPO or RLOO."
+                f"`num_generations` must be 1 for REINFORCE, got {self.num_generations}. Use GRPO or RLOO to compare "
+                "completions of a prompt with each other."
             )
         if self.num_iterations != 1:
-            raise ValueError(f"`num_iterations` must be 1 for REINFORCE, got {self.num_iterations}: it is on-policy.")
+            raise ValueError(
+                f"`num_iterations` must be 1 for REINFORCE, got {self.num_iterations}: REINFORCE is on-policy."
+            )
         if self.steps_per_generation is not None and self.steps_per_generation > self.gradient_accumulation_steps:
             raise ValueError(
                 f"`steps_per_generation` ({self.steps_per_generation}) must not be greater than "
-                f"`gradient_accumulation_steps` ({self.gradient_accumulation_steps}) for REINFORCE: it is on-policy."
+                f"`gradient_accumulation_steps` ({self.gradient_accumulation_steps}) for REINFORCE, which is on-policy."
             )
-        # TRL refuses one generation, as GRPO would learn nothing from it. All that follows from this number is that it
-        # must divide the completions of a step, which are a multiple of each of these.
+        # TRL refuses one generation, because GRPO learns nothing from it. It uses this number only to check that it
+        # divides the completions of a step, which are a multiple of both parts.
         parts = (self.per_device_train_batch_size, self.steps_per_generation or self.gradient_accumulation_steps)
         if max(parts) < 2:
-            raise ValueError("REINFORCE needs more than one completion per step: raise `per_device_train_batch_size`.")
+            raise ValueError("REINFORCE needs two or more completions per step. Raise `per_device_train_batch_size`.")
         self.num_generations = max(parts)
         self.num_generations_eval: Optional[int] = self.num_generations_eval or 1
         super().__post_init__()
@@ -69,10 +76,10 @@ class ReinforceConfig(GRPOConfig):
 
 class ReinforceTrainer(GRPOTrainer):
     """
-    TRL's `GRPOTrainer` with the rewards themselves in the place of group-relative advantages.
+    TRL's `GRPOTrainer` with rewards instead of group-relative advantages.
 
-    Takes the arguments of `GRPOTrainer`, with a [`ReinforceConfig`]. Several reward functions are added up by
-    `reward_weights`. A completion that none of them scores (all `None`) has no part in the gradient.
+    It takes the arguments of `GRPOTrainer`, with a [`ReinforceConfig`]. Several reward functions are added with
+    `reward_weights`. A completion without any reward (all `None`) has no gradient.
     """
 
     _tag_names = ["trl", "reinforce", "transformer-squared"]  # noqa: RUF012 (as in TRL)

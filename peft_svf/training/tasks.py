@@ -1,12 +1,11 @@
-"""Tasks with answers that can be verified: reasoning-gym's procedural ones by name, your own ones written like those,
-and naming a prompt's category.
+"""Tasks with verifiable answers: reasoning-gym's procedural tasks, custom tasks registered with it, and classification.
 
     find_task("reasoning_gym:products?min_digits=1&max_digits=1").examples("train", 2000)
 
-The splits of a task share no question. Procedural generators repeat themselves when their space is small (there are 55
-one-digit products up to order), so a question goes to a split by a hash of its content and not by the seed alone: of
-the numbers and operators of its arithmetic in any order, or of its words if it has none. That holds across tasks: the
-sum that is asked in the test of one task is not in the training data of another, not even in other words.
+The splits of a task share no question. Different seeds are not enough, because small generators repeat themselves:
+there are only 55 one-digit products up to order. A hash of the content decides the split of a question: of the numbers
+and operators in any order, or of the words of a question without arithmetic. This holds across tasks: a sum in the test
+split of one task is not in the training split of another, in any words.
 """
 
 from __future__ import annotations
@@ -33,15 +32,15 @@ from ..scoring.rewards import ANSWERS, RewardFunc, text_of
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 SEEDS: dict[Split, int] = {"train": 1, "test": 2, "validation": 3}
-_FEW_WORDS = 30  # in a longer question arithmetic is not all there is
+_FEW_WORDS = 30  # a longer question has more content than its arithmetic
 
 
 class Task(Protocol):
-    """Examples for each split and how to score an answer."""
+    """Examples of each split, and the reward of an answer."""
 
     @property
     def name(self) -> str:
-        """What it is called."""
+        """Name of the task."""
         ...
 
     @property
@@ -50,14 +49,16 @@ class Task(Protocol):
         ...
 
     def examples(self, split: Split, size: int) -> Dataset:
-        """At most `size` rows: `prompt` and `completion` (messages), `answer`, and what the reward needs besides.
-        The rows of validation and test are all different."""
+        """Return at most `size` examples: `prompt` and `completion` (messages), `answer`, and further columns for the
+        reward. All examples of validation and test are different."""
         ...
 
 
 def split_of(question: str) -> Split:
-    """The split that a question belongs to: a third goes to the test, a fifth of the rest to validation; `3 * 4` goes
-    where `4 * 3` goes, whatever is said around it."""
+    """Return the split of a question: a third is test, a fifth of the rest validation.
+
+    `3 * 4` and `4 * 3` have the same split, whatever words surround them.
+    """
     arithmetic = re.search(r"\d\s*[-+*/]\s*\d", question) and len(question.split()) <= _FEW_WORDS
     parts = re.findall(r"\d+|[-+*/]", question) if arithmetic else question.split()
     number = int(hashlib.sha256(" ".join(sorted(parts)).encode()).hexdigest(), 16)
@@ -68,17 +69,17 @@ def split_of(question: str) -> Split:
 
 def find_task(spec: str, *, system_prompt: str | None = None, answer_format: str = "text") -> Task:
     """
-    A task by name.
+    Return a task by name.
 
     Args:
-        spec (`str`): `MODULE:NAME`, where the module is `reasoning_gym` or one of yours that registers datasets with
-            it, and the settings of that dataset as in a URL: `reasoning_gym:chain_sum?min_terms=2&max_terms=2`. Values
-            are JSON, or text where they are no JSON.
-        system_prompt (`str`, *optional*): The system message; it should say in what form to answer.
-        answer_format (`str`): How to take the answer out of a completion, one of [`ANSWERS`].
+        spec (`str`): `MODULE:NAME` with the settings of the dataset as in a URL, such as
+            `reasoning_gym:chain_sum?min_terms=2&max_terms=2`. The module is `reasoning_gym`, or a custom module that
+            registers datasets with it. Values are JSON, otherwise text.
+        system_prompt (`str`, *optional*): The system message. It should say in which form to answer.
+        answer_format (`str`): How to extract the answer from a completion, one of [`ANSWERS`].
 
     Raises:
-        ValueError: There is no such module, task, setting or answer format, or its verifier refuses its own answer.
+        ValueError: The module, task, setting or answer format is unknown, or the verifier refuses the reference answer.
         ImportError: reasoning-gym is not installed.
     """
     if answer_format not in ANSWERS:
@@ -90,13 +91,13 @@ def find_task(spec: str, *, system_prompt: str | None = None, answer_format: str
         )
     settings = {key: _value(text) for key, text in parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))}
     if settings.keys() & {"seed", "size"}:
-        raise ValueError(f"The task {spec!r} must not set seed or size, which the splits decide.")
-    entry = create_dataset(name, seed=0, size=1, **settings)[0]  # complains about what does not exist
-    # what is verified later went through JSON
+        raise ValueError(f"The task {spec!r} must not set seed or size; the splits set them.")
+    entry = create_dataset(name, seed=0, size=1, **settings)[0]
+    # Columns of a dataset have gone through JSON.
     if not _verify(str(entry["answer"]), name, json.dumps(settings), json.loads(json.dumps(entry, default=str))):
         raise ValueError(
-            f"The verifier of {spec!r} refuses its own reference answer, {entry['answer']!r}, given as text. The task "
-            "cannot be used in this way; write a reward function for it."
+            f"The verifier of {spec!r} refuses its own reference answer {entry['answer']!r} as text. Use the task as a "
+            "dataset with a custom reward function."
         )
     return ReasoningGymTask(name, settings, system_prompt, answer_format)
 
@@ -107,10 +108,10 @@ class ReasoningGymTask:
     A dataset of [reasoning-gym](https://github.com/open-thought/reasoning-gym) with its verifier.
 
     Attributes:
-        name: `MODULE:NAME`, with the module that registers it.
-        settings: Its settings, such as those of difficulty.
+        name: `MODULE:NAME`, with the module that registers the dataset.
+        settings: Settings of the dataset, such as its difficulty.
         system_prompt: The system message.
-        answer_format: How to take the answer out of a completion, one of [`ANSWERS`].
+        answer_format: How to extract the answer from a completion, one of [`ANSWERS`].
     """
 
     name: str
@@ -135,18 +136,19 @@ class ReasoningGymTask:
                     "task": self.name,
                     "settings": json.dumps(self.settings),
                     "answer_format": self.answer_format,
-                    # as text, for arrow would merge the fields of all rows
+                    # as JSON text, because arrow would merge the fields of all rows
                     "entry": json.dumps(entry, default=str),
                 }
             )
         if not rows:
             raise ValueError(
-                f"The task {self.name!r} with {self.settings} has too few different questions: none falls to {split}."
+                f"The task {self.name!r} with {self.settings} has too few different questions: none is in {split}. "
+                "Choose settings with more questions."
             )
         return Dataset.from_list(rows)
 
     def _entries(self, split: Split, bound: int) -> Iterator[dict[str, Any]]:
-        """Those of a bounded walk, for a small task has fewer different questions than asked for."""
+        """Yield questions of a split. The tries are bounded, because a small task may have too few questions."""
         seen: set[str] = set()
         for entry in create_dataset(self.name, seed=SEEDS[split], size=bound, **self.settings):
             question = entry["question"]
@@ -163,7 +165,7 @@ def reasoning_gym_score(
     answer_format: list[str],
     **kwargs: Any,
 ) -> list[float]:
-    """1 for each completion that its task's verifier accepts, else 0. The other arguments are columns of the data."""
+    """Return 1 for each completion that the verifier accepts, else 0. The other arguments are columns of the data."""
     return [
         _verify(ANSWERS[how](text_of(completion)), name, its, json.loads(one))
         for completion, one, name, its, how in zip(completions, entry, task, settings, answer_format, strict=True)
@@ -184,25 +186,27 @@ def _verify(answer: str, name: str, settings: str, entry: dict[str, Any]) -> flo
     verifier = _verifier(name, settings)
     try:
         return float(verifier(answer, entry) >= 1.0)
-    except Exception:  # some verifiers of reasoning-gym fail on answers that are not even of the right form
+    except Exception:  # some verifiers of reasoning-gym fail on answers of a wrong form
         return 0.0
 
 
 @dataclass(frozen=True)
 class ClassificationTask:
     """
-    Naming the category of a prompt, which the paper's classification expert learns.
+    The task of the paper's classification expert: name the category of a prompt.
 
-    The prompts of a split are those of the same split of the categories' own tasks: what is asked there in a test is
-    never seen in training here. (The code released with the paper trains this expert on the test questions of the
-    benchmarks it is evaluated with.)
+    The prompts of a split come from the same split of the categories' tasks, so no test question is seen in training.
+    (The code released with the paper trains this expert on the test questions of its benchmarks.)
 
-    The rows take the categories in turn, until the first of them has no more prompts. A trainer that does not shuffle
-    them (TRL's `shuffle_dataset=False`) sees as many of each in every step; with an uneven draw, the first thing
-    learned is to always name its most frequent one.
+    The examples take the categories in turn, until one has no more prompts. Without shuffling (TRL's
+    `shuffle_dataset=False`) each step then has as many examples of each category. In uneven steps a model first learns
+    to always name the most frequent category.
 
     Attributes:
-        categories: The task that each category's prompts come from.
+        categories: The task of each category.
+
+    Raises:
+        ValueError: There are fewer than two categories, or two names differ by case only.
     """
 
     categories: Mapping[str, Task]
@@ -213,7 +217,7 @@ class ClassificationTask:
         words = [label.strip().casefold() for label in labels if isinstance(label, str)]
         if len(labels) < 2 or len(words) < len(labels) or not all(words) or len(set(words)) < len(words):
             raise ValueError(
-                f"`categories` must have two or more names, texts that differ by more than their case, got {labels}."
+                f"`categories` must have two or more names that differ by more than case and spaces, got {labels}."
             )
 
     @property
@@ -242,16 +246,16 @@ class ClassificationTask:
 
 
 def create_dataset(name: str, **settings: Any) -> Any:
-    """reasoning-gym's `create_dataset` for `MODULE:NAME`, with errors that say what there is.
+    """
+    Call reasoning-gym's `create_dataset` for `MODULE:NAME`.
 
     Raises:
-        ImportError: reasoning-gym is not installed.
-        ValueError: There is no such module, it registers no dataset of that name, or that has no such setting.
+        ImportError: reasoning-gym, or a package that the dataset needs, is not installed.
+        ValueError: The module, the dataset or a setting is unknown; the message lists what exists.
     """
     if importlib.util.find_spec("reasoning_gym") is None:
-        raise ImportError("This task comes from reasoning-gym, which is not installed: `pip install peft-svf[tasks]`.")
-    # Its zebra puzzles import pycosat, which exists only as C source. Where that was left out, an empty module stands
-    # in, and everything else works.
+        raise ImportError("Tasks need reasoning-gym, which is not installed: `pip install peft-svf[tasks]`.")
+    # Its zebra puzzles import pycosat, which needs a C compiler to install. All other tasks work with an empty module.
     if "pycosat" not in sys.modules and importlib.util.find_spec("pycosat") is None:
         sys.modules["pycosat"] = types.ModuleType("pycosat")
     import reasoning_gym
@@ -259,11 +263,11 @@ def create_dataset(name: str, **settings: Any) -> Any:
 
     module, _, name = name.partition(":")
     if module not in sys.modules and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as for rewards
+        sys.path.insert(0, os.getcwd())  # custom modules, as for rewards
     try:
         importlib.import_module(module)
     except ImportError as error:
-        raise ValueError(f"The module {module!r} of a task could not be imported: {error}.") from error
+        raise ValueError(f"The module {module!r} of a task cannot be imported: {error}.") from error
 
     package = module.partition(".")[0]
     registered = [key for key, (kind, _) in DATASETS.items() if kind.__module__.partition(".")[0] == package]

@@ -1,26 +1,23 @@
-"""Is this the base model that the adapter was made for?"""
+"""Check that an adapter is attached to the base model that it was trained on."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from ..spectral.fingerprint import fingerprint_difference
-
-if TYPE_CHECKING:
-    from .layer import SVFLayer
+from .protocol import AdaptedLayer
 
 
-def check_base(adapter_name: str, layers: Sequence[SVFLayer], *, whole_model: bool = True) -> None:
-    """Compare the layers' weights with those that an adapter was made for, and note them in its config.
+def check_base(adapter_name: str, layers: Sequence[AdaptedLayer], *, whole_model: bool = True) -> None:
+    """Compare the layers' weights with those that an adapter was trained on, and record them in its config.
 
-    An expert for other weights has the right shapes and computes nonsense, so nothing else would tell.
+    On other weights an expert has the right shapes and computes nonsense, so nothing else would detect it.
 
     Args:
-        adapter_name (`str`): The adapter; its config is taken from the layers.
-        layers (`Sequence[SVFLayer]`): Layers that have the adapter. Those whose weights are on meta wait.
-        whole_model (`bool`): Whether these are all of them, so that every recorded weight must be among them.
+        adapter_name (`str`): The adapter. Its config is taken from the layers.
+        layers (`Sequence[AdaptedLayer]`): Layers that have the adapter. Weights on the meta device are skipped.
+        whole_model (`bool`): Whether these are all of its layers. Every recorded weight must then be among them.
 
     Raises:
         ValueError: A spectrum differs and `runtime_config.base_check` is `"error"`.
@@ -35,12 +32,12 @@ def check_base(adapter_name: str, layers: Sequence[SVFLayer], *, whole_model: bo
         if not config.expected_fingerprint:
             config.base_fingerprint = {**(config.base_fingerprint or {}), layer.module_name: found}
         elif name is None:
-            differences.append(f"{layer.module_name}: the adapter was not made for a module of this name")
+            differences.append(f"{layer.module_name}: the adapter has no module of this name")
         elif difference := fingerprint_difference(config.expected_fingerprint[name], found, layer.shape):
             differences.append(f"{layer.module_name}: {difference}")
     if layers and whole_model:
         absent = sorted(set(config.expected_fingerprint) - seen)
-        differences += [f"{name}: the adapter was made for it, but it is not adapted here" for name in absent]
+        differences += [f"{name}: the adapter has this module, but it is not adapted here" for name in absent]
     if not differences or (policy := config.runtime_config.base_check) == "ignore":
         return
     base = f" ({config.base_model_name_or_path})" if config.base_model_name_or_path else ""
@@ -53,14 +50,16 @@ def check_base(adapter_name: str, layers: Sequence[SVFLayer], *, whole_model: bo
         warnings.warn(message, stacklevel=2)
         return
     raise ValueError(
-        message + " If you know better, load its config with `SVFConfig.from_pretrained(path, "
+        message + " To attach it anyway, load its config with `SVFConfig.from_pretrained(path, "
         'runtime_config=SVFRuntimeConfig(base_check="warn"))` and pass it as `config=`.'
     )
 
 
 def recorded_name(module_name: str, recorded: Mapping[str, object]) -> str | None:
-    """The name under which a module is recorded. A model and its headless form differ by a prefix: `layers.0.mlp` and
-    `model.layers.0.mlp`."""
+    """Return the name under which a module is recorded, or `None`.
+
+    A model and its headless form differ by a prefix: `model.layers.0.mlp` and `layers.0.mlp`.
+    """
     if module_name in recorded:
         return module_name
     same = [name for name in recorded if name.endswith(f".{module_name}") or module_name.endswith(f".{name}")]

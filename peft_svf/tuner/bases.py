@@ -1,11 +1,10 @@
-"""Gives many layers their singular bases: in parallel, from one cache, and the same ones on every rank."""
+"""Build the singular bases of many layers: in parallel, from one cache, and identical on every rank."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
 
 import torch
 from peft.utils.integrations import check_deepspeed_zero3_enabled
@@ -15,33 +14,31 @@ from ..spectral.cache import BasisCache
 from ..spectral.pack import BasisPack
 from ..utils.processes import processes
 from ..utils.progress import progress_bar
+from .protocol import AdaptedLayer
 
-if TYPE_CHECKING:
-    from .layer import SVFLayer
-
-# Each holds a few fp64 matrices of the size of Q (0.13 GB for k = 4096).
+# Each worker holds a few fp64 matrices of the size of Q (0.13 GB for k = 4096).
 MAX_WORKERS = 4
 
 
-def build_bases(layers: Sequence[SVFLayer]) -> None:
-    """Build the basis of each layer that `layers` names, with a progress bar.
+def build_bases(layers: Sequence[AdaptedLayer]) -> None:
+    """Build the basis of each layer, with a progress bar.
 
     Raises:
-        ValueError: A weight holds NaN or Inf, is not a floating point matrix, or is not that of the basis pack; the
+        ValueError: A weight holds NaN or Inf, is not a floating point matrix, or does not match the basis pack. The
             message names the module.
     """
     if not layers:
         return
-    runtime = next(reversed(layers[0].svf_config.values())).runtime_config  # of the adapter that is being attached
+    runtime = next(reversed(layers[0].svf_config.values())).runtime_config  # of the newest adapter
     pack = None if runtime.basis is None else BasisPack(runtime.basis)
     pack_of_quantized = pack
     if pack is None and any(layer.quantization_backend is not None for layer in layers):
-        named = os.environ.get("PEFT_SVF_BASIS")
-        pack_of_quantized = BasisPack(named) if named else None
+        path = os.environ.get("PEFT_SVF_BASIS")
+        pack_of_quantized = BasisPack(path) if path else None
     cache = BasisCache(runtime.cache_dir) if runtime.use_cache else None
-    share = pack is None and _must_share(layers, cache)  # every rank reads the same pack
+    share = pack is None and _must_share(layers, cache)  # all ranks read the same pack
 
-    def build(layer: SVFLayer) -> None:
+    def build(layer: AdaptedLayer) -> None:
         _build(layer, (pack if layer.quantization_backend is None else pack_of_quantized) or cache, share)
 
     if all(layer.base_device.type == "cpu" for layer in layers) and not _in_lockstep():
@@ -51,7 +48,7 @@ def build_bases(layers: Sequence[SVFLayer]) -> None:
             build(layer)
 
 
-def _build(layer: SVFLayer, source: BasisCache | BasisPack | None, share: bool) -> None:
+def _build(layer: AdaptedLayer, source: BasisCache | BasisPack | None, share: bool) -> None:
     layer.build_basis(source)
     if share:
         assert layer.basis is not None
@@ -61,16 +58,16 @@ def _build(layer: SVFLayer, source: BasisCache | BasisPack | None, share: bool) 
 
 
 def _in_lockstep() -> bool:
-    """Whether building a basis may involve other ranks, so that all must go in the same order."""
+    """Whether building a basis may communicate with other ranks, so that all must build in the same order."""
     return _world_size() > 1 or check_deepspeed_zero3_enabled()
 
 
-def _must_share(layers: Sequence[SVFLayer], cache: BasisCache | None) -> bool:
-    """Whether rank 0 sends its bases to the others.
+def _must_share(layers: Sequence[AdaptedLayer], cache: BasisCache | None) -> bool:
+    """Whether rank 0 sends its bases to the other ranks.
 
-    FSDP2 shards what each rank holds without comparing, so a rank with other bits would train δ wrongly and silently.
-    The ranks of one machine read the same cache, which needs no communication and so also works when only some of
-    them attach. Otherwise all must attach, in the same order.
+    FSDP2 shards what each rank holds without comparing. A rank with other bits would train δ wrongly and silently.
+    The ranks of one machine read the same cache. That needs no communication, so it also works when only some of
+    them attach. Otherwise all ranks must attach, in the same order.
     """
     ranks = _world_size()
     one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(ranks)
@@ -78,15 +75,15 @@ def _must_share(layers: Sequence[SVFLayer], cache: BasisCache | None) -> bool:
         return False
     has_weights = [all(not layer.is_on_meta for layer in layers)] * ranks
     distributed.all_gather_object(has_weights, has_weights[0])
-    return all(has_weights)  # else whoever brings the weights to the ranks without brings the bases, too
+    return all(has_weights)  # otherwise the bases arrive later, together with the missing weights
 
 
 def _world_size() -> int:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
-def _for_each(build: Callable[[SVFLayer], None], layers: Sequence[SVFLayer]) -> None:
-    """`build(layer)` for each layer, several at a time: half of `eigh` does not use more than one core."""
+def _for_each(build: Callable[[AdaptedLayer], None], layers: Sequence[AdaptedLayer]) -> None:
+    """Call `build(layer)` for each layer in several threads: half of `eigh` uses only one core."""
     threads = torch.get_num_threads()
     workers = min(MAX_WORKERS, threads, len(layers))
     torch.set_num_threads(threads // workers)

@@ -1,4 +1,4 @@
-"""`SVFConfig`: what to adapt, with PEFT's names for it."""
+"""`SVFConfig` and `SVFRuntimeConfig`: the settings of an adapter, under PEFT's names."""
 
 from __future__ import annotations
 
@@ -25,41 +25,32 @@ def _is_finite(number: Any) -> bool:
 
 @dataclass
 class SVFRuntimeConfig:
-    """Choices of this process, never saved with the adapter (as PEFT's `LoraRuntimeConfig`).
+    """Settings of the current process. They are never saved with the adapter, like PEFT's `LoraRuntimeConfig`.
 
     Args:
-        base_check (`"error"`, `"warn"` or `"ignore"`): What to do when a loaded adapter was made for another base
+        base_check (`"error"`, `"warn"` or `"ignore"`): What to do when a loaded adapter was trained on another base
             model, that is, when the spectrum of a weight differs from the one recorded in the adapter.
-        cache_dir (`str`, *optional*): Where singular bases are kept. Default: `$PEFT_SVF_CACHE`, or `peft_svf` under
+        cache_dir (`str`, *optional*): Folder of the cached singular bases. Default: `$PEFT_SVF_CACHE`, or `peft_svf` in
             the Hugging Face home.
-        use_cache (`bool`): Whether to keep and reuse singular bases on disk.
-        basis (`str`, *optional*): Folder or Hub id of a basis pack (`peft-svf decompose`), which all singular bases are
-            read from; nothing is decomposed then. Quantized base models need the pack of their full-precision model;
-            for them the default is `$PEFT_SVF_BASIS`.
-        decompose_quantized (`bool`): On a quantized base model without a pack, decompose the rounded weights. Experts
-            for other precisions do not fit then, nor does what is trained so fit them.
-        fold (`"auto"`, `"always"` or `"never"`): Whether a layer keeps its effective weight W(z) beside the base
-            weight, as long as δ stays the same, which makes it as fast as the base layer and takes the memory of one
-            more weight. `"auto"` does where that is less work than going through the singular basis with every token,
-            `"always"` from the first token on. Neither does where it cannot be done exactly (16-bit weights that would
-            round more than 2 % of the change away) or not at all (sharded or offloaded weights, `torch.compile`).
-            `"never"` frees what was kept.
+        use_cache (`bool`): Whether to cache singular bases on disk.
+        basis (`str`, *optional*): Folder or Hub id of a basis pack (`peft-svf decompose`). All singular bases are read
+            from it and nothing is decomposed. A quantized base model needs the pack of its full-precision model; its
+            default is `$PEFT_SVF_BASIS`.
+        decompose_quantized (`bool`): Decompose the rounded weights of a quantized base model that has no pack. Experts
+            trained this way do not transfer to the full-precision model, nor the other way round.
+        fold (`"auto"`, `"always"` or `"never"`): Whether a layer stores its effective weight W(z) next to the base
+            weight until δ changes. A folded layer is as fast as the base layer and stores one more weight. `"auto"`
+            folds once that is cheaper than applying the gate to every token, `"always"` from the first token on.
+            Neither folds if 16-bit rounding would lose more than 2 % of the change, or if the weights are sharded,
+            offloaded or compiled by `torch.compile`. `"never"` frees the stored weight.
     """
 
-    base_check: Literal["error", "warn", "ignore"] = field(
-        default="error", metadata={"help": "What to do if the adapter was made for another base model."}
-    )
-    cache_dir: Optional[str] = field(default=None, metadata={"help": "Folder of the singular bases."})
-    use_cache: bool = field(default=True, metadata={"help": "Whether to keep singular bases on disk."})
-    basis: Optional[str] = field(
-        default=None, metadata={"help": "Folder or Hub id of a basis pack, instead of decomposing the weights."}
-    )
-    decompose_quantized: bool = field(
-        default=False, metadata={"help": "Whether to decompose rounded weights if there is no basis pack."}
-    )
-    fold: Literal["auto", "always", "never"] = field(
-        default="auto", metadata={"help": "Whether to keep effective weights for speed; takes one more set of weights."}
-    )
+    base_check: Literal["error", "warn", "ignore"] = "error"
+    cache_dir: Optional[str] = None
+    use_cache: bool = True
+    basis: Optional[str] = None
+    decompose_quantized: bool = False
+    fold: Literal["auto", "always", "never"] = "auto"
 
     def __setattr__(self, name: str, value: Any) -> None:
         choices = _CHOICES.get(name)
@@ -74,79 +65,50 @@ class SVFConfig(PeftConfig):
     """
     Configuration of an [`SVFModel`]: singular value fine-tuning, https://huggingface.co/papers/2501.06252.
 
-    Every adapted weight gets one trainable vector δ with one entry per singular value, and acts as
+    Every adapted weight gets one trainable vector δ with one entry per singular value. The layer then computes with
     `W(z) = U diag(σ ⊙ (1 + δ)) Vᵀ`.
 
     Args:
         r (`int`, *optional*):
-            Number of singular values to adapt, the largest ones first. `None`, and any number beyond
+            Number of singular values to adapt, largest first. `None`, and any number above
             `k = min(out_features, in_features)` of a weight, adapts all `k`.
         target_modules (`Union[list[str], str]`, *optional*):
-            The names of the modules to adapt. A string is a regex that must match the whole name; a list holds names or
-            ends of names; `"all-linear"` is every linear and Conv1D layer but the output layer. `None` chooses by
+            Names of the modules to adapt. A string is a regex that must match the whole name; a list holds names or
+            ends of names; `"all-linear"` is every linear and Conv1D layer except the output layer. `None` chooses by
             architecture, as LoRA does.
         exclude_modules (`Union[list[str], str]`, *optional*):
-            The names of the modules to leave out, matched in the same way.
+            Names of the modules to leave out, matched in the same way.
         layers_to_transform (`Union[list[int], int]`, *optional*):
             Indices of the layers to adapt; all if `None`.
         layers_pattern (`Union[list[str], str]`, *optional*):
-            Name of the `nn.ModuleList` that the indices refer to, if it is not found by itself.
+            Name of the `nn.ModuleList` that the indices refer to, if PEFT does not find it.
         modules_to_save (`list[str]`, *optional*):
-            Modules to train and save in full besides δ, such as a fresh classification head.
+            Modules to train and save in full besides δ, such as a new classification head.
         fan_in_fan_out (`bool`):
-            Whether the weights are stored as `[in, out]`. Set by itself for `nn.Linear` and transformers' `Conv1D`.
+            Whether the weights are stored as `[in, out]`. Corrected automatically for `nn.Linear` and transformers'
+            `Conv1D`.
         bias (`str`):
             `"none"`, `"all"` or `"svf_only"`: which biases are trained and saved.
         init_weights (`bool`):
-            `True`: δ = 0, the base model exactly. `False`: random δ, for tests.
+            `True` starts at δ = 0, which is exactly the base model. `False` draws random δ, for tests.
         base_fingerprint (`dict[str, list[float]]`, *optional*):
             σ_1, σ_mid, σ_k and ‖W‖_F of each adapted weight. Filled in when the adapter is attached, saved with it, and
             compared when it is attached again.
         runtime_config ([`SVFRuntimeConfig`] or `dict`):
-            Choices of this process; not saved.
+            Settings of the current process; not saved.
     """
 
-    r: Optional[int] = field(
-        default=None, metadata={"help": "Number of leading singular values to adapt; None for all."}
-    )
-    target_modules: Optional[Union[list[str], set[str], str]] = field(
-        default=None,
-        metadata={
-            "help": (
-                "List of module names or regex expression of the module names to adapt, or 'all-linear'. If not "
-                "specified, modules are chosen according to the model architecture."
-            )
-        },
-    )
-    exclude_modules: Optional[Union[list[str], set[str], str]] = field(
-        default=None, metadata={"help": "List of module names or regex expression of the module names to leave out."}
-    )
-    layers_to_transform: Optional[Union[list[int], int]] = field(
-        default=None, metadata={"help": "The indices of the layers to adapt; all layers if None."}
-    )
-    layers_pattern: Optional[Union[list[str], str]] = field(
-        default=None, metadata={"help": "The name of the nn.ModuleList that `layers_to_transform` refers to."}
-    )
-    modules_to_save: Optional[list[str]] = field(
-        default=None, metadata={"help": "Modules to train and save in full, such as a classification head."}
-    )
-    fan_in_fan_out: bool = field(
-        default=False, metadata={"help": "Whether the weights are stored as (fan_in, fan_out), as Conv1D does."}
-    )
-    bias: Literal["none", "all", "svf_only"] = field(
-        default="none", metadata={"help": "Which biases to train: 'none', 'all' or 'svf_only'."}
-    )
-    init_weights: bool = field(
-        default=True, metadata={"help": "True starts at the base model exactly; False is random, for tests."}
-    )
-    base_fingerprint: Optional[dict[str, list[float]]] = field(
-        default=None,
-        repr=False,
-        metadata={"help": "Spectrum of each adapted weight; filled in and compared when attached."},
-    )
-    runtime_config: SVFRuntimeConfig = field(
-        default_factory=SVFRuntimeConfig, metadata={"help": "Choices of this process; not saved."}
-    )
+    r: Optional[int] = None
+    target_modules: Optional[Union[list[str], set[str], str]] = None
+    exclude_modules: Optional[Union[list[str], set[str], str]] = None
+    layers_to_transform: Optional[Union[list[int], int]] = None
+    layers_pattern: Optional[Union[list[str], str]] = None
+    modules_to_save: Optional[list[str]] = None
+    fan_in_fan_out: bool = False
+    bias: Literal["none", "all", "svf_only"] = "none"
+    init_weights: bool = True
+    base_fingerprint: Optional[dict[str, list[float]]] = field(default=None, repr=False)
+    runtime_config: SVFRuntimeConfig = field(default_factory=SVFRuntimeConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -159,8 +121,8 @@ class SVFConfig(PeftConfig):
         if not isinstance(self.runtime_config, SVFRuntimeConfig):
             raise ValueError(f"`runtime_config` must be an SVFRuntimeConfig or a dict, got {self.runtime_config!r}.")
         self._check_types()
-        # What the adapter was made for, as opposed to what `base_fingerprint` says once it is attached: a config object
-        # may be used for several models in turn, a saved adapter may not.
+        # A copy: one config object may be attached to several models in turn, which overwrites `base_fingerprint`.
+        # Only the fingerprint that came with the config is compared.
         self.expected_fingerprint = dict(self.base_fingerprint or {})
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
@@ -179,10 +141,10 @@ class SVFConfig(PeftConfig):
                     raise ValueError(f"`{field_name}` cannot be used when `target_modules` is a str.")
 
     def _check_types(self) -> None:
-        """Fields come from files, too.
+        """Check the types of the fields, which may come from a file.
 
         Raises:
-            ValueError: One is of another kind than it must be.
+            ValueError: A field has the wrong type.
         """
         for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
             value = getattr(self, name)
@@ -193,11 +155,11 @@ class SVFConfig(PeftConfig):
                 try:
                     re.compile(value)
                 except re.error as error:
-                    raise ValueError(f"`{name}` is no regular expression: {value!r} ({error}).") from error
+                    raise ValueError(f"`{name}` is not a valid regular expression: {value!r} ({error}).") from error
         layers = self.layers_to_transform
         indices = layers if isinstance(layers, (list, tuple, set)) else [] if layers is None else [layers]
         if not all(isinstance(index, int) and not isinstance(index, bool) for index in indices):
-            raise ValueError(f"`layers_to_transform` must be a number or numbers of layers, got {layers!r}.")
+            raise ValueError(f"`layers_to_transform` must be a layer index or a list of them, got {layers!r}.")
         if self.base_fingerprint is not None and not isinstance(self.base_fingerprint, dict):
             raise ValueError(f"`base_fingerprint` must map modules to four numbers, got {self.base_fingerprint!r}.")
         for name, numbers in (self.base_fingerprint or {}).items():
@@ -205,13 +167,13 @@ class SVFConfig(PeftConfig):
                 raise ValueError(f"`base_fingerprint` must have four numbers for {name}, got {numbers!r}.")
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as a dictionary, without the runtime configuration."""
+        """Return the configuration as a dictionary, without the runtime configuration."""
         config: dict[str, Any] = super().to_dict()
         config.pop("runtime_config")
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As PEFT's; a card beside it is told how the adapter is loaded, if it does not say so."""
+        """Save as PEFT does, and add the loading code to a model card in the folder if it has none."""
         super().save_pretrained(save_directory, **kwargs)
         if (card := Path(save_directory, "README.md")).is_file():
             complete_card(card, self.base_model_name_or_path, str(save_directory), self.revision)
@@ -220,12 +182,13 @@ class SVFConfig(PeftConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
     ) -> PeftConfig:
-        """As PEFT's. `runtime_config=` is passed on; a local adapter file that is damaged is refused by name here, as
-        PEFT's own error for it names no file.
+        """Load as PEFT does, and check that a local adapter file can be read.
+
+        PEFT's own error for a damaged file does not name it. `runtime_config=` is passed on.
 
         Raises:
-            ValueError: No config there, a damaged one, or a damaged `adapter_model.safetensors` beside it.
-            TypeError: A config that is none of an adapter.
+            ValueError: There is no config, or it or the `adapter_model.safetensors` next to it is damaged.
+            TypeError: The config does not belong to an adapter.
         """
         where = Path(pretrained_model_name_or_path, subfolder or "", CONFIG_NAME)
         try:
@@ -233,9 +196,9 @@ class SVFConfig(PeftConfig):
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             if not where.is_file():
                 raise
-            kind = TypeError if isinstance(error, TypeError) else ValueError  # as PEFT has it
+            kind = TypeError if isinstance(error, TypeError) else ValueError  # the types that PEFT raises
             raise kind(f"{where} cannot be read: {type(error).__name__}: {error}") from error
-        file = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
+        file = where.with_name(SAFETENSORS_WEIGHTS_NAME)
         if file.is_file():
             try:
                 with safe_open(file, framework="pt"):
@@ -245,3 +208,19 @@ class SVFConfig(PeftConfig):
                     f"{file} is damaged or cut short ({error}). Save or download the adapter again."
                 ) from error
         return config
+
+
+def load_svf_config(path: str | os.PathLike[str]) -> SVFConfig:
+    """Load the config of a saved SVF adapter.
+
+    Args:
+        path: Folder or Hub id of the adapter.
+
+    Raises:
+        ValueError: There is no adapter, or it uses another PEFT method.
+    """
+    config = SVFConfig.from_pretrained(str(path))
+    if not isinstance(config, SVFConfig):
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise ValueError(f"{path} is a {kind} adapter. Expected an SVF adapter.")
+    return config

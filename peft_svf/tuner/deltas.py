@@ -1,4 +1,4 @@
-"""The values of δ, for plots and summaries."""
+"""The values of δ as arrays, for plots and summaries."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .layer import svf_layers
 
 
 def adapter_deltas(model: nn.Module, adapter_name: str = "default") -> dict[str, NDArray[np.float32]]:
-    """Return δ of an adapter by the name of its module, each `[r]`."""
+    """Return δ `[r]` of an adapter by module name."""
     return {
         layer.module_name: layer.delta_weights([adapter_name])[0].detach().float().cpu().numpy()
         for layer in svf_layers(model, adapter_name)

@@ -1,9 +1,9 @@
-"""When a layer keeps its effective weight `W(z)`, and how long.
+"""Decide when a layer stores its effective weight `W(z)`, and for how long.
 
-The gate costs a little with every token, folding costs a lot once. Without knowing how many tokens will come, a layer
-uses the gate until that has cost as much as folding would have, and folds then: the ski-rental rule, never worse than
-twice the best choice in hindsight. What it folded is used until δ, the base weight, the set of active adapters, the
-dtype or the device changes.
+The gate costs a little for every token, folding costs a lot once. The number of future tokens is unknown. So a layer
+uses the gate until it has cost as much as folding, and then folds. This ski-rental rule costs at most twice the best
+choice in hindsight. The folded weight is valid until δ, the base weight, the set of active adapters, the dtype or the
+device changes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from copy import copy
-from typing import TYPE_CHECKING, Any, cast
+from functools import cache
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -21,36 +22,37 @@ from transformers.pytorch_utils import Conv1D
 from ..spectral.arithmetic import fold_cost, gate_cost, products_cost
 from ..spectral.function import invertible
 from .parameters import BASIS_NAME, Delta
+from .protocol import AdaptedLayer
 
-if TYPE_CHECKING:
-    from .layer import SVFLayer
-
-# In 16 bit, W + ΔW rounds small changes away. Where less than this share of ΔW would be left, the gate is used.
-SMALLEST_SHARE = 0.98
-
+# In 16 bit, W + ΔW rounds small changes away. The gate is used if less than this fraction of ΔW would survive.
+SMALLEST_FRACTION = 0.98
 
 _optimizer_steps = 0
 
 
-def _count_step(*_: Any) -> None:
-    global _optimizer_steps
-    _optimizer_steps += 1
+@cache  # once per process
+def _count_optimizer_steps() -> None:
+    """Start counting the steps of all torch optimizers. Not done at import, which must not affect the process."""
 
+    def count(*_: Any) -> None:
+        global _optimizer_steps
+        _optimizer_steps += 1
 
-register_optimizer_step_post_hook(_count_step)
+    register_optimizer_step_post_hook(count)
 
 
 class Snapshot:
-    """Recognises whether tensors are still the ones they were, and hold what they held.
+    """The tensors that a result was computed from, to detect whether they have changed since.
 
-    By identity, storage and version, and δ on the CPU by value, too: fused optimizers, and everything that writes
-    through `.data`, leave no version. On other devices a comparison of values would wait for the device, so it is made
-    only after an optimizer step or when [`doubt`] asked for it.
+    Compared by identity, storage and version. δ on the CPU is also compared by value, because fused optimizers and
+    writes through `.data` change no version. On other devices, comparing values would wait for the device. There it is
+    done only after an optimizer step or a call of [`doubt`].
     """
 
-    def __init__(self, layer: SVFLayer, names: tuple[str, ...]) -> None:
+    def __init__(self, layer: AdaptedLayer, names: tuple[str, ...]) -> None:
+        _count_optimizer_steps()
         base_layer, deltas = layer.get_base_layer(), {name: layer.svf_delta[name] for name in names}
-        # looked up in the modules' own dictionaries, as attributes cost several times more, and this runs in every call
+        # read from the modules' own dictionaries: attribute access is several times slower, and this runs in every call
         self._modules = [(layer._modules, "base_layer", base_layer)]
         self._modules += [(layer.svf_delta._modules, name, delta) for name, delta in deltas.items()]
         owners = [(base_layer, "weight"), (layer, BASIS_NAME), *((delta, "weight") for delta in deltas.values())]
@@ -60,16 +62,16 @@ class Snapshot:
         self.dtype, self.device_type = base_layer.weight.dtype, base_layer.weight.device.type
         self._doubted, self._steps = False, _optimizer_steps
 
-    def is_of(self, layer: SVFLayer) -> bool:
-        """Not so for the replicas of `nn.DataParallel`, which share the attributes of the layer."""
+    def is_of(self, layer: AdaptedLayer) -> bool:
+        """Whether it is of this layer. False for replicas of `nn.DataParallel`, which share the layer's attributes."""
         return self._modules[0][0] is layer._modules
 
     def doubt(self) -> None:
-        """δ may be written through `.data` after this: compare its values the next time."""
+        """Compare the values of δ the next time, as they may be written through `.data` after this call."""
         self._doubted = True
 
     def holds(self) -> bool:
-        """Whether W(z) of these adapters would still be made of the same."""
+        """Whether W(z) of these adapters would still be computed from the same values."""
         for modules, name, module in self._modules:
             if modules.get(name) is not module:
                 return False
@@ -86,7 +88,7 @@ class Snapshot:
 
 
 class Fold:
-    """The folded weight of one layer and the bookkeeping behind it. Copies and pickles are empty."""
+    """The folded weight of one layer and its bookkeeping. Copies and pickles are empty."""
 
     def __init__(self) -> None:
         self.forget()
@@ -95,38 +97,40 @@ class Fold:
         return Fold, ()
 
     def forget(self) -> None:
-        """Become as for a new layer: free the folded weight, and everything that was found out."""
+        """Reset to the state of a new layer: free the folded weight and all bookkeeping."""
         self.weight: torch.Tensor | None = None  # W(z), `[out, in]`
         self._names: tuple[str, ...] = ()
-        self._active: list[str] | str | None = None  # as the layer has it; not known if it is for rows of a batch
-        self._hooks: list[dict[int, Any]] = []  # all empty, or calling the base layer means more than multiplying
+        self._active: list[str] | str | None = None  # the layer's active adapters; None for a mixed batch
+        self._hooks: list[dict[int, Any]] = []  # with a hook, calling the base layer is more than a multiplication
         self._dtype: torch.dtype | None = None
-        self._snapshot: Snapshot | None = None  # of what the rest is about
-        self._spent = 0  # what the gate has cost since the snapshot, or would have
-        self._spent_before = 0  # the same, between the snapshot before and this one
+        self._snapshot: Snapshot | None = None  # of the tensors that the other attributes refer to
+        self._spent = 0  # cost of the gate since the snapshot, had it been used for all tokens
+        self._spent_before = 0  # the same for the snapshot before this one
         self._exact_enough: bool | None = None
-        self._changed_in_place: bool | None = None  # the layer's output, by what follows; not known yet
+        self._changed_in_place: bool | None = None  # whether the model overwrites the layer's output; None: unknown
         self._decisions: dict[tuple[tuple[str, ...], bool], tuple[torch.dtype, Snapshot, bool]] = {}
 
     def release(self) -> None:
-        """Free the folded weight and start counting anew."""
+        """Free the folded weight and restart the count of its cost."""
         self.weight, self._snapshot, self._spent, self._spent_before = None, None, 0, 0
 
-    def peek(self, layer: SVFLayer, names: tuple[str, ...]) -> torch.Tensor | None:
-        """The folded weight for these adapters in the dtype of the base weight, if there is one that is up to date."""
+    def peek(self, layer: AdaptedLayer, names: tuple[str, ...]) -> torch.Tensor | None:
+        """Return the folded weight for these adapters in the dtype of the base weight, if it is up to date."""
         if self.weight is None or self._snapshot is None or self.weight.dtype != layer.get_base_layer().weight.dtype:
             return None
         self._snapshot.doubt()
         return self.weight if can_fold(layer, names) and self._is_current(layer, names, self.weight.dtype) else None
 
-    def ready(self, layer: SVFLayer) -> torch.Tensor | None:
-        """What `find` would answer, in a fraction of its time, when there is a folded weight and no gradient is asked
-        for: decoding asks for every layer and every token."""
+    def ready(self, layer: AdaptedLayer) -> torch.Tensor | None:
+        """Return what `find` would return if there is a folded weight and no gradient is needed, else `None`.
+
+        Decoding calls it for every layer and token, so it must take a fraction of the time of `find`.
+        """
         if (
             self.weight is None
             or self._snapshot is None
             or torch.is_grad_enabled()
-            or layer._active_adapter != self._active
+            or layer.active_adapter != self._active
             or any(self._hooks)
             or not _is_eager()
             or not self._snapshot.is_of(layer)
@@ -137,8 +141,8 @@ class Fold:
             return None
         return self.weight
 
-    def find(self, layer: SVFLayer, names: tuple[str, ...], x: torch.Tensor) -> torch.Tensor | None:
-        """The folded weight of a layer for these adapters if it is to be used for this input, else `None`."""
+    def find(self, layer: AdaptedLayer, names: tuple[str, ...], x: torch.Tensor) -> torch.Tensor | None:
+        """Return the folded weight of a layer for these adapters if this input should use it, else `None`."""
         policy = _policy(layer, names)
         if policy == "never" or not can_fold(layer, names):
             if self._snapshot is not None:
@@ -154,39 +158,39 @@ class Fold:
         r = max(len(delta) for delta in deltas)
         training = torch.is_grad_enabled() and any(delta.requires_grad for delta in deltas)
         self._spent += gate_cost(k, r, tokens)
-        if training:  # backward goes through the gate, too, but gets the gradient of δ on the way
+        if training:  # backward uses the gate, too, and computes the gradient of δ on the way
             self._spent += max(0, gate_cost(k, r, tokens) - products_cost(k, r, tokens, dtype))
         cost = 0 if policy == "always" else fold_cost(*layer.shape, r)
         if training or (torch.is_grad_enabled() and x.requires_grad):
             if not self._decided(layer, cost, training):
                 if training:
-                    self.weight = None  # soon out of date, and memory is short now
+                    self.weight = None  # out of date after the next step, and training is short of memory
                 return None
         elif self._spent < cost or not self._is_exact_enough(layer):
             return None
         if self.weight is None:
-            with torch.inference_mode(False), torch.no_grad():  # a tensor made in inference mode is no use in training
-                self.weight = layer.effective_weight(_delta(layer, names)).to(dtype)
+            with torch.inference_mode(False), torch.no_grad():  # training cannot use a tensor made in inference mode
+                self.weight = layer.effective_weight(layer.summed_delta(names)).to(dtype)
         return self.weight
 
-    def _is_current(self, layer: SVFLayer, names: tuple[str, ...], dtype: torch.dtype) -> bool:
+    def _is_current(self, layer: AdaptedLayer, names: tuple[str, ...], dtype: torch.dtype) -> bool:
         known = self._snapshot
         return known is not None and self._names == names and self._dtype == dtype and known.holds()
 
-    def _restart(self, layer: SVFLayer, names: tuple[str, ...], dtype: torch.dtype) -> None:
+    def _restart(self, layer: AdaptedLayer, names: tuple[str, ...], dtype: torch.dtype) -> None:
         self.weight, self._names, self._dtype, self._snapshot = None, names, dtype, Snapshot(layer, names)
-        self._active = copy(layer._active_adapter) if layer.rows is None else None
+        self._active = copy(layer.active_adapter) if layer.rows is None else None
         modules = [layer.get_base_layer(), *(layer.svf_delta[name] for name in names)]
         self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self._spent, self._spent_before = 0, self._spent
         self._exact_enough = None
 
-    def _decided(self, layer: SVFLayer, cost: int, training: bool) -> bool:
-        """Whether to fold where there will be a backward, in which δ gets a gradient (`training`) or only the input.
+    def _decided(self, layer: AdaptedLayer, cost: int, training: bool) -> bool:
+        """Whether to fold if a backward follows, in which δ gets a gradient (`training`) or only the input does.
 
-        Decided at the first such call for a value of δ and kept for all of them: deciding again later could make the
-        recomputation in a checkpoint differ from the computation. What the value of δ before was used for tells how
-        much may come.
+        Decided at the first such call for a value of δ and kept for all others. A later decision could make the
+        recomputation of an activation checkpoint differ from the first computation. The use of the previous value of δ
+        predicts the use of this one.
         """
         assert self._snapshot is not None
         assert self._dtype is not None
@@ -199,52 +203,48 @@ class Fold:
             worth = self.weight is not None or max(self._spent, self._spent_before) >= cost
             fold = worth and self._is_exact_enough(layer)
             if training:
-                fold = fold and self._may_keep_output(layer) and invertible(_delta(layer, self._names))
+                fold = fold and self._may_keep_output(layer) and invertible(layer.summed_delta(self._names))
             self._decisions[self._names, training] = self._dtype, snapshot, fold
         snapshot.doubt()
         self._snapshot.doubt()
         return fold
 
-    def _may_keep_output(self, layer: SVFLayer) -> bool:
+    def _may_keep_output(self, layer: AdaptedLayer) -> bool:
         return layer.side == "input" or self._changed_in_place is False
 
     def watch(self, output: torch.Tensor) -> None:
-        """Find out, once, whether the model changes the layer's output in place, such as by `nn.ReLU(inplace=True)`.
-        Then a fold on the output side, which needs it in backward, is not possible."""
+        """Find out, once, whether the model changes the layer's output in place, as `nn.ReLU(inplace=True)` does.
+
+        If so, a layer with its gate on the output cannot fold in training, as its backward needs the output.
+        """
         if self._changed_in_place is not None or self._snapshot is None or not output.requires_grad:
             return
-        same, version = output.detach(), output._version  # which share the counter
-        same.data = same.new_empty(0)  # and no longer the memory
+        same, version = output.detach(), output._version  # shares the version counter
+        same.data = same.new_empty(0)  # but no longer the memory
 
         def look(gradient: torch.Tensor) -> None:
             self._changed_in_place = bool(self._changed_in_place) or same._version != version
 
         output.register_hook(look)
 
-    def _is_exact_enough(self, layer: SVFLayer) -> bool:
-        """Whether enough of ΔW is left in the dtype to compute in."""
+    def _is_exact_enough(self, layer: AdaptedLayer) -> bool:
+        """Whether enough of ΔW survives rounding to the compute dtype."""
         assert self._dtype is not None
         if self._exact_enough is None:
             self._exact_enough = (
                 self._dtype.itemsize > 2
-                or layer.surviving_share(_delta(layer, self._names), self._dtype) >= SMALLEST_SHARE
+                or layer.surviving_fraction(layer.summed_delta(self._names), self._dtype) >= SMALLEST_FRACTION
             )
         return self._exact_enough
 
 
-def _delta(layer: SVFLayer, names: tuple[str, ...]) -> torch.Tensor:
-    delta = layer.summed_delta(names)
-    assert delta is not None
-    return delta
-
-
-def _policy(layer: SVFLayer, names: tuple[str, ...]) -> str:
+def _policy(layer: AdaptedLayer, names: tuple[str, ...]) -> str:
     choices = {layer.svf_config[name].runtime_config.fold for name in names}
     return "never" if "never" in choices else "always" if "always" in choices else "auto"
 
 
 def _compute_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
-    """What a base layer with weights of this dtype computes in: that, or what autocast makes of it."""
+    """The dtype in which a base layer with weights of this dtype computes, autocast included."""
     if not torch.is_autocast_enabled(device_type) or dtype == torch.float64:
         return dtype
     return torch.get_autocast_dtype(device_type)
@@ -254,9 +254,11 @@ def _is_eager() -> bool:
     return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack())
 
 
-def can_fold(layer: SVFLayer, names: tuple[str, ...]) -> bool:
-    """Whether the layer owns plain tensors, calling its base layer means multiplying by its weight, and versions mean
-    something. Not so under `torch.compile`, functorch, FSDP, ZeRO-3, tensor parallelism, offload, or with hooks."""
+def can_fold(layer: AdaptedLayer, names: tuple[str, ...]) -> bool:
+    """Whether the layer may fold: it owns plain tensors with versions, and its base layer only multiplies.
+
+    False under `torch.compile`, functorch, FSDP, ZeRO-3, tensor parallelism and offload, and with hooks.
+    """
     if not _is_eager():
         return False
     base_layer = layer.get_base_layer()
@@ -272,8 +274,8 @@ def can_fold(layer: SVFLayer, names: tuple[str, ...]) -> bool:
     return has_plain_deltas(layer, names)
 
 
-def has_plain_deltas(layer: SVFLayer, names: Sequence[str]) -> bool:
-    """Whether the layer owns δ of these adapters itself, so that their versions mean something."""
+def has_plain_deltas(layer: AdaptedLayer, names: Sequence[str]) -> bool:
+    """Whether the layer itself owns δ of these adapters, so that their versions are reliable."""
     # in this order, as FSDP1 wraps δ
     return all(_is_untouched(layer.svf_delta[name], (Delta,)) for name in names) and all(
         map(_is_plain, layer.delta_weights(names))
@@ -283,13 +285,13 @@ def has_plain_deltas(layer: SVFLayer, names: Sequence[str]) -> bool:
 def _is_untouched(module: nn.Module, classes: tuple[type[nn.Module], ...]) -> bool:
     return (
         type(module) in classes
-        and module._parameters.get("weight") is not None  # not so in the replicas of nn.DataParallel
+        and module._parameters.get("weight") is not None  # replicas of nn.DataParallel have none
         and not module._forward_hooks
         and not module._forward_pre_hooks
         and not module._backward_hooks
         and not module._backward_pre_hooks
         and "forward" not in module.__dict__  # accelerate's offload
-        and not module._state_dict_pre_hooks  # FSDP2, whose parameters are only sometimes there
+        and not module._state_dict_pre_hooks  # FSDP2, whose parameters exist only at times
     )
 
 

@@ -1,4 +1,4 @@
-"""The adapted layer: an untouched base layer, one shared singular basis, and one δ per adapter."""
+"""The adapted layer: an unchanged base layer, one shared singular basis, and one δ per adapter."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from ..spectral.cache import BasisCache
 from ..spectral.fingerprint import fingerprint
 from ..spectral.function import folded_linear
 from ..spectral.pack import BasisPack
-from ..spectral.rounding import surviving_share
+from ..spectral.rounding import surviving_fraction
 from .base_check import check_base
 from .bases import build_bases
 from .config import SVFConfig
 from .fold import Fold
 from .parameters import BASIS_NAME, Delta
-from .quantized import Original, dequantized, kept_share
+from .quantized import Original, dequantized, kept_fraction
 from .rows import RowDeltas
 
 if TYPE_CHECKING:
@@ -43,12 +43,12 @@ class SVFLayer(BaseTunerLayer):
 
         g(h) = h + Q (δ ⊙ Qᵀ h)        y = g(W x) + b  if out <= in, else  y = W g(x) + b
 
-    around a base layer that stays as it is. Every adapter of the layer shares Q. Adapters are therefore vectors in one
-    space: active ones add, weighted sums of them are adapters, δ = 0 is the base model bit for bit.
+    around an unchanged base layer. All adapters of the layer share Q, so they are vectors in one space: active ones
+    add, their weighted sums are adapters, and δ = 0 is the base model bit for bit.
 
-    Q belongs to the base model and never enters a checkpoint. It is made by `build_basis`, wide enough for the widest
-    adapter; a narrower one uses the leading columns. On a quantized base layer it is that of the weight before it was
-    quantized, and comes from a basis pack.
+    Q belongs to the base model and is never saved with an adapter. `build_basis` makes it wide enough for the widest
+    adapter; narrower ones use its leading columns. On a quantized base layer, Q is that of the full-precision weight
+    and comes from a basis pack.
     """
 
     adapter_layer_names: tuple[str, ...] = ("svf_delta",)
@@ -63,14 +63,14 @@ class SVFLayer(BaseTunerLayer):
         self.svf_delta = nn.ModuleDict({})
         self.svf_config: dict[str, SVFConfig] = {}
         self.register_parameter(BASIS_NAME, None)
-        self.basis_rank = 0  # remembered, as ZeRO-3 leaves partitioned parameters without a shape
-        self.base_fingerprint: list[float] | None = None  # of the weight that the basis was made from
+        self.basis_rank = 0  # stored, because ZeRO-3 leaves partitioned parameters without a shape
+        self.base_fingerprint: list[float] | None = None  # of the decomposed weight
         self.base_spectrum: torch.Tensor | None = None  # its σ, [k], on the CPU
         self._weight_before_merge: torch.Tensor | None = None
         self._quantized_before_merge: Original | None = None
-        self.share_merged = 1.0
+        self.merged_fraction = 1.0  # of ΔW, in the merged weight
         self.fold = Fold()
-        self.rows: RowDeltas | None = None  # in a mixed batch
+        self.rows: RowDeltas | None = None  # set during a mixed batch
 
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -97,33 +97,31 @@ class SVFLayer(BaseTunerLayer):
         return delta
 
     def delta_weights(self, adapter_names: Iterable[str]) -> list[torch.Tensor]:
-        """The parameters δ of these adapters, to compare and to ask about; compute with `summed_delta`."""
+        """Return the parameters δ of these adapters, to inspect. To compute with δ, use `summed_delta`."""
         return [cast(torch.Tensor, self.svf_delta[name].weight) for name in adapter_names]
 
     def rank(self, adapter_name: str) -> int:
-        """How many singular values an adapter rescales: `r`, at most k."""
+        """Return how many singular values an adapter rescales: `r`, at most k."""
         k, r = min(self.in_features, self.out_features), self.svf_config[adapter_name].r
         return k if r is None else min(r, k)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # PEFT's version casts to the base layer's dtype, too: a bf16 δ would lose the small updates of RL.
+        # PEFT's version also casts to the base layer's dtype: a bf16 δ would lose the small updates of RL.
         delta = self._delta(adapter_name)
         device = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
         if device is not None and device.type != "meta" and not delta.weight.is_meta:
             delta.to(device)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter; with the last one the basis goes, too."""
+        """Delete an adapter, and the basis with the last one."""
         super().delete_adapter(adapter_name)
-        self.fold = Fold()  # the old one holds on to what it was made of
+        self.fold = Fold()  # the old one refers to the deleted δ
         if not self.svf_delta:
             self._set_basis(None)
 
-    def summed_delta(self, adapter_names: Iterable[str]) -> torch.Tensor | None:
-        """The δ of these adapters together, `[widest r]` in fp32; `None` if the layer has none of them."""
+    def summed_delta(self, adapter_names: Iterable[str]) -> torch.Tensor:
+        """Return the sum of the δ of these adapters, `[widest r]` in fp32. The layer must have at least one of them."""
         deltas = [self.svf_delta[name]() for name in adapter_names if name in self.svf_delta]
-        if not deltas:
-            return None
         total, *others = sorted(deltas, key=len, reverse=True)
         for delta in others:
             total = total + (delta if len(delta) == len(total) else pad(delta, (0, len(total) - len(delta))))
@@ -131,8 +129,10 @@ class SVFLayer(BaseTunerLayer):
 
     @torch.no_grad()
     def mix(self, adapter_name: str, parts: Iterable[tuple[str, float]]) -> None:
-        """Overwrite the δ of an adapter by Σ_k α_k δ_k, from pairs of a name and its α_k. An adapter that the layer
-        lacks counts as δ = 0."""
+        """Overwrite the δ of an adapter by Σ_k α_k δ_k, given pairs of a name and its α_k.
+
+        An adapter that the layer does not have counts as δ = 0.
+        """
         total = torch.zeros_like(self._delta(adapter_name)())
         for name, weight in parts:
             if name in self.svf_delta:
@@ -144,8 +144,10 @@ class SVFLayer(BaseTunerLayer):
 
     @property
     def basis(self) -> torch.Tensor | None:
-        """Q, `[k, r]` with the r of the widest adapter, in the dtype of the base weight, or of the pack if that is
-        quantized; `None` until it is built."""
+        """Q, `[k, r]` with the r of the widest adapter; `None` until it is built.
+
+        Its dtype is that of the base weight, or that of the pack if the base weight is quantized.
+        """
         return getattr(self, BASIS_NAME)
 
     @property
@@ -154,7 +156,7 @@ class SVFLayer(BaseTunerLayer):
         return self.out_features, self.in_features
 
     def needs_basis(self) -> bool:
-        """Whether `build_basis` has work to do: no basis, one too narrow, or one made while the weight was on meta."""
+        """Whether `build_basis` must run: there is no basis, it is too narrow, or it was made on the meta device."""
         if not self.svf_delta:
             return False
         if self.basis is None or self.basis_rank < self._widest():
@@ -163,9 +165,15 @@ class SVFLayer(BaseTunerLayer):
 
     @property
     def base_device(self) -> torch.device:
-        """Where the base weight is."""
+        """The device of the base weight."""
         device = self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
         return torch.device("cpu") if device is None else device
+
+    @property
+    def base_dtype(self) -> torch.dtype | None:
+        """The dtype of the base weight; of its computation if it is quantized and known; otherwise `None`."""
+        dtype: torch.dtype | None = self._get_base_layer_device_and_dtype(self.get_base_layer())[1]
+        return dtype
 
     @property
     def is_on_meta(self) -> bool:
@@ -174,16 +182,16 @@ class SVFLayer(BaseTunerLayer):
 
     @torch.no_grad()
     def build_basis(self, source: BasisCache | BasisPack | None = None) -> None:
-        """Make Q from the base weight, or read it from a cache or a pack.
+        """Compute Q from the base weight, or read it from a cache or a pack.
 
-        On the meta device, Q gets its shape and waits for the weights.
+        On the meta device, Q only gets its shape. It is built when the weights have been loaded.
 
         Args:
-            source ([`BasisCache`] or [`BasisPack`], *optional*): Where to look and keep; nowhere if `None`.
+            source ([`BasisCache`] or [`BasisPack`], *optional*): Where to read Q; a cache also stores it.
 
         Raises:
-            ValueError: The weight holds NaN or Inf, is not a floating point matrix, or is not that of the pack; the
-                pack has fewer columns than the widest adapter; or there is no pack for a quantized weight.
+            ValueError: The weight holds NaN or Inf, is not a floating point matrix, or differs from that of the pack.
+                Or the pack has fewer columns than the widest adapter, or a quantized weight has no pack.
         """
         r, base_layer = self._widest(), self.get_base_layer()
         quantized = self.quantization_backend is not None
@@ -192,12 +200,11 @@ class SVFLayer(BaseTunerLayer):
                 stack.enter_context(gather_params_ctx(base_layer.weight, modifier_rank=None))  # ZeRO-3 partitions it
             stack.enter_context(align_module_device(base_layer))  # accelerate's CPU offload keeps it elsewhere
             if self.is_on_meta:
-                dtype = self._get_base_layer_device_and_dtype(base_layer)[1]
-                self._set_basis(torch.empty(min(self.shape), r, dtype=dtype, device="meta"))
+                self._set_basis(torch.empty(min(self.shape), r, dtype=self.base_dtype, device="meta"))
                 return
             if quantized and not isinstance(source, BasisPack):
                 self._check_may_decompose()
-            weight = self._as_out_in(self._unmerged_weight())
+            weight = self.weight_out_in()
             if source is None:
                 found = singular_basis(weight, name=self.module_name)
             elif isinstance(source, BasisPack):
@@ -207,8 +214,8 @@ class SVFLayer(BaseTunerLayer):
                 found = source.load_or_compute(weight, name=self.module_name)
             if found.vectors.shape[1] < r:
                 raise ValueError(
-                    f"{source} has {found.vectors.shape[1]} singular vectors for {self.module_name}, and the adapter "
-                    f"changes {r}."
+                    f"{source} has {found.vectors.shape[1]} singular vectors for {self.module_name}, but the adapter "
+                    f"changes {r}. Make a wider pack (`peft-svf decompose --r`), or pass a smaller `r`."
                 )
         self.base_fingerprint, self.base_spectrum = fingerprint(found.spectrum), found.spectrum
         self._set_basis(found.leading(r).vectors)
@@ -218,152 +225,75 @@ class SVFLayer(BaseTunerLayer):
             return
         assert self.quantization_backend is not None
         raise ValueError(
-            f"{self.module_name} is quantized ({self.quantization_backend.backend_name}). Experts act on the singular "
-            "vectors of the full-precision weights, and those of the rounded ones are others. Make a basis pack from "
-            "the full-precision model, `peft-svf decompose MODEL --output_dir PACK`, and name it in the config, "
-            '`runtime_config=SVFRuntimeConfig(basis="PACK")`. For experts that are trained on this quantized model and '
-            "stay on it, `SVFRuntimeConfig(decompose_quantized=True)` decomposes the rounded weights."
+            f"{self.module_name} is quantized ({self.quantization_backend.backend_name}), and SVF needs the singular "
+            "vectors of the full-precision weights. Make a basis pack, `peft-svf decompose MODEL --output_dir PACK`, "
+            'and pass `runtime_config=SVFRuntimeConfig(basis="PACK")`. To train experts for this quantized model only, '
+            "pass `SVFRuntimeConfig(decompose_quantized=True)`."
         )
 
     def _set_basis(self, vectors: torch.Tensor | None) -> None:
         parameter = None if vectors is None else nn.Parameter(vectors, requires_grad=False)
-        # not by assignment: PEFT's low_cpu_mem_usage patches that to put every new parameter on meta
+        # not by assignment, which PEFT's low_cpu_mem_usage patches to put every new parameter on the meta device
         self._parameters[BASIS_NAME] = parameter
         self.basis_rank = 0 if vectors is None else vectors.shape[1]
 
     def _widest(self) -> int:
         return max(self.rank(adapter_name) for adapter_name in self.svf_delta)
 
-    def _ready_basis(self) -> torch.Tensor:
+    def basis_columns(self, r: int) -> torch.Tensor:
+        """Return the first r columns of Q, `[k, r]`, and build Q first if necessary.
+
+        Raises:
+            ValueError: As `build_basis`, or the base model is not the one that an adapter was made for.
+            RuntimeError: The base weight is on the meta device.
+        """
         if self.needs_basis():
-            build_bases([self])  # the weights came after the adapter
+            build_bases([self])  # the weights were loaded after the adapter
             try:
                 for adapter_name in self.svf_delta:
                     check_base(adapter_name, [self], whole_model=False)
             except ValueError:
-                self._set_basis(None)  # or the next forward would go through
+                self._set_basis(None)  # or the next forward would succeed
                 raise
         if self.basis is None or self.basis.is_meta:
             raise RuntimeError(
-                f"{self.module_name} is on the meta device: the base weights were never loaded, so SVF has no singular "
-                "basis to work in. Load the base model's weights first."
+                f"{self.module_name} is on the meta device: its base weight was never loaded, so SVF has no singular "
+                "basis. Load the base model's weights first."
             )
-        return self.basis
+        return self.basis[:, :r]
 
-    def _as_out_in(self, weight: torch.Tensor) -> torch.Tensor:
-        """A weight `[out, in]`, however the base layer stores it (Conv1D: transposed). Its own inverse."""
+    # ------------------------------------------------------------------------------------------------ weight
+
+    def as_out_in(self, weight: torch.Tensor) -> torch.Tensor:
+        """Convert a weight between the layout of the base layer (Conv1D: `[in, out]`) and `[out, in]`, either way."""
         return weight.mT if self.fan_in_fan_out else weight
 
-    # ------------------------------------------------------------------------------------------------ merging
+    def weight_out_in(self) -> torch.Tensor:
+        """Return the unmerged base weight as `[out, in]`, dequantized if necessary.
+
+        Raises:
+            RuntimeError: ZeRO-3 partitions the weight.
+        """
+        return self.as_out_in(self._unmerged_weight())
 
     @torch.no_grad()
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """ΔW = W(z) - W of one adapter, fp32, in the layout of the base layer's weight."""
+        """Return ΔW = W(z) - W of one adapter, fp32, in the layout of the base layer's weight."""
         delta = self._delta(adapter_name)()
-        return self._as_out_in(delta_weight(self._as_out_in(self._unmerged_weight()), self._columns(delta), delta))
+        return self.as_out_in(delta_weight(self.weight_out_in(), self.basis_columns(len(delta)), delta))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
 
     @torch.no_grad()
     def effective_weight(self, delta: torch.Tensor) -> torch.Tensor:
-        """`W(z)` as `[out, in]`, in the dtype of the base weight. δ is `[r]`."""
-        return effective_weight(self._as_out_in(self._unmerged_weight()), self._columns(delta), delta)
+        """Return `W(z)` as `[out, in]`, in the dtype of the base weight. δ is `[r]`."""
+        return effective_weight(self.weight_out_in(), self.basis_columns(len(delta)), delta)
 
     @torch.no_grad()
-    def surviving_share(self, delta: torch.Tensor, dtype: torch.dtype) -> float:
-        """How much of ΔW is left when W + ΔW is kept in this dtype; 1 is all. δ is `[r]`."""
-        return surviving_share(self._as_out_in(self._unmerged_weight()), self._columns(delta), delta, dtype)
-
-    @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """
-        Merge adapters into the base weight, which is kept aside: `unmerge` restores it bit for bit, so that any number
-        of cycles (TRL: one per weight sync) leaves the base model as it was.
-
-        A weight of 16 bits or less cannot hold small changes: `share_merged` says how much of ΔW is in the merged
-        weight, and the model warns where it is less than 98 %.
-
-        Args:
-            safe_merge (`bool`):
-                Check that the merged weight is finite before the base weight is overwritten.
-            adapter_names (`list[str]`, *optional*):
-                The adapters to merge; the active ones if `None`.
-        """
-        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.svf_delta]
-        if not names:
-            return
-        self.check_mergeable()
-        backend = self.quantization_backend
-        with align_module_device(self):  # PEFT's onload_layer passes over the layer's own parameters
-            together = (*self.merged_adapters, *names)
-            delta = self.summed_delta(together)
-            assert delta is not None
-            folded = self.fold.peek(self, together)
-            merged = self.effective_weight(delta) if folded is None else folded
-            self.share_merged = self._share_merged(delta)
-            self.fold.release()  # the original weight takes its place
-        if safe_merge and not torch.isfinite(merged).all():
-            raise ValueError(
-                f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken: "
-                f"{self.module_name} would hold values that are not finite."
-            )
-        if backend is None:
-            weight = self.get_base_layer().weight
-            if not self.merged:
-                self._weight_before_merge = weight.detach().clone()
-            # in place: under FSDP2, assigning `weight.data` does nothing and says nothing
-            weight.data.copy_(self._as_out_in(merged))
-        else:
-            self._merge_quantized(backend, merged)
-        self.merged_adapters.extend(names)
-
-    def _merge_quantized(self, backend: QuantizationBackend, merged: torch.Tensor) -> None:
-        original = self._quantized_before_merge or Original(backend, self.get_base_layer())
-        try:
-            original.replace(self, merged)
-            self.share_merged = kept_share(original.weight(), merged, self._stored_weight())
-        except BaseException:
-            original.put_back(self)
-            self._quantized_before_merge = None
-            self.merged_adapters.clear()
-            raise
-        self._quantized_before_merge = original
-
-    def check_mergeable(self) -> None:
-        """
-        Raises:
-            TypeError: The base layer is quantized by a backend that cannot quantize another weight.
-        """
-        backend = self.quantization_backend
-        if backend is not None and not backend.supports_merge:
-            raise TypeError(
-                f"{self.module_name} is quantized ({backend.backend_name}), and PEFT cannot quantize a changed weight "
-                "so. Leave the adapter unmerged, or merge it into the full-precision model."
-            )
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Put the base weight back as it was before the first `merge`."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        if self._quantized_before_merge is not None:
-            self._quantized_before_merge.put_back(self)
-            self._quantized_before_merge = None
-        else:
-            self.get_base_layer().weight.data.copy_(self._weight_before_merge)
-        self._weight_before_merge = None
-        self.share_merged = 1.0
-        self.merged_adapters.clear()
-
-    def _share_merged(self, delta: torch.Tensor) -> float:
-        if self.quantization_backend is not None:
-            return 1.0  # until it is known what quantization leaves of it
-        weight = self._unmerged_weight()
-        if weight.dtype.itemsize > 2 or type(weight) not in (torch.Tensor, nn.Parameter):  # sharded: rows are elsewhere
-            return 1.0
-        return self.surviving_share(delta, weight.dtype)
+    def surviving_fraction(self, delta: torch.Tensor, dtype: torch.dtype) -> float:
+        """Return the fraction of ΔW that survives rounding W + ΔW to this dtype; at most 1. δ is `[r]`."""
+        return surviving_fraction(self.weight_out_in(), self.basis_columns(len(delta)), delta, dtype)
 
     def _stored_weight(self) -> torch.Tensor:
         if self.quantization_backend is not None:
@@ -379,19 +309,112 @@ class SVFLayer(BaseTunerLayer):
         weight = self._stored_weight()
         if weight.numel() == 0:
             raise RuntimeError(
-                f"The weight of {self.module_name} is partitioned by ZeRO-3; merge inside `deepspeed.zero."
+                f"The weight of {self.module_name} is partitioned by ZeRO-3. Merge inside `deepspeed.zero."
                 "GatheredParameters(list(model.parameters()))`."
             )
         return weight
 
-    def _columns(self, delta: torch.Tensor) -> torch.Tensor:
-        return self._ready_basis()[:, : delta.shape[-1]]
+    # ------------------------------------------------------------------------------------------------ merging
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """
+        Merge adapters into the base weight, and store the original weight.
+
+        `unmerge` restores it bit for bit, so any number of cycles leaves the base model unchanged (TRL merges once per
+        weight sync). Weights of 16 bits or less round small changes away. `merged_fraction` is the fraction of ΔW in
+        the merged weight, and the model warns if it is below 98 %.
+
+        Args:
+            safe_merge (`bool`):
+                Check that the merged weight is finite before the base weight is overwritten.
+            adapter_names (`list[str]`, *optional*):
+                The adapters to merge; the active ones if `None`.
+
+        Raises:
+            TypeError: The base layer is quantized by a backend that cannot quantize a merged weight.
+            ValueError: `safe_merge` found NaN or Inf.
+        """
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.svf_delta]
+        if not names:
+            return
+        self.check_mergeable()
+        backend = self.quantization_backend
+        with align_module_device(self):  # PEFT's onload_layer leaves out the layer's own parameters
+            together = (*self.merged_adapters, *names)
+            delta = self.summed_delta(together)
+            folded = self.fold.peek(self, together)
+            merged = self.effective_weight(delta) if folded is None else folded
+            self.merged_fraction = self._merged_fraction(delta)
+            self.fold.release()  # to make room for the copy of the original weight
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(
+                f"NaNs detected in the merged weights: {self.module_name} would hold values that are not finite. The "
+                f"adapter {', '.join(names)} seems to be broken."
+            )
+        if backend is None:
+            weight = self.get_base_layer().weight
+            if not self.merged:
+                self._weight_before_merge = weight.detach().clone()
+            # in place: under FSDP2, assigning `weight.data` silently does nothing
+            weight.data.copy_(self.as_out_in(merged))
+        else:
+            self._merge_quantized(backend, merged)
+        self.merged_adapters.extend(names)
+
+    def _merge_quantized(self, backend: QuantizationBackend, merged: torch.Tensor) -> None:
+        original = self._quantized_before_merge or Original(backend, self.get_base_layer())
+        try:
+            original.replace(self, merged)
+            self.merged_fraction = kept_fraction(original.weight(), merged, self._stored_weight())
+        except BaseException:
+            original.put_back(self)
+            self._quantized_before_merge = None
+            self.merged_adapters.clear()
+            raise
+        self._quantized_before_merge = original
+
+    def check_mergeable(self) -> None:
+        """Check that the base layer can hold a merged weight.
+
+        Raises:
+            TypeError: It is quantized by a backend that cannot quantize a merged weight.
+        """
+        backend = self.quantization_backend
+        if backend is not None and not backend.supports_merge:
+            raise TypeError(
+                f"{self.module_name} is quantized ({backend.backend_name}), and PEFT cannot quantize a merged weight "
+                "for it. Leave the adapter unmerged, or merge it into the full-precision model."
+            )
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Restore the base weight from before the first `merge`."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        if self._quantized_before_merge is not None:
+            self._quantized_before_merge.put_back(self)
+            self._quantized_before_merge = None
+        else:
+            self.get_base_layer().weight.data.copy_(self._weight_before_merge)
+        self._weight_before_merge = None
+        self.merged_fraction = 1.0
+        self.merged_adapters.clear()
+
+    def _merged_fraction(self, delta: torch.Tensor) -> float:
+        if self.quantization_backend is not None:
+            return 1.0  # computed after quantization
+        weight = self._unmerged_weight()
+        if weight.dtype.itemsize > 2 or type(weight) not in (torch.Tensor, nn.Parameter):  # sharded: has not all rows
+            return 1.0
+        return self.surviving_fraction(delta, weight.dtype)
 
 
 class Linear(nn.Module, SVFLayer):
     """SVF around an `nn.Linear`, a transformers `Conv1D`, or a quantized linear layer."""
 
-    if TYPE_CHECKING:  # or `nn.Module.__getattr__` answers for PEFT's untyped mixin
+    if TYPE_CHECKING:  # declared for mypy, which sees `nn.Module.__getattr__` in place of PEFT's untyped mixin
         active_adapters: list[str]
         _cast_input_dtype: Callable[[torch.Tensor, torch.dtype], torch.Tensor]
 
@@ -410,10 +433,10 @@ class Linear(nn.Module, SVFLayer):
         self.update_layer(adapter_name, config=config)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """`[..., in]` → `[..., out]`, in the dtype in which the base layer answers.
+        """Map `[..., in]` to `[..., out]`, in the output dtype of the base layer.
 
         Raises:
-            ValueError: A mixed batch of another size than the adapters were given for.
+            ValueError: In a mixed batch, the number of rows differs from that of the adapters.
         """
         if self.disable_adapters:
             if self.merged:
@@ -423,7 +446,7 @@ class Linear(nn.Module, SVFLayer):
             return linear(x, folded, self._base_bias())
         if self.rows is not None:
             if self.merged:
-                raise ValueError(f"{self.module_name} got merged within a mixed batch; call `unmerge_adapter` first.")
+                raise ValueError(f"{self.module_name} was merged during a mixed batch. Call `unmerge_adapter` first.")
             names = self.rows.same
             if names and not args and not kwargs and (folded := self.fold.find(self, names, x)) is not None:
                 self.rows.check(x)
@@ -440,9 +463,7 @@ class Linear(nn.Module, SVFLayer):
             folded = self.fold.find(self, names, x)
             if folded is not None:
                 return self._folded(x, folded, names)
-        delta = self.summed_delta(names)
-        assert delta is not None
-        result = self._gated(x, delta, *args, **kwargs)
+        result = self._gated(x, self.summed_delta(names), *args, **kwargs)
         if self.side == "output":
             self.fold.watch(result)
         return result
@@ -451,11 +472,11 @@ class Linear(nn.Module, SVFLayer):
         if self.side == "input":
             return self.base_layer(x + self._correction(x, delta), *args, **kwargs)
         result = self.base_layer(x, *args, **kwargs)
-        h = result if self.bias is None else result - self.bias.to(result.dtype)  # which differ under autocast
+        h = result if self.bias is None else result - self.bias.to(result.dtype)  # they differ under autocast
         return result + self._correction(h, delta)
 
     def _correction(self, h: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-        basis = self._columns(delta)
+        basis = self.basis_columns(delta.shape[-1])
         return gate_correction(self._cast_input_dtype(h, basis.dtype), basis, delta).to(h.dtype)
 
     def _folded(self, x: torch.Tensor, folded: torch.Tensor, names: tuple[str, ...]) -> torch.Tensor:
@@ -463,10 +484,9 @@ class Linear(nn.Module, SVFLayer):
         if not (torch.is_grad_enabled() and any(delta.requires_grad for delta in self.delta_weights(names))):
             return linear(x, folded, bias)
         delta = self.summed_delta(names)
-        assert delta is not None
         if torch.is_autocast_enabled(x.device.type):
             x, bias = x.to(folded.dtype), None if bias is None else bias.to(folded.dtype)
-        return folded_linear(x, delta, bias, folded, self._columns(delta))
+        return folded_linear(x, delta, bias, folded, self.basis_columns(len(delta)))
 
     def _base_bias(self) -> torch.Tensor | None:
         base_layer = self._modules["base_layer"]  # PEFT's property takes as long as a small layer
@@ -474,7 +494,7 @@ class Linear(nn.Module, SVFLayer):
         return base_layer._parameters["bias"]
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-        self.fold.release()  # or it stays on the device that the model leaves
+        self.fold.release()  # it would stay on the old device
         return super()._apply(fn, recurse)
 
     def __repr__(self) -> str:
@@ -482,6 +502,6 @@ class Linear(nn.Module, SVFLayer):
 
 
 def svf_layers(model: nn.Module, adapter_name: str | None = None) -> list[SVFLayer]:
-    """The SVF layers of a model, in its order; with a name, those that have this adapter."""
+    """Return the SVF layers of a model in its order; with a name, those that have this adapter."""
     layers = [module for module in model.modules() if isinstance(module, SVFLayer)]
     return layers if adapter_name is None else [layer for layer in layers if adapter_name in layer.svf_delta]

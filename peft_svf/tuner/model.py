@@ -1,4 +1,4 @@
-"""`SVFModel`: puts SVF layers into a model, has their bases built, and checks that the base is the right one."""
+"""`SVFModel`: put SVF layers into a model, build their singular bases, and check the base model."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from transformers.pytorch_utils import Conv1D
 from .base_check import check_base
 from .bases import build_bases
 from .config import SVFConfig
-from .fold import SMALLEST_SHARE
-from .layer import Linear, SVFLayer
+from .fold import SMALLEST_FRACTION
+from .layer import Linear, SVFLayer, svf_layers
 from .parameters import BASIS_NAME
 from .quantized import is_coarse, keep_order, reorder
 from .rows import (
@@ -53,7 +53,7 @@ class SVFModel(BaseTuner):
         model (`torch.nn.Module`): The model to adapt.
         config ([`SVFConfig`]): The configuration of the first adapter.
         adapter_name (`str`): Its name, `"default"` by default.
-        low_cpu_mem_usage (`bool`): Create δ on the meta device, to be filled from a checkpoint.
+        low_cpu_mem_usage (`bool`): Create δ on the meta device, to be loaded from a checkpoint.
 
     Example:
 
@@ -74,12 +74,14 @@ class SVFModel(BaseTuner):
     # ------------------------------------------------------------------------------------------------ injection
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's, then builds the singular bases that are missing and compares the base model with the one that the
-        adapter was made for. If either fails, the adapter is taken out again and the model is as it was."""
+        """Attach an adapter as PEFT does, build the missing singular bases, and check the base model.
+
+        If any step fails, the adapter is removed and the model is unchanged.
+        """
         with self._undone_on_error(model, adapter_name):
             self._kept_order = [*self._kept_order, *keep_order(model)]
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            layers = [m for m in model.modules() if isinstance(m, SVFLayer) and adapter_name in m.svf_delta]
+            layers = svf_layers(model, adapter_name)
             build_bases([layer for layer in layers if layer.needs_basis()])
             check_base(adapter_name, layers)
 
@@ -120,14 +122,13 @@ class SVFModel(BaseTuner):
         linear = isinstance(base_layer, (nn.Linear, Conv1D)) or getattr(backend, "layer_type", None) == "linear"
         if not linear or kind.startswith("LayerNorm"):  # Transformer Engine has some that normalize first
             raise TypeError(
-                f"Target module {name} is a {kind}, which SVF does not support. Currently, only `torch.nn.Linear`, "
-                "`transformers.pytorch_utils.Conv1D` and quantized linear layers that PEFT knows are supported."
+                f"Target module {name} is a {kind}, which SVF does not support. Supported are `torch.nn.Linear`, "
+                "`transformers.pytorch_utils.Conv1D` and the quantized linear layers that PEFT supports."
             )
         if backend is None and is_coarse(base_layer):
             raise TypeError(
-                f"Target module {name} is quantized ({kind}, {base_layer.weight.dtype}) in a way that PEFT does not "
-                "know, so its weight cannot be told from its numbers. Use the full-precision model, or another "
-                "quantization."
+                f"Target module {name} is quantized ({kind}, {base_layer.weight.dtype}) in a way that PEFT cannot "
+                "dequantize. Use the full-precision model, or another quantization."
             )
         if svf_config.fan_in_fan_out and not isinstance(base_layer, Conv1D):
             warnings.warn(
@@ -141,11 +142,11 @@ class SVFModel(BaseTuner):
     @contextmanager
     def _undone_on_error(self, model: nn.Module, adapter_name: str) -> Iterator[None]:
         trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        active = [(module, module.active_adapters) for module in model.modules() if isinstance(module, SVFLayer)]
+        active = [(layer, layer.active_adapters) for layer in svf_layers(model)]
         try:
             yield
         except BaseException:  # Ctrl-C among them
-            with _skip_init_on_device():  # or low_cpu_mem_usage sends the base weights to meta as they are put back
+            with _skip_init_on_device():  # or low_cpu_mem_usage moves the restored base weights to the meta device
                 self._take_out(model, adapter_name)
             for layer, names in active:
                 layer.set_adapter(names)
@@ -165,7 +166,7 @@ class SVFModel(BaseTuner):
         return found
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT moves a layer with bitsandbytes' int8 weights to where they are, which δ on meta cannot do
+        # PEFT moves the new layer to the device of bitsandbytes' int8 weights, which fails for δ on the meta device
         state, delta = getattr(child, "state", None), getattr(new_module, "svf_delta", None)
         if state is None or delta is None or not any(p.is_meta for p in delta.parameters()):
             super()._replace_module(parent, child_name, new_module, child)
@@ -176,7 +177,7 @@ class SVFModel(BaseTuner):
         if len(self.peft_config) <= 1:
             self._unload_and_optionally_merge(merge=False)
             if getattr(model, "_hf_peft_config_loaded", False):
-                setattr(model, "_hf_peft_config_loaded", False)  # noqa: B010  # transformers sets it beforehand
+                setattr(model, "_hf_peft_config_loaded", False)  # noqa: B010  # transformers sets it before attaching
             return
         self.peft_config.pop(adapter_name, None)
         delete_adapter(model, adapter_name=adapter_name, prefix=self.prefix, layer_cls=SVFLayer)
@@ -188,8 +189,10 @@ class SVFModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """PEFT enters this around `forward` and `generate`: with `adapter_names`, each row uses the adapter named for
-        it, `"__base__"` none."""
+        """Let each batch row use its adapter of `adapter_names`; `"__base__"` uses none.
+
+        PEFT enters this context around `forward` and `generate`.
+        """
         adapter_names = kwargs.pop("adapter_names", None)
         rows = batch_size(args, kwargs)
         expansion = expansion_of(kwargs, getattr(self.model, "generation_config", None))
@@ -209,7 +212,7 @@ class SVFModel(BaseTuner):
             raise wrong_length("`adapter_names`", len(adapter_names), rows)
         for name, config in self.peft_config.items():
             if config.bias != "none":
-                raise ValueError(f"Adapter {name!r} has `bias`, which all rows of a batch would share.")
+                raise ValueError(f"Adapter {name!r} has `bias`, which cannot differ between the rows of a batch.")
         names, index = names_and_index(adapter_names)
 
         handles = [
@@ -232,24 +235,25 @@ class SVFModel(BaseTuner):
         groups: Groups | None = None,
     ) -> Iterator[None]:
         """
-        Within this context each row of a batch uses a mixture of its own: row i runs with δ = Σ_k weights[i, k] · δ_k.
-        The model's active adapters do not matter. Rows of zeros are the base model.
+        Use a separate mixture for each batch row: row i runs with δ = Σ_k weights[i, k] · δ_k.
 
-        `generate` repeats the weights of a row for its beams and returned sequences. Gradients reach the weights.
+        The active adapters are ignored. A row of zeros is the base model. `generate` repeats the weights of a row for
+        its beams and returned sequences. Gradients flow to the weights.
 
         Args:
             weights (`torch.Tensor`):
                 α, `[rows, experts]`, or `[rows, experts, groups]` with `groups`.
             adapter_names (`list[str]`, *optional*):
-                The experts, in the order of the weights. All adapters in the order in which they were added if `None`.
+                The experts, in the order of the weights; all adapters in the order of their addition if `None`.
             groups (`"module"`, `"layer"` or `dict[str, int]`, *optional*):
-                With weights of their own for each adapted module, for each block of the model, or for each group that
-                the mapping from the names of the adapted modules (`SVFLayer.module_name`) gives.
+                Use separate weights for each adapted module, for each block of the model, or for each group of a
+                mapping from module names (`SVFLayer.module_name`) to group indices.
 
         Raises:
-            ValueError: Weights of another shape or not finite, an unknown adapter, one that has more than δ
-                (`modules_to_save` or `bias`), merged adapters, a model in training mode; and when the model is called,
-                a batch with another number of rows.
+            TypeError: `adapter_names` is a string.
+            ValueError: The weights have another shape or are not finite. An adapter is unknown, merged, or has more
+                than δ (`modules_to_save` or `bias`). The model is in training mode. Or a batch has another number of
+                rows.
 
         Example:
 
@@ -268,14 +272,14 @@ class SVFModel(BaseTuner):
             raise ValueError(f"`adapter_names` holds a name twice: {names}.")
         for name in names:
             self._check_only_delta(name)
-        layers = [layer for layer in self._layers() if any(name in layer.svf_delta for name in names)]
+        layers = [layer for layer in svf_layers(self.model) if any(name in layer.svf_delta for name in names)]
         group = None if groups is None else group_of_each(groups, [layer.module_name for layer in layers])
         count = None if group is None else max(group.values()) + 1
         alpha = checked_weights(weights, len(names), count)
         if self._mixture_rows is not None:
             raise ValueError("`row_mixture` cannot be nested.")
         self._mixture_rows = len(alpha)
-        plain = not (alpha.requires_grad or alpha.any())  # the base model in all rows
+        plain = not (alpha.requires_grad or alpha.any())  # all rows use the base model
         try:
             with self._rows(
                 "the mixture weights",
@@ -293,22 +297,22 @@ class SVFModel(BaseTuner):
     def _rows(
         self, what: str, names: Sequence[str], rows: int, weights: Callable[[SVFLayer], torch.Tensor]
     ) -> Iterator[None]:
-        layers = self._layers()
+        layers = svf_layers(self.model)
         if self.training:
             raise ValueError(f"Cannot pass {what} when the model is in training mode.")
         if any(layer.merged for layer in layers):
-            raise ValueError(f"Cannot pass {what} when there are merged adapters, please call `unmerge_adapter` first.")
+            raise ValueError(f"Cannot pass {what} when there are merged adapters. Call `unmerge_adapter` first.")
 
         tokens: set[int] = set()
 
         def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            # `generate` calls the inner model only
+            # `generate` calls only the inner model
             check_rows(what, [rows] if module is self else [rows, rows * self._expansion], args, kwargs)
             tokens.clear()
             tokens.update(t.shape[1] for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.ndim > 1)
 
-        # PEFT tells `_enable_peft_forward_hooks` the inputs of `generate`, but not always those of `forward`, which
-        # go through one of these two
+        # PEFT passes the inputs of `generate` to `_enable_peft_forward_hooks`, but not always those of `forward`. These
+        # go through one of the two modules.
         handles = [module.register_forward_pre_hook(check, with_kwargs=True) for module in (self, self.model)]
         try:
             for layer in layers:
@@ -324,7 +328,7 @@ class SVFModel(BaseTuner):
 
     @contextmanager
     def _expanding(self, expansion: int) -> Iterator[None]:
-        deltas = [layer.rows for layer in self._layers() if layer.rows is not None]
+        deltas = [layer.rows for layer in svf_layers(self.model) if layer.rows is not None]
         try:
             self._expansion = expansion
             for each in deltas:
@@ -336,29 +340,27 @@ class SVFModel(BaseTuner):
                 each.expansion = 1
 
     def release_folded(self) -> None:
-        """Free the effective weights that layers keep for speed (`SVFRuntimeConfig.fold`); they come back with use."""
-        for layer in self._layers():
+        """Free the folded weights of all layers (`SVFRuntimeConfig.fold`). Layers fold again when it pays off."""
+        for layer in svf_layers(self.model):
             layer.fold.release()
-
-    def _layers(self) -> list[SVFLayer]:
-        return [module for module in self.model.modules() if isinstance(module, SVFLayer)]
 
     # ------------------------------------------------------------------------------------------------ parameters
 
     def train(self, mode: bool = True) -> SVFModel:
-        """As for every module. Warns if it is to train a δ in 16 bit, in which small updates are lost: TRL casts to
-        bf16 what is trained on quantized models, after the adapter was made."""
+        """Set the training mode, and warn about δ in 16 bit, which loses small updates.
+
+        TRL casts the trainable parameters of quantized models to bf16 after the adapter was created.
+        """
         if mode:
             coarse = sum(
                 delta.requires_grad and delta.dtype.itemsize == 2
-                for layer in self._layers()
+                for layer in svf_layers(self.model)
                 for delta in layer.delta_weights(layer.svf_delta)
             )
             if coarse:
                 warnings.warn(
-                    f"{coarse} vectors δ are in 16 bit, in which training loses small updates. Cast them back, "
-                    "`for name, p in model.named_parameters(): p.data = p.data.float() if 'svf_delta' in name else "
-                    "p.data`, or give the trainer the callback `peft_svf.training.ExactState()`, which does so.",
+                    f"{coarse} vectors δ are in 16 bit, so training loses small updates. Pass the trainer "
+                    "`callbacks=[peft_svf.ExactState()]`, which casts them back to fp32.",
                     stacklevel=2,
                 )
         super().train(mode)
@@ -366,21 +368,19 @@ class SVFModel(BaseTuner):
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)
-        for module in model.modules():
-            # PEFT decides by layer, and the basis is on one: one thawed by `model.requires_grad_(True)` stays thawed
-            if isinstance(module, SVFLayer) and module.basis is not None:
-                module.basis.requires_grad_(False)
+        for layer in svf_layers(model):
+            # PEFT freezes parameters outside of tuner layers only, so `model.requires_grad_(True)` would unfreeze it
+            if layer.basis is not None:
+                layer.basis.requires_grad_(False)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        # δ is made in fp32, so what PEFT does by casting up is done; only the refusal needs a cast
+        # δ is created in fp32, so only `autocast_adapter_dtype=False` needs a cast
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if autocast_adapter_dtype:
             return
-        for module in self.model.modules():
-            if isinstance(module, SVFLayer) and adapter_name in module.svf_delta:
-                dtype = module._get_base_layer_device_and_dtype(module.get_base_layer())[1]
-                if dtype is not None and dtype.is_floating_point:  # not so if it is quantized
-                    module.svf_delta[adapter_name].to(dtype)
+        for layer in svf_layers(self.model, adapter_name):
+            if layer.base_dtype is not None and layer.base_dtype.is_floating_point:  # integers: quantized
+                layer.svf_delta[adapter_name].to(layer.base_dtype)
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
@@ -393,13 +393,13 @@ class SVFModel(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
-        # the config, which is written next, may have been used for another model since
+        # the config is saved next, and may have been attached to another model in the meantime
         config.base_fingerprint = config.expected_fingerprint or {
-            module.module_name: module.base_fingerprint
-            for module in model.modules()
-            if isinstance(module, SVFLayer) and adapter_name in module.svf_delta and module.base_fingerprint is not None
+            layer.module_name: layer.base_fingerprint
+            for layer in svf_layers(model, adapter_name)
+            if layer.base_fingerprint is not None
         }
-        # PEFT takes all that is on a tuner layer and not its base layer; the basis belongs to the base model
+        # PEFT selects everything on a tuner layer except its base layer, but the basis belongs to the base model
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         return {key: value for key, value in selected.items() if key.rpartition(".")[-1] != BASIS_NAME}
 
@@ -415,20 +415,20 @@ class SVFModel(BaseTuner):
             for name, module in model.named_modules()
             if isinstance(module, SVFLayer) and adapter_name in module.svf_delta
         }
-        # PEFT would warn and go on with δ = 0 there
+        # PEFT would only warn, and use δ = 0 for them
         if missing := sorted(wanted - remapped.keys()):
             found = sorted(key for key in state_dict if ".svf_delta" in key)
             raise KeyError(
                 f"The checkpoint of adapter {adapter_name!r} has no values for {len(missing)} of {len(wanted)} adapted "
                 f"modules, the first is {missing[0]!r}. It holds {len(found)} δ vectors"
                 + (f", such as {found[0]!r}" if found else "")
-                + ". It was saved for other modules or is incomplete; load it with the config it was saved with."
+                + ". It is incomplete or was saved for other modules. Load it with the config that it was saved with."
             )
         broken = sorted(key for key in wanted if not remapped[key].is_meta and not torch.isfinite(remapped[key]).all())
         if broken:
             raise ValueError(
                 f"The checkpoint of adapter {adapter_name!r} has NaN or Inf in {len(broken)} of {len(wanted)} δ "
-                f"vectors, the first is {broken[0]!r}. It is damaged, or its training diverged."
+                f"vectors, the first is {broken[0]!r}. The file is damaged, or the training diverged."
             )
         return remapped
 
@@ -437,10 +437,10 @@ class SVFModel(BaseTuner):
     @torch.no_grad()
     def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
         """
-        Add the adapter with δ = Σ_k weights_k · δ_k (Transformer², section 3.2). Unlike with LoRA this is exact, as all
-        adapters of a layer share their basis.
+        Add the adapter with δ = Σ_k weights_k · δ_k (Transformer², section 3.2).
 
-        A module that some of the adapters do not adapt counts as δ = 0 for them. The new adapter is not active.
+        Unlike for LoRA this is exact, because all adapters of a layer share their basis. A module that an adapter does
+        not adapt counts as δ = 0. The new adapter is not active.
 
         Args:
             adapters (`list[str]`): Names of the adapters to combine; their `r` and their modules may differ.
@@ -448,12 +448,12 @@ class SVFModel(BaseTuner):
             adapter_name (`str`): Name of the new adapter.
 
         Raises:
-            ValueError: An unknown or an already used name, lengths that differ, a weight that is not finite, or an
-                adapter that has more than δ (`modules_to_save` or `bias`).
+            ValueError: A name is unknown or already used, the lengths differ, a weight is not finite, or an adapter has
+                more than δ (`modules_to_save` or `bias`).
         """
         adapters, weights = list(adapters), [float(weight) for weight in weights]
         if adapter_name in self.peft_config:
-            raise ValueError(f"Adapter {adapter_name!r} already exists; delete it first or choose another name.")
+            raise ValueError(f"Adapter {adapter_name!r} already exists. Delete it first, or choose another name.")
         if len(adapters) != len(weights) or not adapters:
             raise ValueError(
                 f"Expected one weight per adapter, got {len(adapters)} adapters and {len(weights)} weights."
@@ -461,7 +461,7 @@ class SVFModel(BaseTuner):
         self._check_known(adapters)
         for adapter, weight in zip(adapters, weights, strict=True):
             if not math.isfinite(weight):
-                raise ValueError(f"The weight of adapter {adapter!r} is {weight}.")
+                raise ValueError(f"The weight of adapter {adapter!r} is {weight}. Pass a finite number.")
             self._check_only_delta(adapter)
 
         configs = [self.peft_config[adapter] for adapter in adapters]
@@ -487,7 +487,7 @@ class SVFModel(BaseTuner):
             layer.mix(adapter_name, zip(adapters, weights, strict=True))
 
     def _exact_target(self, names: list[str]) -> list[str] | str:
-        """`target_modules` that matches these modules and no other; none of the patterns that they come from need."""
+        """Return `target_modules` that match exactly these modules."""
         suffixes = tuple(f".{name}" for name in names)
         unwrapped = (name.replace(".base_layer", "") for name, _ in self.model.named_modules())
         if any(name.endswith(suffixes) and name not in names for name in unwrapped):
@@ -496,64 +496,55 @@ class SVFModel(BaseTuner):
 
     # ------------------------------------------------------------------------------------------------ names
 
-    # PEFT ignores unknown names in these three calls, so that a typo would pass for the base model
+    # PEFT ignores unknown names in these three calls, so a typo would silently select the base model
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """As PEFT's.
+        """Activate adapters as PEFT does.
 
         Raises:
-            ValueError: There is no such adapter.
+            ValueError: There is no adapter of this name.
         """
         self._check_known(adapter_name)
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """As PEFT's.
+        """Merge adapters as PEFT does, and warn if 16-bit weights lose too much of the change.
 
         Raises:
-            ValueError: There is no such adapter.
-            TypeError: A layer is quantized by a backend that cannot quantize another weight.
+            ValueError: There is no adapter of this name.
+            TypeError: A layer is quantized by a backend that cannot quantize a merged weight.
         """
-        self._check_known(adapter_names or [])
-        self._check_mergeable(adapter_names)
-        with self._warning_of_rounding():
+        with self._merging(adapter_names):
             super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
-        """As PEFT's.
-
-        Raises:
-            ValueError: There is no such adapter.
-            TypeError: A layer is quantized by a backend that cannot quantize another weight.
-        """
-        self._check_known(adapter_names or [])
-        self._check_mergeable(adapter_names)
-        with self._warning_of_rounding():
+        """Merge adapters and return the base model; warnings and errors as `merge_adapter`."""
+        with self._merging(adapter_names):
             merged: nn.Module = super().merge_and_unload(
                 progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
             )
         return merged
 
-    def _check_mergeable(self, adapter_names: Sequence[str] | None) -> None:
-        """Before any layer is changed."""
-        for layer in self._layers():
+    @contextmanager
+    def _merging(self, adapter_names: Sequence[str] | None) -> Iterator[None]:
+        self._check_known(adapter_names or [])
+        layers = svf_layers(self.model)
+        for layer in layers:  # all of them before the first one is changed
             if any(name in layer.svf_delta for name in adapter_names or layer.active_adapters):
                 layer.check_mergeable()
-
-    @contextmanager
-    def _warning_of_rounding(self) -> Iterator[None]:
-        before = [(layer, len(layer.merged_adapters)) for layer in self._layers()]
+        before = [(layer, len(layer.merged_adapters)) for layer in layers]
         yield
-        layers = [layer for layer, merged in before if len(layer.merged_adapters) > merged]
-        lossy = sorted((layer.share_merged, layer.module_name) for layer in layers)
-        lossy = [(share, name) for share, name in lossy if share < SMALLEST_SHARE]
+        changed = [layer for layer, merged in before if len(layer.merged_adapters) > merged]
+        lossy = sorted(
+            (layer.merged_fraction, layer.module_name) for layer in changed if layer.merged_fraction < SMALLEST_FRACTION
+        )
         if lossy:
             warnings.warn(
-                f"{len(lossy)} of {len(layers)} merged weights are too coarse for the change: of ΔW, {lossy[0][0]:.0%} "
-                f"is left in {lossy[0][1]}, {median(share for share, _ in lossy):.0%} in the median of them. Unmerged "
-                "adapters are exact; so is merging into the full-precision base model in float32.",
+                f"{len(lossy)} of {len(changed)} merged weights are too coarse for the change: {lossy[0][0]:.0%} of ΔW "
+                f"is left in {lossy[0][1]} (median {median(fraction for fraction, _ in lossy):.0%}). Keep the adapter "
+                "unmerged, or merge it into the base model in float32.",
                 stacklevel=4,
             )
 

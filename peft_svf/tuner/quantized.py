@@ -1,6 +1,7 @@
-"""Base layers with quantized weights, of the backends that PEFT knows.
+"""Base layers with quantized weights, of the backends that PEFT supports.
 
-The gate only calls the base layer, so it works on all of them. What needs the weight gets what the backend makes of it.
+The gate only calls the base layer, so it works with all of them. Code that needs the weight gets it dequantized by the
+backend.
 """
 
 from __future__ import annotations
@@ -18,31 +19,34 @@ if TYPE_CHECKING:
 
 
 def is_coarse(base_layer: nn.Module) -> bool:
-    """Whether weights are floats of less than 16 bits, or of a kind of tensor that may hold those (such as quanto's),
-    in a layer of a kind that PEFT does not know to be quantized."""
+    """Whether the weight is stored below 16 bit by a backend that PEFT does not know.
+
+    Tensor subclasses of other libraries (such as quanto's) count as well, because they may hide such a weight.
+    """
     weight = getattr(base_layer, "weight", None)
     if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
-        return False  # integers have no singular basis, which says so
+        return False  # `singular_basis` refuses integers by name
     return weight.dtype.itemsize < 2 or type(weight).__module__.partition(".")[0] not in ("torch", "deepspeed")
 
 
 def keep_order(model: nn.Module) -> list[Any]:
-    """Keep bitsandbytes from ordering 4-bit weights anew for the matrix instructions of a CPU, as it does at the first
-    inference on some. It passes no gradient through weights in that order, and it does not find its way back when the
-    model is saved, which includes saving and loading an adapter (0.50).
+    """Keep bitsandbytes from repacking 4-bit weights for the matrix instructions of the CPU.
+
+    On some CPUs it does so at the first inference. Repacked weights pass no gradient and cannot be saved, which breaks
+    saving and loading an adapter (bitsandbytes 0.50).
 
     Returns:
-        `list`: The layers that would have, for `reorder`.
+        `list`: The layers that would have been repacked, for `reorder`.
 
     Raises:
-        ValueError: One has already.
+        ValueError: A layer has been repacked already.
     """
     found: list[Any] = []
     for name, module in model.named_modules():
         if getattr(getattr(getattr(module, "weight", None), "quant_state", None), "packing_format_for_cpu", False):
             raise ValueError(
-                f"{name} has 4-bit weights that bitsandbytes has ordered anew for inference on this CPU, and it can "
-                "neither train nor save them so. Load the model again, and attach the adapter before the model is used."
+                f"{name} has 4-bit weights that bitsandbytes has repacked for inference on this CPU. It can neither "
+                "train nor save them. Load the model again, and attach the adapter before the model is used."
             )
         if getattr(module, "support_avx512bf16_for_cpu", False):
             found.append(module)
@@ -52,15 +56,17 @@ def keep_order(model: nn.Module) -> list[Any]:
 
 
 def reorder(layers: Iterable[Any]) -> None:
-    """Take back `keep_order`."""
+    """Undo `keep_order`."""
     for layer in layers:
         layer.support_avx512bf16_for_cpu = True
 
 
 def dequantized(backend: QuantizationBackend, base_layer: nn.Module, in_features: int) -> torch.Tensor:
-    """What the base layer multiplies by, `[out, in]`: as its backend says, or, where that cannot tell, what comes out
-    for each unit vector."""
-    if backend.supports_merge:  # not so for GPTQ, AWQ and others
+    """Return the weight that the base layer multiplies by, `[out, in]`.
+
+    Backends that cannot dequantize are measured: the layer is applied to every unit vector.
+    """
+    if backend.supports_merge:  # GPTQ, AWQ and others do not
         try:
             return backend.get_base_weight(base_layer).detach()
         except NotImplementedError:
@@ -74,31 +80,31 @@ def dequantized(backend: QuantizationBackend, base_layer: nn.Module, in_features
 
 
 class Original:
-    """The weight of a quantized base layer, kept aside while another one is in its place.
+    """The weight of a quantized base layer, stored while a merged one takes its place.
 
-    The layer stays the same object, as hooks and offloading hold on to it; only HQQ's backend replaces it.
+    The layer stays the same object, because hooks and offloading refer to it. Only HQQ's backend replaces it.
     """
 
     def __init__(self, backend: QuantizationBackend, base_layer: nn.Module) -> None:
         self._backend, self._base_layer = backend, base_layer
         self._weight = base_layer._parameters.get("weight")
         self._attributes = {} if self._weight is None else self._weight.__dict__.copy()
-        self._state = copy.copy(getattr(base_layer, "state", None))  # bitsandbytes' int8: derived from the weight
+        self._state = copy.copy(getattr(base_layer, "state", None))  # bitsandbytes' int8 state, derived from the weight
         self._quant_state = getattr(base_layer, "quant_state", None)
 
     def weight(self) -> torch.Tensor:
-        """Dequantized, `[out, in]`."""
+        """Return the weight, dequantized, `[out, in]`."""
         if self._weight is None:
             return self._backend.get_base_weight(self._base_layer).detach()
         stand_in: Any = SimpleNamespace(weight=self._weight, state=copy.copy(self._state))
         return self._backend.get_base_weight(stand_in).detach()
 
     def replace(self, layer: Any, weight: torch.Tensor) -> None:
-        """Quantize a weight `[out, in]` into the base layer of a tuner layer."""
+        """Quantize a weight `[out, in]` and put it into the base layer of a tuner layer."""
         try:
             self._backend.set_base_weight(layer, weight)
         finally:
-            if self._weight is not None:  # bitsandbytes changes the attributes of the weight that is there
+            if self._weight is not None:  # bitsandbytes changes the attributes of the old weight
                 self._weight.__dict__.clear()
                 self._weight.__dict__.update(self._attributes)
         made = layer.base_layer
@@ -106,12 +112,12 @@ class Original:
             made.bias = self._base_layer.bias
 
     def put_back(self, layer: Any) -> None:
-        """As it was before `replace`, on the device where the layer is now."""
+        """Restore the state before `replace`, on the device where the layer is now."""
         layer.base_layer = self._base_layer
         if self._weight is None:
             return
         now = self._base_layer._parameters.pop("weight", None)
-        self._base_layer.__dict__.pop("weight", None)  # where torchao's backend leaves a failed one
+        self._base_layer.__dict__.pop("weight", None)  # torchao's backend leaves one here when it fails
         weight: Any = self._weight
         if now is not None and now.device != weight.device:
             weight = weight.to(now.device)
@@ -122,9 +128,11 @@ class Original:
             self._base_layer.quant_state = self._quant_state
 
 
-def kept_share(weight: torch.Tensor, merged: torch.Tensor, stored: torch.Tensor, rows: int = 64) -> float:
-    """How much of a change from `weight` to `merged` is in `stored`, which was rounded from that: 1 less the square of
-    what is wrong, relative to that of the change; from evenly spaced rows."""
+def kept_fraction(weight: torch.Tensor, merged: torch.Tensor, stored: torch.Tensor, rows: int = 64) -> float:
+    """Return the fraction of the change from `weight` to `merged` that `stored`, a rounded `merged`, contains.
+
+    1 less the squared error relative to the squared change, estimated from evenly spaced rows.
+    """
     index = torch.linspace(0, len(weight) - 1, min(rows, len(weight)), device=weight.device).round().long()
     change, left = merged[index].float() - weight[index].float(), stored[index].float() - weight[index].float()
     total = float(change.square().sum())

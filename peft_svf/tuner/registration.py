@@ -1,7 +1,7 @@
-"""Makes PEFT know SVF, from outside of PEFT.
+"""Registration of SVF with PEFT, from outside PEFT.
 
-PEFT resolves a method through `PeftType`, a closed enum, and through the mappings that `register_peft_method` fills. So
-the enum gets one more member, built the way the enum machinery builds its own.
+PEFT finds a method through `PeftType`, a closed enum, and through the mappings that `register_peft_method` fills. So
+one member is added to the enum, built in the same way as the enum builds its own.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from peft.utils import PeftType, register_peft_method
 
 
 def add_peft_type(name: str) -> PeftType:
-    """The member `name` of `PeftType`, added if it is missing. Any number of calls gives the same object."""
+    """Return the member `name` of `PeftType`, added if it is missing. Every call returns the same object."""
     existing: PeftType | None = PeftType.__members__.get(name)
     if existing is not None:
         return existing
@@ -35,8 +35,8 @@ def register(config_cls: type, model_cls: type) -> None:
     """Register SVF with PEFT, once.
 
     Raises:
-        ImportError: PEFT already has another implementation under this name. The two read the same
-            `adapter_config.json`, so neither may silently stand in for the other.
+        ImportError: PEFT already has another implementation of this name. Both read the same `adapter_config.json`, so
+            neither may silently replace the other.
     """
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
@@ -46,6 +46,6 @@ def register(config_cls: type, model_cls: type) -> None:
     elif (known.__module__, known.__qualname__) != (config_cls.__module__, config_cls.__qualname__):
         raise ImportError(
             f"The installed PEFT already has a method called SVF ({known.__module__}.{known.__qualname__}), which "
-            "peft_svf will not overwrite. Use the one in PEFT, or install a version of peft-svf that goes with it "
+            "peft_svf does not overwrite. Use the one in PEFT, or install a matching version of peft-svf "
             "(`pip install -U peft-svf`)."
         )

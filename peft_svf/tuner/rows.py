@@ -1,18 +1,16 @@
-"""Mixed batches: each row of a batch uses an expert, or a mixture of experts, of its own."""
+"""Mixed batches: each batch row uses its own expert or its own mixture of experts."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Union
+from typing import Any, Literal, Union
 
 import torch
 from torch.nn.functional import pad
 
 from .fold import Snapshot, can_fold
-
-if TYPE_CHECKING:
-    from .layer import SVFLayer
+from .protocol import AdaptedLayer
 
 BASE = "__base__"  # PEFT's name for the base model in `adapter_names`
 
@@ -20,37 +18,37 @@ Groups = Union[Literal["module", "layer"], Mapping[str, int]]
 
 
 class RowDeltas:
-    """δ of every row in one layer: `Σ_k α_k δ_k`.
+    """δ of every batch row in one layer: `Σ_k α_k δ_k`.
 
     Args:
-        layer ([`SVFLayer`]): The layer.
+        layer ([`AdaptedLayer`]): The layer.
         names (`list[str]`): The experts.
-        what (`str`): What the rows were given as, for messages.
-        weights (`torch.Tensor`): α, `[rows, experts]`; or the index of one expert for each row, `[rows]`, in integers,
-            where the number of experts stands for the base model.
+        what (`str`): Name of the argument that the rows were given by, for messages.
+        weights (`torch.Tensor`): α, `[rows, experts]`. Or the integer index of one expert per row, `[rows]`, where the
+            number of experts stands for the base model.
         tokens (`Collection[int]`): Lengths of the model's current inputs.
 
     Attributes:
         expansion (`int`): How many rows `generate` makes of one, for beams or returned sequences.
-        same (`tuple[str, ...]`): The expert, if all rows use the same one and the layer has it, so that the layer may
-            fold; else empty.
+        same (`tuple[str, ...]`): The expert if all rows use the same one and the layer has it, so that the layer may
+            fold; otherwise empty.
     """
 
     def __init__(
-        self, layer: SVFLayer, names: Sequence[str], what: str, weights: torch.Tensor, tokens: Collection[int]
+        self, layer: AdaptedLayer, names: Sequence[str], what: str, weights: torch.Tensor, tokens: Collection[int]
     ) -> None:
         self.expansion = 1
         self._layer, self._names, self._what, self._weights, self._tokens = layer, names, what, weights, tokens
         one = len(names) == 1 and names[0] in layer.svf_delta and not weights.is_floating_point() and not weights.any()
         self.same = tuple(names) if one else ()
-        self._last: torch.Tensor | None = None  # δ of the last call, as decoding calls again and again
+        self._last: torch.Tensor | None = None  # δ of the last call, which decoding repeats
         self._made_of: tuple[Snapshot, int, torch.Tensor] | None = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor | None:
-        """δ `[rows, 1, ..., r]` for an input `[rows, ..., in]`; `None` if the layer has none of the experts.
+        """Return δ `[rows, 1, ..., r]` for an input `[rows, ..., in]`; `None` if the layer has none of the experts.
 
-        The input has a row for each row of the weights, or as many as `generate` makes of them. One of two dimensions
-        may be such a batch with its tokens flattened.
+        The input has one row per row of the weights, or as many as `generate` makes of them. An input of two dimensions
+        may be a batch with its tokens flattened.
 
         Raises:
             ValueError: The input has another number of rows.
@@ -66,10 +64,10 @@ class RowDeltas:
         return deltas.reshape([rows, *[1] * (x.ndim - 2), -1] if x.ndim > 1 else [-1])
 
     def check(self, x: torch.Tensor) -> int:
-        """The rows of an input.
+        """Return the number of rows of an input.
 
         Raises:
-            ValueError: Another number than was given.
+            ValueError: The number differs from that of the weights.
         """
         rows, given = (1 if x.ndim == 1 else len(x)), len(self._weights)
         allowed = [given, given * self.expansion]
@@ -81,7 +79,7 @@ class RowDeltas:
 
     def _deltas(self, repeats: int) -> torch.Tensor:
         choices = not self._weights.is_floating_point()
-        # here and not before, as FSDP and offload have δ in place only while the layer runs
+        # not earlier: FSDP and offload have δ in place only while the layer runs
         deltas = {name: self._layer.svf_delta[name]() for name in self._names if name in self._layer.svf_delta}
         zeros = torch.zeros_like(max(deltas.values(), key=len))
         missing = zeros[:0]
@@ -92,7 +90,7 @@ class RowDeltas:
             return stacked[weights] if choices else weights.to(stacked.dtype) @ stacked
 
     def _remember(self, deltas: torch.Tensor, present: tuple[str, ...]) -> None:
-        # nothing that a graph may hang on, and nothing that could change unseen
+        # keep nothing that belongs to a graph or could change undetected
         if torch.is_grad_enabled() or self._weights.is_inference() or not can_fold(self._layer, present):
             self._last = self._made_of = None
             return
@@ -109,7 +107,7 @@ class RowDeltas:
 
 
 def wrong_length(what: str, given: int, rows: int) -> ValueError:
-    """In PEFT's words."""
+    """The error for a wrong number of rows, in PEFT's words."""
     return ValueError(
         f"Length of {what} should be the same as the number of inputs, but got {given} and {rows} respectively."
     )
@@ -120,17 +118,17 @@ def _widened(delta: torch.Tensor, r: int) -> torch.Tensor:
 
 
 def names_and_index(adapter_names: Sequence[str]) -> tuple[list[str], torch.Tensor]:
-    """The distinct adapters, and for each row the index of its own; the base model has the last."""
+    """Return the distinct adapters, and for each row the index of its adapter; the base model has the last index."""
     names = sorted(set(adapter_names) - {BASE})
     places = {name: i for i, name in enumerate([*names, BASE])}
     return names, torch.tensor([places[name] for name in adapter_names], dtype=torch.long)
 
 
 def checked_weights(weights: Any, experts: int, groups: int | None) -> torch.Tensor:
-    """Mixture weights as a tensor `[rows, experts, groups]`, with one group if `groups` is `None`.
+    """Return mixture weights as a tensor `[rows, experts, groups]`, with one group if `groups` is `None`.
 
     Raises:
-        ValueError: Another shape, no rows, or values that are not finite.
+        ValueError: The shape is wrong, there are no rows, or a value is not finite.
     """
     weights = torch.as_tensor(weights)
     wanted = f"[rows, {experts}]" if groups is None else f"[rows, {experts}, {groups}]"
@@ -138,7 +136,7 @@ def checked_weights(weights: Any, experts: int, groups: int | None) -> torch.Ten
     if shape[1:] != ([experts] if groups is None else [experts, groups]) or shape[0] == 0:
         raise ValueError(
             f"Mixture weights for {experts} adapters must have the shape {wanted}, got {shape}."
-            + (" Weights with a third dimension need `groups`." if groups is None and len(shape) == 3 else "")
+            + (" A third dimension needs `groups`." if groups is None and len(shape) == 3 else "")
         )
     if not weights.is_floating_point():
         weights = weights.float()
@@ -149,10 +147,10 @@ def checked_weights(weights: Any, experts: int, groups: int | None) -> torch.Ten
 
 
 def group_of_each(groups: Groups, modules: Sequence[str]) -> dict[str, int]:
-    """The group of each module: its own (`"module"`), its block's (`"layer"`), or as given.
+    """Return the group of each module: one per module (`"module"`), one per block (`"layer"`), or as given.
 
     Raises:
-        ValueError: A given mapping that leaves a module out, or a group that is no index.
+        ValueError: The given mapping lacks a module, or a group is not an index.
     """
     if groups == "module":
         return {name: i for i, name in enumerate(modules)}
@@ -169,20 +167,20 @@ def group_of_each(groups: Groups, modules: Sequence[str]) -> dict[str, int]:
     return {name: groups[name] for name in modules}
 
 
-# not everything that a model takes has the batch in front
+# not every input of a model has the batch as its first dimension
 _BATCHED = ("input_ids", "inputs", "inputs_embeds", "input_features", "input_values", "attention_mask")
 
 
 def batch_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
-    """Rows of a model's inputs; `None` if they do not tell."""
+    """Return the number of rows of a model's inputs, or `None` if it cannot be told."""
     return next(_lengths([*args[:1], *(kwargs.get(key) for key in _BATCHED)]), None)
 
 
 def check_rows(what: str, allowed: Sequence[int], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Compare the number of rows given with that of all inputs of a model, which may have names of its own.
+    """Compare the number of rows with that of a model's inputs, which may have unknown names.
 
     Raises:
-        ValueError: No input has as many rows as are allowed.
+        ValueError: No input has an allowed number of rows.
     """
     rows = batch_size(args, kwargs)
     found = list(_lengths(kwargs.values())) if rows is None else [rows]
@@ -195,7 +193,7 @@ def _lengths(values: Iterable[Any]) -> Iterator[int]:
 
 
 def expansion_of(kwargs: Mapping[str, Any], default: Any) -> int:
-    """How many rows `generate` makes of one, from its arguments and the model's generation config."""
+    """Return how many rows `generate` makes of one, from its arguments and the model's generation config."""
 
     def number(key: str) -> int:
         sources = (kwargs.get(key), getattr(kwargs.get("generation_config"), key, None), getattr(default, key, None))
@@ -205,7 +203,7 @@ def expansion_of(kwargs: Mapping[str, Any], default: Any) -> int:
 
 
 def names_hook(adapter_names: Sequence[str]) -> Callable[..., tuple[Any, Any]]:
-    """A forward pre-hook that tells PEFT's own wrappers (`modules_to_save`) the adapter of each row."""
+    """Return a forward pre-hook that passes the adapter of each row to PEFT's own wrappers (`modules_to_save`)."""
 
     def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         rows = batch_size(args, kwargs) or len(adapter_names)

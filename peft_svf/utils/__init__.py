@@ -1,1 +1,1 @@
-"""What every room may use: whole files, processes, progress bars, figures, the version."""
+"""Helpers for all other packages: atomic files, processes, progress bars, figures, the version."""

@@ -1,4 +1,4 @@
-"""Figures of matplotlib, which is optional."""
+"""Figures of the optional matplotlib."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def figure(width: float, height: float) -> Any:
-    """A figure of this size in inches, without pyplot, which would choose a backend for the whole process.
+    """Return a figure of this size in inches, without pyplot, which would choose a backend for the whole process.
 
     Raises:
         ImportError: matplotlib is not installed.

@@ -1,4 +1,4 @@
-"""Files that are whole at any moment."""
+"""Atomic writing of files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file that is either the old or the new one at any moment."""
+    """Write a file atomically: at any moment it holds either the old or the new content."""
     data = content.encode() if isinstance(content, str) else content
     with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         file.write(data)

@@ -1,4 +1,4 @@
-"""The processes that a program was launched as, and what they share."""
+"""The processes of a distributed program."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ T = TypeVar("T")
 
 
 def processes() -> PartialState:
-    """Return accelerate's state. Without an accelerator it must be told that the processes are on CPUs."""
+    """Return accelerate's state. Without an accelerator it must be told that the processes run on CPUs."""
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def by_main_process(function: Callable[[], T]) -> T:
-    """What it returns in the main process, or raises there, in all processes."""
+    """Call a function in the main process, and return its result or raise its error in all processes."""
     found: list[tuple[T | None, Exception | None]] = [(None, None)]
     if processes().is_main_process:
         try:
@@ -33,10 +33,10 @@ def by_main_process(function: Callable[[], T]) -> T:
 
 
 def leave() -> None:
-    """A program's last exchange with the other processes: wait for all of them, and end the group.
+    """Wait for all processes and end the process group. Call it last.
 
-    gloo may still hold Python's tensors of the exchange before, and aborts when it frees them while Python exits
-    (pytorch/pytorch#190489); a barrier has none, and comes after it.
+    gloo may still hold tensors of the previous exchange, and aborts if it frees them while Python exits
+    (pytorch/pytorch#190489). The barrier comes after that exchange and has no tensors.
     """
     state = processes()
     state.wait_for_everyone()

@@ -1,4 +1,4 @@
-"""One progress bar for all long work, switched off by the same settings as the Hugging Face libraries' bars."""
+"""The progress bar of all long operations, with the same settings as those of the Hugging Face libraries."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ __all__ = ["progress_bar", "progress_disabled", "progress_note"]
 
 
 def progress_disabled() -> bool:
-    """Whether bars are off by transformers' `disable_progress_bar()`, by its log level `ERROR` and above, or on a rank
-    that is not the first one of its machine. huggingface_hub's tqdm adds `HF_HUB_DISABLE_PROGRESS_BARS`."""
+    """Whether progress bars are disabled.
+
+    They are disabled by transformers' `disable_progress_bar()`, by its log level `ERROR` and above, and on all ranks of
+    a machine but the first. huggingface_hub's tqdm also respects `HF_HUB_DISABLE_PROGRESS_BARS`.
+    """
     return (
         not _transformers_logging.is_progress_bar_enabled()
         or _transformers_logging.get_verbosity() >= _transformers_logging.ERROR
@@ -29,8 +32,10 @@ def progress_disabled() -> bool:
 def progress_bar(
     iterable: Iterable[T] | None = None, *, desc: str, total: int | None = None, delay: float = 1.0, **kwargs: Any
 ) -> Any:
-    """A tqdm bar over `iterable` (or driven by hand with `total`), shown only if the work takes longer than `delay`
-    seconds."""
+    """Return a tqdm bar over `iterable`, or one to update by hand with `total`.
+
+    It is shown only if the work takes longer than `delay` seconds.
+    """
     return _hub_tqdm(iterable, desc=desc, total=total, delay=delay, disable=progress_disabled(), **kwargs)
 
 

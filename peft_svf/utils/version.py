@@ -1,3 +1,3 @@
-"""The version of this package, for itself: an installed package's metadata may be absent, as in a clone on the path."""
+"""The version of this package. Package metadata cannot be relied on: a clone on PYTHONPATH has none."""
 
 __version__ = "0.1.0"

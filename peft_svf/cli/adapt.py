@@ -1,0 +1,315 @@
+"""`peft-svf generate`, `chat` and `evaluate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .errors import in_a_line
+from .options import (
+    BatchOption,
+    CheckOption,
+    DtypeOption,
+    ExpertOption,
+    JsonOption,
+    ModelOption,
+    NewTokensOption,
+    call,
+    checked_base_check,
+    drawn,
+    named,
+    named_experts,
+    pairs,
+    takes,
+)
+
+if TYPE_CHECKING:
+    from ..evaluation.strategies import Evaluation
+
+DescriptionOption = Annotated[
+    Optional[list[str]],
+    typer.Option("--description", metavar="NAME=TEXT", help="What an expert is for, in a few words (prompt)."),
+]
+ClassifierOption = Annotated[
+    Optional[str], typer.Option("--classifier", metavar="PATH", help="The SVF adapter that classifies (classifier).")
+]
+LabelOption = Annotated[
+    Optional[list[str]],
+    typer.Option("--label", metavar="NAME=LABEL", help="Label of an expert. Default: its name (prompt, classifier)."),
+]
+WeightOption = Annotated[
+    Optional[list[str]],
+    typer.Option(
+        "--weight", metavar="NAME=NUMBER", help="Weight of an expert, otherwise 0. Default: all equal (mixture)."
+    ),
+]
+
+
+def adaptive_model(
+    model_name_or_path: ModelOption,
+    expert: ExpertOption,
+    dispatch: Annotated[
+        str, typer.Option("--dispatch", help="prompt, classifier, nearest, or mixture: one mixture for all prompts.")
+    ] = "prompt",
+    description: DescriptionOption = None,
+    classifier: ClassifierOption = None,
+    label: LabelOption = None,
+    nearest_examples: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            "--nearest_examples",
+            metavar="NAME=FILE",
+            help="Example prompts of an expert: .txt, .jsonl, .csv (nearest).",
+        ),
+    ] = None,
+    weight: WeightOption = None,
+    threshold: Annotated[
+        Optional[float],
+        typer.Option("--threshold", help="Below this probability (nearest: similarity) the base model answers."),
+    ] = None,
+    soft: Annotated[bool, typer.Option("--soft", help="Mix the experts by their probabilities.")] = False,
+    dtype: DtypeOption = "auto",
+    base_check: CheckOption = "error",
+) -> Any:
+    """Return the [`SelfAdaptiveModel`] that these options describe."""
+    from ..evaluation.dispatchers import make_dispatcher
+    from ..mixture.loading import load_experts
+    from ..routing.self_adaptive import SelfAdaptiveModel
+
+    mixture = load_experts(
+        model_name_or_path,
+        named_experts(expert),
+        classifier=classifier,
+        base_check=checked_base_check(base_check),
+        dtype=dtype,
+    )
+    options: dict[str, Any] = {} if threshold is None else {"threshold": threshold}
+    examples = {
+        name: _prompts(path) for name, path in named("--nearest_examples", nearest_examples, "NAME=FILE").items()
+    }
+    dispatcher = make_dispatcher(
+        dispatch, mixture, examples=examples, **_described(description, label, weight), **options
+    )
+    return SelfAdaptiveModel(mixture.model, mixture.tokenizer, dispatcher, soft=soft)
+
+
+def answering(
+    system_prompt: Annotated[
+        Optional[str], typer.Option("--system_prompt", help="System message for all prompts.")
+    ] = None,
+    max_new_tokens: NewTokensOption = 256,
+    do_sample: Annotated[
+        bool, typer.Option("--do_sample/--greedy", help="Sample answers, or take the most probable tokens.")
+    ] = False,
+    temperature: Annotated[float, typer.Option("--temperature", help="Temperature of --do_sample.")] = 1.0,
+) -> dict[str, Any]:
+    """Return the arguments of `SelfAdaptiveModel.chat`."""
+    options = {"system_prompt": system_prompt, "max_new_tokens": max_new_tokens, "do_sample": do_sample}
+    return {**options, "return_details": True} | ({"temperature": temperature} if do_sample else {})
+
+
+@takes(adaptive_model, answering)
+def generate(
+    prompt: Annotated[Optional[list[str]], typer.Option("--prompt", help="A prompt. May be repeated.")] = None,
+    file: Annotated[
+        Optional[str],
+        typer.Option("--file", help="Prompts: one per line (.txt), or the column `prompt` (.jsonl, .json, .csv)."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch_size", help="Prompts per batch.", min=1)] = 32,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON per prompt.")] = False,
+    **options: Any,
+) -> None:
+    """Answer prompts, each with the expert that dispatch chooses for it.
+
+    peft-svf generate --model_name_or_path MODEL --expert math=experts/math --expert logic=experts/logic
+    --dispatch prompt --description math="sums and equations" --prompt "What is 3 + 4?"
+    """
+    with in_a_line():
+        prompts: list[Any] = [*(prompt or []), *(_prompts(file) if file else [])]
+        if not prompts:
+            raise ValueError("There is nothing to answer. Pass --prompt or --file.")
+        adaptive = call(adaptive_model, options)
+    console, chat_options = Console(), call(answering, options)
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        found = adaptive.chat(batch, **chat_options)
+        for i, (asked, text, chosen) in enumerate(zip(batch, found.texts, found.experts, strict=True)):
+            if as_json:
+                shares = dict(zip(found.dispatch.labels, found.dispatch.probabilities[i].tolist(), strict=True))
+                about = {"prompt": asked, "text": text, "expert": chosen, "error": found.errors.get(i)}
+                print(json.dumps({**about, "probabilities": shares}, ensure_ascii=False))
+            else:
+                console.print(f"[bold]{chosen}[/]", end=" ")
+                console.print(text if text is not None else found.errors[i], highlight=False, markup=False)
+
+
+@takes(adaptive_model, answering)
+def chat(**options: Any) -> None:
+    """Talk to a model that chooses an expert for each message. An empty line ends the chat, /clear starts a new one.
+
+    peft-svf chat --model_name_or_path MODEL --expert math=experts/math --expert logic=experts/logic
+    """
+    with in_a_line():
+        adaptive = call(adaptive_model, options)
+    from transformers import TextStreamer
+
+    console, chat_options = Console(), call(answering, options)
+    messages: list[dict[str, str]] = []
+    while True:
+        try:
+            text = console.input("[bold]> [/]").strip()
+        except (EOFError, KeyboardInterrupt):
+            break
+        if not text:
+            break
+        if text == "/clear":
+            messages = []
+            continue
+        messages.append({"role": "user", "content": text})
+        streamer = TextStreamer(adaptive.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        found = adaptive.chat(messages, streamer=streamer, **chat_options)
+        console.print(f"[dim]({found.experts[0]}, {found.seconds['first']:.1f} + {found.seconds['second']:.1f} s)[/]")
+        if found.texts[0] is None:
+            console.print(found.errors[0], markup=False)
+            messages.pop()
+        else:
+            messages.append({"role": "assistant", "content": found.texts[0]})
+
+
+def evaluate(
+    model_name_or_path: ModelOption,
+    expert: ExpertOption,
+    task: Annotated[
+        list[str],
+        typer.Option(
+            "--task",
+            metavar="EXPERT=RECIPE",
+            help="The right expert, and the recipe whose test split is asked; `base` if no expert is right.",
+        ),
+    ],
+    output_dir: Annotated[Path, typer.Option("--output_dir", help="Folder for evaluation.json and evaluation.png.")],
+    strategy: Annotated[
+        Optional[list[str]],
+        typer.Option("--strategy", help="prompt, classifier, nearest or mixture. May be repeated. Default: prompt."),
+    ] = None,
+    description: DescriptionOption = None,
+    classifier: ClassifierOption = None,
+    label: LabelOption = None,
+    weight: WeightOption = None,
+    size: Annotated[int, typer.Option("--size", help="Questions of each task, at most.", min=1)] = 64,
+    shots: Annotated[
+        int,
+        typer.Option("--shots", help="Example prompts per expert, from its task's training split (nearest).", min=1),
+    ] = 16,
+    max_new_tokens: NewTokensOption = 256,
+    batch_size: BatchOption = None,
+    dtype: DtypeOption = "auto",
+    base_check: CheckOption = "error",
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an evaluation that was stopped.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare dispatch strategies: accuracy by task, the chosen experts, and the time of both passes.
+
+    peft-svf evaluate --model_name_or_path MODEL --expert sums=experts/sums --task sums=recipes/sums.yaml
+    --task base=recipes/arithmetic.yaml --strategy prompt --strategy nearest --output_dir out
+    """
+    with in_a_line():
+        from ..evaluation.dispatchers import make_dispatcher
+        from ..evaluation.strategies import EvaluationTask
+        from ..evaluation.strategies import evaluate as evaluated
+        from ..mixture.loading import load_experts
+        from ..scoring.names import BASE
+        from ..training.recipe import recipe_task
+        from ..utils.files import write_whole
+
+        experts = named_experts(expert)
+        recipes = pairs("--task", task, "EXPERT=RECIPE")
+        if unknown := [name for name, _ in recipes if name not in (BASE, *experts)]:
+            raise ValueError(
+                f"--task names {unknown[0]!r}, which is none of the experts {', '.join(experts)}. "
+                f"For a task without an expert, pass {BASE}=RECIPE."
+            )
+        tasks, examples = [], {}
+        for name, path in recipes:
+            questions, right = recipe_task(path), None if name == BASE else name
+            tasks.append(
+                EvaluationTask(Path(path).stem, list(questions.examples("test", size)), questions.reward, right)
+            )
+            if right:
+                examples[right] = [example["prompt"] for example in questions.examples("train", shots)]
+        mixture = load_experts(
+            model_name_or_path, experts, classifier=classifier, base_check=checked_base_check(base_check), dtype=dtype
+        )
+        strategies = {
+            name: make_dispatcher(
+                name,
+                mixture,
+                examples=examples if name == "nearest" else None,
+                **_described(description, label, weight),
+            )
+            for name in strategy or ["prompt"]
+        }
+        result = evaluated(
+            mixture.model,
+            mixture.tokenizer,
+            tasks,
+            strategies,
+            generation_kwargs={"max_new_tokens": max_new_tokens},
+            batch_size=batch_size,
+            output=output_dir / "scores.json",
+            resume=resume,
+        )
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_whole(output_dir / "evaluation.json", json.dumps(result.to_dict(), indent=1) + "\n")
+    drawn(result, output_dir / "evaluation.png")
+    if as_json:
+        print(json.dumps(result.to_dict()))
+    else:
+        _show(result, Console())
+
+
+def _show(result: Evaluation, console: Console) -> None:
+    table = Table("", *result.tasks, "all", title="accuracy (95 % interval)")
+    for name, means in result.accuracy.items():
+        ends = result.intervals[name]
+        table.add_row(name, *(f"{means[t]:.3f} ({ends[t][0]:.3f} to {ends[t][1]:.3f})" for t in means))
+    console.print(table)
+    for name, confusion in result.confusion.items():
+        columns = list(dict.fromkeys([*confusion, *(label for row in confusion.values() for label in row)]))
+        counts = Table("right, chosen", *columns, title=f"{name}: {result.dispatch_accuracy[name]['all']:.3f} right")
+        for right, row in confusion.items():
+            counts.add_row(right, *(str(row.get(column, 0)) for column in columns))
+        console.print(counts)
+    for name, times in result.seconds.items():
+        console.print(
+            f"{name}: {times['prompts']:.0f} prompts in {times['first']:.2f} s (first pass) and {times['second']:.2f} "
+            "s (second)",
+            highlight=False,
+        )
+
+
+def _prompts(path: str) -> list[Any]:
+    from ..scoring.datasets import load_examples
+
+    if Path(path).suffix == ".txt":
+        return [line for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
+    return [example["prompt"] for example in load_examples(path)]
+
+
+def _described(description: list[str] | None, label: list[str] | None, weight: list[str] | None) -> dict[str, Any]:
+    """What the options say about the experts, as arguments of `make_dispatcher`."""
+    weights = named("--weight", weight, "NAME=NUMBER")
+    try:
+        numbers = {name: float(value) for name, value in weights.items()}
+    except ValueError as error:
+        raise ValueError(f"--weight must be NAME=NUMBER: {error}.") from error
+    return {
+        "descriptions": named("--description", description, "NAME=TEXT"),
+        "labels": named("--label", label, "NAME=LABEL"),
+        "weights": numbers or None,
+    }

@@ -1,0 +1,110 @@
+"""Options that several commands share, and the checks of their values."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+ModelOption = Annotated[str, typer.Option("--model_name_or_path", help="The base model: a Hub id or a folder.")]
+ExpertOption = Annotated[
+    list[str], typer.Option("--expert", metavar="NAME=PATH", help="An expert: a Hub id or a folder. May be repeated.")
+]
+DtypeOption = Annotated[str, typer.Option("--dtype", help="Of the base model: auto, float32, bfloat16, ...")]
+CheckOption = Annotated[
+    str, typer.Option("--base_check", help="If an adapter was made for another base model: error, warn or ignore.")
+]
+BatchOption = Annotated[
+    Optional[int], typer.Option("--batch_size", help="Batch rows. Default: found automatically.", min=1)
+]
+NewTokensOption = Annotated[int, typer.Option("--max_new_tokens", help="Longest answer, in tokens.", min=1)]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+
+
+def takes(*functions: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add the parameters of these functions to the options of a command, which gets them as `**options`."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        every = [
+            its for each in (*functions, command) for its in inspect.signature(each, eval_str=True).parameters.values()
+        ]
+        own = [its.replace(kind=its.KEYWORD_ONLY) for its in every if its.kind != its.VAR_KEYWORD]
+        command.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
+        command.__annotations__ = {its.name: its.annotation for its in own}
+        return command
+
+    return decorate
+
+
+def call(function: Callable[..., Any], options: Mapping[str, Any]) -> Any:
+    """Call one of the functions of [`takes`] with its options."""
+    return function(**{name: options[name] for name in inspect.signature(function).parameters})
+
+
+def pairs(option: str, texts: Sequence[str] | None, form: str) -> list[tuple[str, str]]:
+    """Return the two parts of each `NAME=VALUE`.
+
+    Raises:
+        ValueError: A text has another form.
+    """
+    found = []
+    for text in texts or []:
+        name, _, value = text.partition("=")
+        if not (name and value):
+            raise ValueError(f"{option} must be {form}, got {text!r}.")
+        found.append((name, value))
+    return found
+
+
+def named(option: str, texts: Sequence[str] | None, form: str) -> dict[str, str]:
+    """Return the values of `NAME=VALUE` texts by name.
+
+    Raises:
+        ValueError: A text has another form, or a name occurs twice.
+    """
+    found: dict[str, str] = {}
+    for name, value in pairs(option, texts, form):
+        if name in found:
+            raise ValueError(f"{option} {name} is given twice, as {found[name]!r} and {value!r}.")
+        found[name] = value
+    return found
+
+
+def named_experts(texts: Sequence[str]) -> dict[str, str]:
+    """Return the values of `--expert`; see [`named`]."""
+    return named("--expert", texts, "NAME=PATH, such as math=experts/math")
+
+
+def checked_base_check(base_check: str) -> Any:
+    """Return the value of `--base_check`.
+
+    Raises:
+        ValueError: The value is unknown.
+    """
+    if base_check not in ("error", "warn", "ignore"):
+        raise ValueError(f"--base_check must be error, warn or ignore, got {base_check!r}.")
+    return base_check
+
+
+def check_dtype(dtype: str) -> None:
+    """Check the value of `--dtype`.
+
+    Raises:
+        ValueError: The value is no dtype.
+    """
+    import torch
+
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"--dtype must be auto or a torch dtype such as float32, got {dtype!r}.")
+
+
+def drawn(result: Any, path: Path) -> bool:
+    """Draw a result and return `True`, or `False` without matplotlib."""
+    try:
+        result.plot(path)
+    except ImportError:
+        return False
+    return True

@@ -1,0 +1,31 @@
+"""`peft-svf train`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import nullcontext, redirect_stdout
+
+import typer
+
+from .errors import in_a_line
+
+
+def train(context: typer.Context) -> None:
+    """Train an expert with GRPO, RLOO or the paper's REINFORCE. `--help_all` lists all options, with TRL's.
+
+    peft-svf train --config recipe.yaml --model_name_or_path MODEL --output_dir experts/math
+
+    For several processes: `accelerate launch -m peft_svf train` with the same options. `--json` prints the content of
+    `training.json`; everything else goes to standard error.
+    """
+    as_json = "--json" in context.args
+    words = ["--help" if word == "--help_all" else word for word in context.args if word != "--json"]
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():  # custom rewards may print
+        with in_a_line():
+            from ..training.run import prepare
+
+            run = prepare(words)
+        record = run()
+    if as_json:
+        print(json.dumps(record.to_dict(), default=str))

@@ -1,0 +1,3 @@
+"""Names with one meaning in results, dispatch and on the command line."""
+
+BASE = "base"  # the base model without an expert

@@ -1,0 +1,113 @@
+"""The options of a training run: from a YAML recipe and the command line, with the task and rewards that they name."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from trl import DatasetMixtureConfig, TrlParser
+
+from ..scoring.rewards import checked, find_reward
+from .arguments import OBJECTIVES, AdapterArguments, TrainArguments, check_given, defaults
+from .tasks import ClassificationTask, Task, find_task
+
+# Options without meaning for the run, or private to the machine. They are left out of the model card.
+_LEFT_OUT = ("base_model_name", "config", "disable_tqdm", "env", "output_dir", "resume_from_checkpoint")
+
+
+def parse(argv: Sequence[str]) -> tuple[TrainArguments, Any, AdapterArguments, DatasetMixtureConfig, dict[str, Any]]:
+    """
+    Return the options of the recipe and the command line, which overrides the recipe. The fifth value holds the options
+    that were given, for the model card.
+
+    Raises:
+        ValueError: An option is invalid, or would have no effect.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--config", "--objective", "--peft_type", "--categories"):
+        first.add_argument(name)
+    known, _ = first.parse_known_args(argv)
+    recipe = _read_recipe(known.config) if known.config else {}
+    objective = known.objective or recipe.get("objective", "grpo")
+    peft_type = known.peft_type or recipe.get("peft_type", "svf")
+    if objective not in OBJECTIVES:
+        raise ValueError(f"`objective` must be one of {', '.join(OBJECTIVES)}, got {objective!r}.")
+
+    config_class: Any = OBJECTIVES[objective][0]
+    kinds = (TrainArguments, config_class, AdapterArguments, DatasetMixtureConfig)
+    parser = TrlParser(kinds, prog="peft-svf train", allow_abbrev=False)
+    chosen = defaults(objective, peft_type)
+    if known.categories or recipe.get("categories"):
+        chosen["shuffle_dataset"] = False  # each step then has as many prompts of each category
+    given = {**recipe, **_given_on_command_line(parser, argv)}
+    if "gradient_checkpointing" in given:
+        # transformers ignores the old name where the new one is set, and warns where only the old one is.
+        chosen.pop("activation_checkpointing", None)
+    chosen = {name: value for name, value in chosen.items() if name in config_class.__dataclass_fields__}
+    parser.set_defaults_with_config(**chosen)
+    script, training, adapter, mixture = parser.parse_args_and_config(list(argv))
+    check_given(given, script, adapter, training)
+    given = {name: value for name, value in given.items() if name not in _LEFT_OUT and not name.endswith("_token")}
+    if script.base_model_name:
+        given["model_name_or_path"] = script.base_model_name
+    return script, training, adapter, mixture, given
+
+
+def find_script_task(script: TrainArguments) -> Task | None:
+    """Return the task that the options name; `None` for a dataset."""
+    options: dict[str, Any] = {"system_prompt": script.system_prompt, "answer_format": script.answer_format}
+    if script.categories:
+        assert isinstance(script.categories, dict)
+        return ClassificationTask({label: find_task(spec, **options) for label, spec in script.categories.items()})
+    return find_task(script.task, **options) if script.task else None
+
+
+def recipe_task(recipe: str | Path) -> Task:
+    """
+    Return the task of a recipe.
+
+    Raises:
+        ValueError: The recipe names a dataset, not a task.
+    """
+    task = find_script_task(parse(["--config", str(recipe)])[0])
+    if task is None:
+        raise ValueError(f"The recipe {recipe} has no `task` and no `categories`; one of them is needed here.")
+    return task
+
+
+def load_rewards(script: TrainArguments, task: Task | None) -> list[Any]:
+    """
+    Return the reward model and the reward functions, whose errors name the completion.
+
+    Raises:
+        ValueError: There are none.
+    """
+    functions = [find_reward(name) for name in script.reward_funcs or []]
+    models = [script.reward_model_name_or_path] if script.reward_model_name_or_path else []
+    if not functions and not models:
+        if task is None:
+            raise ValueError("The dataset has no rewards. Pass --reward_funcs or --reward_model_name_or_path.")
+        functions = [task.reward]
+    return [*models, *(checked(function, script.reward_timeout) for function in functions)]
+
+
+def _read_recipe(path: str) -> dict[str, Any]:
+    content = yaml.safe_load(Path(path).read_text())
+    if not isinstance(content, dict):
+        raise ValueError(f"The recipe {path} must be a YAML mapping of options, got {type(content).__name__}.")
+    return content
+
+
+def _given_on_command_line(parser: TrlParser, argv: Sequence[str]) -> dict[str, Any]:
+    """Parse the command line again without any defaults."""
+    bare = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    for action in parser._actions:
+        if action.option_strings and action.dest != "help":
+            action = copy.copy(action)
+            action.default, action.required = argparse.SUPPRESS, False
+            bare._add_action(action)
+    return vars(bare.parse_known_args(list(argv))[0])

@@ -1,0 +1,66 @@
+"""The part of an SVF layer that its neighbours use.
+
+Attaching, checking, folding and mixed batches act on a layer, and the layer calls them. They depend on this protocol
+instead of the layer, so no file imports another one that imports it back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import nn
+
+from ..spectral.basis import Side
+from ..spectral.cache import BasisCache
+from ..spectral.pack import BasisPack
+from .config import SVFConfig
+
+if TYPE_CHECKING:
+    from peft.utils.quantization_utils import QuantizationBackend
+
+
+class AdaptedLayer(Protocol):
+    """One adapted weight; `SVFLayer` in `layer.py` implements and describes these members."""
+
+    module_name: str
+    base_layer: nn.Module
+    in_features: int
+    out_features: int
+    side: Side
+    quantization_backend: QuantizationBackend | None
+    svf_delta: nn.ModuleDict
+    svf_config: dict[str, SVFConfig]
+    base_fingerprint: list[float] | None
+    rows: Any
+    # of torch: looking an attribute up in these costs a fraction of `nn.Module.__getattr__`
+    _modules: dict[str, Any]
+    _parameters: dict[str, nn.Parameter | None]
+
+    @property
+    def active_adapter(self) -> str | list[str]: ...
+
+    @property
+    def basis(self) -> torch.Tensor | None: ...
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    @property
+    def base_device(self) -> torch.device: ...
+
+    @property
+    def is_on_meta(self) -> bool: ...
+
+    def get_base_layer(self) -> Any: ...
+
+    def build_basis(self, source: BasisCache | BasisPack | None = None) -> None: ...
+
+    def delta_weights(self, adapter_names: Iterable[str]) -> list[torch.Tensor]: ...
+
+    def summed_delta(self, adapter_names: Iterable[str]) -> torch.Tensor: ...
+
+    def effective_weight(self, delta: torch.Tensor) -> torch.Tensor: ...
+
+    def surviving_fraction(self, delta: torch.Tensor, dtype: torch.dtype) -> float: ...
