@@ -264,7 +264,7 @@ def search(folder: Path, only: int | None = None) -> dict[str, Any]:
         loose = mixture.search(EXAMPLES[:4], optimizer=unseeded, num_generations=3, validation=None)
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
-    del result["usage"]["seconds"]
+    del result["usage"]["seconds"], result["settings"]["checkpoint"]
     return {"result": result, "calls": calls, "unseeded": loose.alpha, "climbed": climbed.alpha}
 
 

@@ -212,7 +212,7 @@ def test_the_cache_is_listed_and_cleared(world: Path, tmp_path: Path, monkeypatc
             ["export", "lora", "EXPERT", "--output_dir", "x", "--dtype", "float99"],
             "--dtype must be auto or a torch dtype",
         ),
-        (["export", "lora", "EXPERT", "--output_dir", "EXPERT"], "holds an adapter of the kind SVF"),
+        (["export", "lora", "EXPERT", "--output_dir", "EXPERT"], "already holds an adapter of type SVF"),
         (["import", "x.pt", "--output_dir", "EXPERT", "--model_name_or_path", "OTHER"], "holds an adapter"),
         (["import", "nothing.pt", "--output_dir", "x", "--model_name_or_path", "OTHER"], "There is no file nothing.pt"),
     ],

@@ -153,5 +153,5 @@ def test_mistakes_are_named(base: Callable[[], Any], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="me/nothing"):
         PeftModel.from_pretrained(base(), "me/nothing")
     get_peft_model(base(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "saved")
-    with pytest.raises(ValueError, match="is a LORA adapter. Expected an SVF adapter"):
+    with pytest.raises(ValueError, match=r"is a LORA adapter\. Expected an SVF adapter"):
         push_expert(tmp_path / "saved", "me/lora")
