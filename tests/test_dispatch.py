@@ -565,6 +565,8 @@ def test_without_markers_the_whole_text_is_read(template: str | None) -> None:
 def test_text_without_the_markers_of_the_template_is_read_whole() -> None:
     tokenizer = TEMPLATES["chatml"]()
     assert user_turns(tokenizer)(tokenizer("Question: 1 + 1\nAnswer:")["input_ids"]) == "Question: 1 + 1\nAnswer:"
+    without_system = "<|im_start|>user\n1 + 1<|im_end|>\n<|im_start|>assistant\n"
+    assert user_turns(tokenizer)(tokenizer(without_system)["input_ids"]) == "1 + 1"
 
 
 def test_an_answer_can_be_streamed(model: Any, tokenizer: Any) -> None:

@@ -885,12 +885,12 @@ def test_a_run_that_is_killed_ten_times_ends_as_if_it_had_not_been(base: Path, d
 OBJECTIVES = ("grpo", "rloo", "reinforce")
 # Two processes import everything once, and fork for each run. Each run needs a port, as torchrun's store is for one.
 TOGETHER = """
-import json, os, sys, test_training
-from peft_svf.training.run import main
-for port, arguments in json.loads(sys.argv[1]):
+import json, os, runpy, sys, test_training
+for port, (module, *words) in json.loads(sys.argv[1]):
     if (run := os.fork()) == 0:
         os.environ.update(MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="False")
-        main(arguments)
+        sys.argv[:] = [module, *words]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
         sys.exit()
     assert os.waitpid(run, 0)[1] == 0
     if os.environ["RANK"] == "0":
@@ -915,16 +915,17 @@ def trained_together(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, di
     lines = []
     for objective in OBJECTIVES:
         common |= {"objective": objective, "num_generations": None if objective == "reinforce" else 4}
+        program = ["peft_svf.training.run"] if objective == "grpo" else ["peft_svf", "train"]
         whole, parts = folder / objective / "whole", folder / objective / "parts"
-        lines.append(script(base, data, whole, **common, max_steps=3))
-        lines.append(script(base, data, parts, **common, max_steps=2))
-        lines.append(script(base, data, parts, **common, max_steps=3, resume_from_checkpoint=True))
-    program = folder / "together.py"
-    program.write_text(TOGETHER)
+        lines.append([*program, *script(base, data, whole, **common, max_steps=3)])
+        lines.append([*program, *script(base, data, parts, **common, max_steps=2)])
+        lines.append([*program, *script(base, data, parts, **common, max_steps=3, resume_from_checkpoint=True)])
+    together = folder / "together.py"
+    together.write_text(TOGETHER)
     # what `accelerate launch --multi_gpu` calls; accelerate itself has no launcher for several CPU processes
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*command, str(program), json.dumps(list(zip(free_ports(len(lines)), lines, strict=True)))],
+        [*command, str(together), json.dumps(list(zip(free_ports(len(lines)), lines, strict=True)))],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

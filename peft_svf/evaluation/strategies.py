@@ -148,7 +148,7 @@ def evaluate(
                     choices[task.name] = store.choices(name, task.name, strategies[name], prompts)
                 else:
                     choices[task.name] = [BASE if name == BASE else task.right] * len(prompts)
-                scores[task.name] = _scores(evaluators[task.name], choices[task.name])
+                scores[task.name] = _scores(evaluators[task.name], space, choices[task.name])
                 bar.update(len(prompts))
                 store.save()
             together = {**scores, "all": np.concatenate([*scores.values()])}
@@ -181,12 +181,12 @@ def _adapters(model: Any, tasks: Sequence[EvaluationTask], labels: Mapping[str, 
     return list(dict.fromkeys(wanted))
 
 
-def _scores(evaluator: Evaluator, choices: Sequence[str]) -> np.ndarray:
+def _scores(evaluator: Evaluator, space: WeightSpace, choices: Sequence[str]) -> np.ndarray:
     """The score of each question, answered by the adapter that was chosen for it."""
     scores = np.empty(len(choices))
     for label in dict.fromkeys(choices):
         chosen = [i for i, choice in enumerate(choices) if choice == label]
-        alone = np.array([float(name == label) for name in evaluator.space.experts])  # all 0 is the base model
+        alone = np.array([float(name == label) for name in space.experts])  # all 0 is the base model
         scores[chosen] = evaluator.scores([alone], chosen)[0]
     return scores
 

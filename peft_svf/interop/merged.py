@@ -21,9 +21,9 @@ from transformers.pytorch_utils import Conv1D
 from ..reporting.cards import merged_card
 from ..spectral.arithmetic import effective_weight
 from ..spectral.cache import BasisCache
-from ..spectral.fingerprint import fingerprint, fingerprint_difference
+from ..spectral.fingerprint import fingerprint
 from ..spectral.rounding import surviving_fraction
-from ..tuner.base_check import recorded_name
+from ..tuner.base_check import base_difference, refuse_base
 from ..tuner.config import SVFConfig, load_svf_config
 from ..tuner.fold import SMALLEST_FRACTION
 from ..utils.files import write_whole
@@ -98,7 +98,15 @@ def merge_to_folder(
         differences = _write_weights(
             source, unfinished, files, transposed, deltas, config, BasisCache(cache_dir), shares
         )
-        _complain(differences, base_check, adapter, len(deltas))
+        if differences:
+            refuse_base(
+                str(adapter),
+                differences,
+                len(deltas),
+                base_model=config.base_model_name_or_path,
+                policy=base_check,
+                override='pass `base_check="warn"`',
+            )
         _copy_rest(source, unfinished)
         name = str(base or config.base_model_name_or_path)
         write_whole(unfinished / "README.md", merged_card(str(adapter), name, len(shares)))
@@ -191,29 +199,11 @@ def _merged(
     basis = cache.load_or_compute(weight, name=name)
     if len(delta) > basis.vectors.shape[1]:
         raise ValueError(f"δ of {name} has {len(delta)} entries, too many for a weight of shape {tuple(weight.shape)}.")
-    expected = config.expected_fingerprint
-    recorded = recorded_name(name, expected)
-    difference = None
-    if expected and recorded is None:
-        difference = "the adapter has no module of this name"
-    elif recorded is not None:
-        shape = (weight.shape[0], weight.shape[1])
-        difference = fingerprint_difference(expected[recorded], fingerprint(basis.spectrum), shape)
+    shape, found = (weight.shape[0], weight.shape[1]), fingerprint(basis.spectrum)
+    difference = base_difference(config.expected_fingerprint, name, found, shape)
     vectors = basis.leading(len(delta)).vectors
     fraction = surviving_fraction(weight, vectors, delta, weight.dtype) if weight.dtype.itemsize <= 2 else 1.0
     return effective_weight(weight, vectors, delta), fraction, difference
-
-
-def _complain(differences: list[str], base_check: str, adapter: Any, count: int) -> None:
-    if not differences or base_check == "ignore":
-        return
-    message = (
-        f"{adapter} was made for another base model: {len(differences)} of {count} weights differ, the first is "
-        f"{differences[0]}."
-    )
-    if base_check == "error":
-        raise ValueError(message + ' To merge anyway, pass `base_check="warn"`.')
-    warnings.warn(message, stacklevel=3)
 
 
 def _copy_rest(source: Path, target: Path) -> None:

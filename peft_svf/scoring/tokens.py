@@ -176,7 +176,7 @@ def user_turns(tokenizer: Any) -> Callable[[Any], str]:
             pieces = _decoded(tokenizer, ids).split(opening)[1:]
             if pieces:
                 turns = [_turn(piece, system, endings) for piece in pieces]
-                return "\n".join(re.sub("|".join(special), "", turn).strip() if special else turn for turn in turns)
+                return "\n".join(re.sub("|".join(special), "", turn).strip() for turn in turns)
         text: str = tokenizer.decode(ids, skip_special_tokens=True)
         return text
 
@@ -196,6 +196,7 @@ def _user_markers(tokenizer: Any, special: list[str]) -> tuple[str, tuple[str, s
         return None
     from jinja2.exceptions import TemplateError
 
+    failures = (TemplateError, TypeError, ValueError)  # a template may refuse two turns, or text as the content
     first, answer, second, system = (f"{word}x7q" for word in ("first", "answer", "second", "system"))
     messages = [
         {"role": "user", "content": first},
@@ -228,21 +229,22 @@ def _user_markers(tokenizer: Any, special: list[str]) -> tuple[str, tuple[str, s
     try:
         before, after_first, before_second, end = rendered(messages, asks=False)
         asked = rendered(messages, asks=True)[-1]
-    except (TemplateError, ValueError):  # the template refuses two turns, or loses a text
+    except failures:
         return None
     opening = common(before, before_second, -1)
     try:
         head, inner, *_ = rendered([{"role": "system", "content": system}, *messages], asks=False)
-    except (TemplateError, ValueError):
+    except failures:
         head, inner = "", opening
     around = ("", "")
     if opening and opening in head:  # the message is inside the turn
         around = (head.rpartition(opening)[2], inner if inner.strip() else "")
     elif inner:
         opening = common(opening, inner, -1)
-    # The end of a turn. Whitespace alone may also stand within a text, so that it needs the answer's opening after it.
+    # A turn ends with `short`. If this is whitespace, which may also occur in a text, the header of the answer follows.
     short, long = common(after_first, end, 1), common(after_first, asked, 1)
     endings = [ending for ending in (short, long) if ending.strip()]
+    opening = opening.removeprefix(short) or opening  # a first turn follows no other
     return (opening, around, endings) if opening.strip() and endings else None
 
 

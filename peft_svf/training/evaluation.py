@@ -10,12 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from accelerate.utils import gather_object
-from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from ..scoring.objectives import RewardObjective
 from ..scoring.rewards import RewardFunc
-from ..utils.processes import processes
+from ..utils.processes import is_sharded, processes
 
 
 def greedy_accuracy(*args: Any, **kwargs: Any) -> float:
@@ -55,7 +54,7 @@ def greedy_scores(
     if not rows:
         raise ValueError("There are no examples to evaluate on; expected at least one.")
     # Every call of a sharded model needs all ranks, because each rank holds a part of every layer.
-    together = state.num_processes == 1 or _is_sharded(model)
+    together = state.num_processes == 1 or is_sharded(model)
     part = rows if together else rows[state.process_index :: state.num_processes]
     scores: list[float] = []
     if part:
@@ -76,13 +75,6 @@ def greedy_scores(
         return scores
     parts = gather_object([scores])  # one list of each process
     return [parts[i % state.num_processes][i // state.num_processes] for i in range(len(rows))]
-
-
-def _is_sharded(model: Any) -> bool:
-    """Return whether FSDP1, FSDP2, tensor parallelism or ZeRO-3 shards the model."""
-    return any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()) or any(
-        isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters()
-    )
 
 
 class GreedyEvaluation(TrainerCallback):

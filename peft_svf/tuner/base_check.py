@@ -25,37 +25,70 @@ def check_base(adapter_name: str, layers: Sequence[AdaptedLayer], *, whole_model
     differences, seen = [], set()
     for layer in layers:
         config, found = layer.svf_config[adapter_name], layer.base_fingerprint
-        name = recorded_name(layer.module_name, config.expected_fingerprint)
-        seen.add(name)
-        if found is None:
-            continue
-        if not config.expected_fingerprint:
+        expected = config.expected_fingerprint
+        seen.add(_recorded_name(layer.module_name, expected))
+        if found is not None and not expected:
             config.base_fingerprint = {**(config.base_fingerprint or {}), layer.module_name: found}
-        elif name is None:
-            differences.append(f"{layer.module_name}: the adapter has no module of this name")
-        elif difference := fingerprint_difference(config.expected_fingerprint[name], found, layer.shape):
+        elif found is not None and (difference := base_difference(expected, layer.module_name, found, layer.shape)):
             differences.append(f"{layer.module_name}: {difference}")
     if layers and whole_model:
-        absent = sorted(set(config.expected_fingerprint) - seen)
+        absent = sorted(set(expected) - seen)
         differences += [f"{name}: the adapter has this module, but it is not adapted here" for name in absent]
-    if not differences or (policy := config.runtime_config.base_check) == "ignore":
+    if differences:
+        refuse_base(
+            f"Adapter {adapter_name!r}",
+            differences,
+            len(expected),
+            base_model=config.base_model_name_or_path,
+            policy=config.runtime_config.base_check,
+            override="load its config with `SVFConfig.from_pretrained(path, "
+            'runtime_config=SVFRuntimeConfig(base_check="warn"))` and pass it as `config=`',
+        )
+
+
+def base_difference(
+    expected: Mapping[str, Sequence[float]], module_name: str, found: Sequence[float], shape: tuple[int, int]
+) -> str | None:
+    """Return how the fingerprint of a weight differs from the recorded one. `None` if it agrees or none is recorded."""
+    if not expected:
+        return None
+    name = _recorded_name(module_name, expected)
+    return (
+        "the adapter has no module of this name"
+        if name is None
+        else fingerprint_difference(expected[name], found, shape)
+    )
+
+
+def refuse_base(
+    adapter: str, differences: Sequence[str], count: int, *, base_model: str | None, policy: str, override: str
+) -> None:
+    """Report that an adapter was made for another base model, as `policy` (`SVFRuntimeConfig.base_check`) says.
+
+    Args:
+        adapter: The adapter, as the subject of the message.
+        differences: The differing weights, one description each.
+        count: Number of compared weights.
+        base_model: The base model that the adapter was made for.
+        policy: `"error"`, `"warn"` or `"ignore"`.
+        override: How to use the adapter anyway.
+
+    Raises:
+        ValueError: The policy is `"error"`.
+    """
+    if policy == "ignore":
         return
-    base = f" ({config.base_model_name_or_path})" if config.base_model_name_or_path else ""
+    named = f" ({base_model})" if base_model else ""
     message = (
-        f"Adapter {adapter_name!r} was made for another base model: {len(differences)} of "
-        f"{len(config.expected_fingerprint)} weights differ, the first is {differences[0]}. Load the base model that "
-        f"the adapter was trained on{base}."
+        f"{adapter} was made for another base model: {len(differences)} of {count} weights differ, the first is "
+        f"{differences[0]}. Load the base model that the adapter was made for{named}."
     )
-    if policy == "warn":
-        warnings.warn(message, stacklevel=2)
-        return
-    raise ValueError(
-        message + " To attach it anyway, load its config with `SVFConfig.from_pretrained(path, "
-        'runtime_config=SVFRuntimeConfig(base_check="warn"))` and pass it as `config=`.'
-    )
+    if policy == "error":
+        raise ValueError(f"{message} To use it anyway, {override}.")
+    warnings.warn(message, stacklevel=3)
 
 
-def recorded_name(module_name: str, recorded: Mapping[str, object]) -> str | None:
+def _recorded_name(module_name: str, recorded: Mapping[str, object]) -> str | None:
     """Return the name under which a module is recorded, or `None`.
 
     A model and its headless form differ by a prefix: `model.layers.0.mlp` and `layers.0.mlp`.

@@ -349,8 +349,8 @@ class SVFLayer(BaseTunerLayer):
             self.fold.release()  # to make room for the copy of the original weight
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(
-                f"NaNs detected in the merged weights: {self.module_name} would hold values that are not finite. The "
-                f"adapter {', '.join(names)} seems to be broken."
+                f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken: "
+                f"{self.module_name} would hold values that are not finite."
             )
         if backend is None:
             weight = self.get_base_layer().weight

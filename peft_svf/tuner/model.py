@@ -6,7 +6,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from statistics import median
 from typing import Any
@@ -215,17 +215,14 @@ class SVFModel(BaseTuner):
                 raise ValueError(f"Adapter {name!r} has `bias`, which cannot differ between the rows of a batch.")
         names, index = names_and_index(adapter_names)
 
-        handles = [
-            module.register_forward_pre_hook(names_hook(adapter_names), with_kwargs=True)
-            for module in self.model.modules()
-            if isinstance(module, AuxiliaryTrainingWrapper)
-        ]
-        try:
-            with self._rows("`adapter_names`", names, len(adapter_names), lambda _: index), self._expanding(expansion):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        with ExitStack() as stack:
+            for module in self.model.modules():
+                if isinstance(module, AuxiliaryTrainingWrapper):
+                    hook = module.register_forward_pre_hook(names_hook(adapter_names), with_kwargs=True)
+                    stack.callback(hook.remove)
+            stack.enter_context(self._rows("`adapter_names`", names, len(adapter_names), lambda _: index))
+            stack.enter_context(self._expanding(expansion))
+            yield
 
     @contextmanager
     def row_mixture(
@@ -301,7 +298,7 @@ class SVFModel(BaseTuner):
         if self.training:
             raise ValueError(f"Cannot pass {what} when the model is in training mode.")
         if any(layer.merged for layer in layers):
-            raise ValueError(f"Cannot pass {what} when there are merged adapters. Call `unmerge_adapter` first.")
+            raise ValueError(f"Cannot pass {what} when there are merged adapters, please call `unmerge_adapter` first.")
 
         tokens: set[int] = set()
 
@@ -311,18 +308,15 @@ class SVFModel(BaseTuner):
             tokens.clear()
             tokens.update(t.shape[1] for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.ndim > 1)
 
-        # PEFT passes the inputs of `generate` to `_enable_peft_forward_hooks`, but not always those of `forward`. These
-        # go through one of the two modules.
-        handles = [module.register_forward_pre_hook(check, with_kwargs=True) for module in (self, self.model)]
-        try:
+        with ExitStack() as stack:
+            # PEFT passes the inputs of `generate` to `_enable_peft_forward_hooks`, but not always those of `forward`.
+            # These go through one of the two modules.
+            for module in (self, self.model):
+                stack.callback(module.register_forward_pre_hook(check, with_kwargs=True).remove)
             for layer in layers:
+                stack.callback(setattr, layer, "rows", None)
                 layer.rows = RowDeltas(layer, names, what, weights(layer), tokens)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for layer in layers:
-                layer.rows = None
 
     _expansion: int = 1
 
