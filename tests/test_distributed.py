@@ -6,12 +6,15 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from distributed_worker import BATCH, attach, bases, deltas, search, train, weights
+from distributed_worker import BATCH, SCENARIOS, attach, bases, deltas, search, train, weights
+from helpers import save_expert
 
 from peft_svf import SVFConfig
 
@@ -21,56 +24,65 @@ pytestmark = [
 ]
 
 RANKS = 2
+Run = Callable[[str], list[dict[str, Any]]]
 
 
-def run(scenario: str, folder: Path) -> list[dict[str, Any]]:
-    """What each rank of a scenario in `distributed_worker.py` found."""
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where two processes left what they found in each scenario of `distributed_worker.py`, and what they printed."""
+    folder = tmp_path_factory.mktemp("ranks")
+    for scenario in SCENARIOS:
+        (folder / scenario.__name__).mkdir()
+    for seed, name in enumerate(("one", "two")):
+        save_expert(folder / "experts" / name, SVFConfig(target_modules="all-linear"), seed)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS)}
-    command = [sys.executable, str(Path(__file__).with_name("distributed_worker.py")), scenario, str(folder)]
-    processes = [
-        subprocess.Popen(
-            command,
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(RANKS)
-    ]
+    command = [sys.executable, str(Path(__file__).with_name("distributed_worker.py")), str(folder)]
+    processes = []
+    for rank in range(RANKS):
+        environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+        environment["PEFT_SVF_CACHE"] = str(folder / "bases")
+        with (folder / f"{rank}.txt").open("w") as output:
+            processes.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
     try:
-        outputs = [process.communicate(timeout=180)[0] for process in processes]
+        deadline = time.monotonic() + 900
+        while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+            if any(process.poll() for process in processes):
+                break  # the other one would wait for it
+            time.sleep(0.1)
     finally:
         for process in processes:
             process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output[-4000:]
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
-
-
-def test_scores_come_back_in_the_order_of_the_examples(tmp_path: Path) -> None:
-    for rank in run("greedy_scores_of_five", tmp_path):
-        assert rank["scores"] == [0.0, 1.0, 2.0, 3.0, 4.0]
+            process.wait()
+    return folder
 
 
 @pytest.fixture
-def two_experts(tmp_path: Path) -> Path:
-    from test_adaptation import save_expert
+def run(folder: Path) -> Run:
+    def run(scenario: str) -> list[dict[str, Any]]:
+        """What each rank of a scenario found."""
+        paths = [folder / scenario / f"{rank}.pt" for rank in range(RANKS)]
+        printed = [(folder / f"{rank}.txt").read_text()[-4000:] for rank in range(RANKS)]
+        assert all(path.exists() for path in paths), "\n\n".join(printed)
+        return [torch.load(path, weights_only=False) for path in paths]
 
-    for seed, name in enumerate(("one", "two")):
-        save_expert(tmp_path / "experts" / name, SVFConfig(target_modules="all-linear"), seed)
-    return tmp_path
+    return run
 
 
-def test_a_search_is_shared_and_finds_the_same(two_experts: Path) -> None:
-    first, second = run("search", two_experts)
+def test_scores_come_back_in_the_order_of_the_examples(run: Run) -> None:
+    for rank in run("greedy_scores_of_five"):
+        assert rank["scores"] == [0.0, 1.0, 2.0, 3.0, 4.0]
+
+
+def test_a_search_is_shared_and_finds_the_same(run: Run, folder: Path) -> None:
+    first, second = run("search")
+    assert "error" not in first, first["error"]
     assert first["result"] == second["result"]
     assert first["unseeded"] == second["unseeded"]
-    assert (two_experts / "search.json").exists()
-    (two_experts / "search.json").unlink()
-    alone = search(two_experts)
+    assert (folder / "search" / "search.json").exists()
+    alone = search(folder / "alone")
     assert first["result"] == alone["result"]
     assert first["by_gradient"] == second["by_gradient"]
     assert first["by_gradient"].keys() == alone["by_gradient"].keys()
@@ -80,15 +92,15 @@ def test_a_search_is_shared_and_finds_the_same(two_experts: Path) -> None:
     assert first["calls"] + second["calls"] == alone["calls"]
 
 
-def test_the_first_process_alone_has_the_checkpoint(two_experts: Path) -> None:
-    first, second = run("search_with_files_of_one_process", two_experts)
+def test_the_first_process_alone_has_the_checkpoint(run: Run) -> None:
+    first, second = run("search_with_files_of_one_process")
     assert first["resumed"] == second["resumed"] == first["whole"] == second["whole"]
     assert (first["there"], second["there"]) == (True, False)
     assert first["error"] == second["error"] in ("NotADirectoryError", "FileExistsError")
 
 
-def test_a_reward_that_fails_in_one_process_stops_all(two_experts: Path) -> None:
-    first, second = run("search_that_fails", two_experts)
+def test_a_reward_that_fails_in_one_process_stops_all(run: Run) -> None:
+    first, second = run("search_that_fails")
     assert first["error"] == "RuntimeError: The evaluation failed in process 1: ZeroDivisionError: in one process"
     assert second["error"] == "ZeroDivisionError: in one process"
 
@@ -112,9 +124,9 @@ def mean_losses(ranks: list[dict[str, Any]]) -> list[float]:
         "attach_with_a_broken_cache",
     ],
 )
-def test_all_ranks_have_the_same_basis(scenario: str, tmp_path: Path) -> None:
+def test_all_ranks_have_the_same_basis(scenario: str, run: Run) -> None:
     """Although rank 1 computes another one."""
-    first, second = run(scenario, tmp_path)
+    first, second = run(scenario)
     assert len(first["bases"]) == 14
     assert_close(second["bases"], first["bases"])
     if scenario != "attach_with_cache":  # there the first to come writes it
@@ -123,8 +135,8 @@ def test_all_ranks_have_the_same_basis(scenario: str, tmp_path: Path) -> None:
     assert second.get("frozen", True)
 
 
-def test_ddp(tmp_path: Path) -> None:
-    first, second = run("ddp", tmp_path)
+def test_ddp(run: Run) -> None:
+    first, second = run("ddp")
     reference = attach()
     expected = bases(reference)
     assert_close(second["bases"], first["bases"])
@@ -146,8 +158,8 @@ def test_ddp(tmp_path: Path) -> None:
     assert_close(first["deltas"], deltas(reference), 1e-5)
 
 
-def test_fsdp2(tmp_path: Path) -> None:
-    first, second = run("fsdp2", tmp_path)
+def test_fsdp2(run: Run) -> None:
+    first, second = run("fsdp2")
     reference = attach()
     base = weights(reference)
     assert len(first["sharded"]) == 14
@@ -171,8 +183,8 @@ def test_fsdp2(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("scenario", ["fsdp1", "fsdp1_flat"])
-def test_fsdp1(scenario: str, tmp_path: Path) -> None:
-    first, second = run(scenario, tmp_path)
+def test_fsdp1(scenario: str, run: Run) -> None:
+    first, second = run(scenario)
     reference = attach()
     assert first["units"] == 1 + 2 + 14  # root, decoder layers, and each δ by itself
     assert first["folded"] == second["folded"] == 0

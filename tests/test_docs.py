@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_llama
+from helpers import tiny_llama
 from peft import PeftConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_llama
+from helpers import tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model

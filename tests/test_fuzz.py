@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_llama
+from helpers import deltas, logits, tiny_llama
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
@@ -32,8 +33,15 @@ VALUES: list[Any] = [
     "all-linear", ["q_proj"], "IA3", "none", [1, 2], [1, 2, 3, 4], ["a"] * 4, [float("inf")] * 4,
 ]  # fmt: skip
 many = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
-# what a user gets to see: our own errors, PEFT's for modules that are not there, and torch's for shapes
-CLEAR = (ValueError, TypeError, KeyError, RuntimeError)
+# Errors of a config that can be read but does not fit, each with the field, module or tensor it must name. All others
+# name the file. The last four are PEFT's and torch's own.
+DOES_NOT_FIT = (
+    (ValueError, r"^Adapter 'default' was made for another base model: .*model\.layers\.0\."),
+    (KeyError, r"The checkpoint of adapter 'default' has no values for .*svf_delta"),
+    (ValueError, r"^(Target modules .* not found in the base model|No `target_modules` passed)"),
+    (TypeError, r"^modules_to_save cannot be applied to modules of type"),
+    (RuntimeError, r"size mismatch for \S+\.svf_delta\.default\.weight"),
+)
 
 
 def base_model() -> Any:
@@ -106,16 +114,16 @@ def fresh(good: Path, bad: Path) -> Path:
 
 @torch.no_grad()
 def check_loaded(model: Any, folder: Path) -> None:
-    """That δ is what the file says, and that the model computes with it."""
+    """That every δ is what the file says, that the file has no more, and that the model computes with it."""
+    found = {f"base_model.model.{n}.svf_delta.weight": delta for n, delta in deltas(model.base_model.model).items()}
     stored = load_file(folder / ADAPTER)
-    for name, layer in model.base_model.model.named_modules():
-        if isinstance(layer, SVFLayer):
-            delta = layer.svf_delta["default"].weight
-            assert torch.equal(delta, stored[f"base_model.model.{name}.svf_delta.weight"].float())
-    model.eval()(input_ids=torch.tensor([[1, 2, 3]]))
+    assert found.keys() == {name for name in stored if ".svf_delta." in name}
+    for name, delta in found.items():
+        assert torch.equal(delta, stored[name].float())
+    assert logits(model.eval(), torch.tensor([[1, 2, 3]])).isfinite().all()
 
 
-@settings(max_examples=2500, **many)
+@settings(max_examples=1000, **many)
 @given(st.randoms(use_true_random=False))
 def test_adapters(world: Path, random: Random) -> None:
     folder = fresh(world / "adapter", world / "bad")
@@ -126,22 +134,25 @@ def test_adapters(world: Path, random: Random) -> None:
     base = base_model()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        message = model = None
         try:
             config = SVFConfig.from_pretrained(str(folder))
-            if not isinstance(config, SVFConfig):
-                return  # another method's, which is not ours to judge
+        except (ValueError, TypeError) as error:
+            if f"{folder}/adapter_" not in str(error):
+                raise
+            return
+        if not isinstance(config, SVFConfig):
+            return  # another method's, which is not ours to judge
+        try:
             model = PeftModel.from_pretrained(base, str(folder), config=config)
-        except CLEAR as error:
-            message = str(error)
-        if message is not None:
-            assert len(message) > 20
+        except (ValueError, TypeError, KeyError, RuntimeError) as error:
+            if not any(isinstance(error, kind) and re.search(text, str(error), re.S) for kind, text in DOES_NOT_FIT):
+                raise
             return
         check_loaded(model, folder)
         inspect_adapter(folder)
 
 
-@settings(max_examples=1500, **many)
+@settings(max_examples=600, **many)
 @given(st.randoms(use_true_random=False))
 def test_packs(world: Path, random: Random) -> None:
     folder = fresh(world / "pack", world / "bad")
@@ -167,7 +178,7 @@ def test_packs(world: Path, random: Random) -> None:
             assert torch.equal(layer.basis, good.load(layer.module_name, 8).vectors)
 
 
-@settings(max_examples=1000, **many)
+@settings(max_examples=500, **many)
 @given(st.randoms(use_true_random=False))
 def test_files_of_the_released_code(world: Path, random: Random) -> None:
     path = world / "bad.pt"
@@ -182,4 +193,9 @@ def test_files_of_the_released_code(world: Path, random: Random) -> None:
         assert str(path) in message or "sums to 0" in message
         assert not any(isinstance(module, SVFLayer) for module in base.modules())
         return
-    assert all(p.isfinite().all() for name, p in model.named_parameters() if "svf_delta" in name)
+    vectors, weights = torch.load(path, weights_only=True), base_model().state_dict()
+    for name, delta in deltas(model).items():
+        spectrum = torch.linalg.svdvals(weights[f"{name}.weight"].double())
+        mask = vectors[f"{name}.weight"].double().sigmoid()
+        expected = mask * spectrum.sum() / (spectrum * mask).sum() - 1
+        torch.testing.assert_close(delta.double(), expected, rtol=1e-4, atol=1e-4)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import dispatch_model
-from conftest import tiny_llama
+from helpers import tiny_llama
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
 from safetensors.torch import load_file

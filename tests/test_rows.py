@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload
-from conftest import tiny_llama
+from helpers import tiny_llama
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model

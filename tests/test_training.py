@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import random
+import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -20,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import tiny_llama
+from helpers import tiny_llama
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_trl import (
@@ -529,8 +531,11 @@ def test_plots(tmp_path: Path) -> None:
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
+    return write_base(tmp_path / "base")
+
+
+def write_base(folder: Path) -> Path:
     """A folder with a tiny model and its tokenizer."""
-    folder = tmp_path / "base"
     tiny_llama().save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
@@ -538,8 +543,11 @@ def base(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
+    return write_data(tmp_path / "data")
+
+
+def write_data(folder: Path) -> Path:
     """A dataset of text questions, as a folder of JSON lines."""
-    folder = tmp_path / "data"
     folder.mkdir()
     for split, numbers in (("train", range(0, 60)), ("test", range(60, 70))):
         lines = [json.dumps({"question": f"{n}+1=", "solution": str(n + 1)}) for n in numbers]
@@ -821,10 +829,18 @@ def test_several_datasets_in_a_recipe(base: Path, data: Path, tmp_path: Path) ->
 
 # --------------------------------------------------------------------------------------------------------------- crash
 
-KILLED = """
-import sys, test_training
+# A run is a fork of one process that has imported everything: ten kills, and the seconds of one start.
+RUNS = """
+import os, sys, test_training
 from peft_svf.training.run import main
-main(sys.argv[1:])
+while sys.stdin.readline():
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(2, 1)
+        main(sys.argv[1:])
+        sys.exit()
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
 
@@ -836,66 +852,114 @@ def test_a_run_that_is_killed_ten_times_ends_as_if_it_had_not_been(base: Path, d
     expected = load_file(tmp_path / "whole" / ADAPTER)
 
     output, rng, kills = tmp_path / "killed", random.Random(0), 0
-    command = [sys.executable, "-c", KILLED, *script(base, data, output, **options), "--resume_from_checkpoint", "true"]
+    command = [sys.executable, "-c", RUNS, *script(base, data, output, **options), "--resume_from_checkpoint", "true"]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(sys.path),
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
-    while kills < 10:
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        before = last_complete(output)
-        while process.poll() is None and last_complete(output) == before:
-            time.sleep(0.01)  # until it trains
-        time.sleep(rng.uniform(0, 0.3))
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        _, errors = process.communicate()
-        assert process.returncode in (-signal.SIGKILL, 0), errors.decode()[-2000:]
-        if process.returncode == 0:
-            assert_same(load_file(output / ADAPTER), expected)
-            shutil.rmtree(output)
-    last = subprocess.run(command, env=environment, capture_output=True, check=False)
-    assert last.returncode == 0, last.stderr.decode()[-2000:]
-    assert_same(load_file(output / ADAPTER), expected)
+    errors = tmp_path / "errors.txt"
+    with errors.open("w") as said:
+        runs = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, bufsize=0
+        )
+    assert runs.stdin is not None
+    assert runs.stdout is not None
+
+    def ended(seconds: float = 0) -> bool:
+        return bool(select.select([runs.stdout], [], [], seconds)[0])
+
+    try:
+        while kills <= 10:
+            runs.stdin.write(b"\n")
+            pid, before = int(runs.stdout.readline()), last_complete(output)
+            if kills < 10:
+                while last_complete(output) == before and not ended(0.01):
+                    pass  # until it trains
+                if not ended(rng.uniform(0, 0.3)):
+                    os.kill(pid, signal.SIGKILL)
+            status = int(runs.stdout.readline())
+            assert status in (-signal.SIGKILL, 0), errors.read_text()[-2000:]
+            if status == 0:
+                assert_same(load_file(output / ADAPTER), expected)
+                if kills == 10:
+                    break
+                shutil.rmtree(output)
+            kills += status != 0
+    finally:
+        runs.kill()
+        runs.communicate()
+
+
+OBJECTIVES = ("grpo", "rloo", "reinforce")
+# Two processes import everything once, and fork for each run. Each run needs a port, as torchrun's store is for one.
+TOGETHER = """
+import json, os, runpy, sys, test_training
+for port, (module, *words) in json.loads(sys.argv[1]):
+    if (run := os.fork()) == 0:
+        os.environ.update(MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="False")
+        sys.argv[:] = [module, *words]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        sys.exit()
+    assert os.waitpid(run, 0)[1] == 0
+    if os.environ["RANK"] == "0":
+        print("END OF A RUN", flush=True)
+"""
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
+@pytest.fixture(scope="module")
+def trained_together(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[str]]]:
+    """A folder with a run of three steps and one that stopped after two, per objective; and what each run printed."""
+    folder = tmp_path_factory.mktemp("together")
+    base, data = write_base(folder / "base"), write_data(folder / "data")
+    common: dict[str, Any] = {"lr_scheduler_type": "constant", "use_cpu": True, "save_total_limit": 3}
+    lines = []
+    for objective in OBJECTIVES:
+        common |= {"objective": objective, "num_generations": None if objective == "reinforce" else 4}
+        program = ["peft_svf.training.run"] if objective == "grpo" else ["peft_svf", "train"]
+        whole, parts = folder / objective / "whole", folder / objective / "parts"
+        lines.append([*program, *script(base, data, whole, **common, max_steps=3)])
+        lines.append([*program, *script(base, data, parts, **common, max_steps=2)])
+        lines.append([*program, *script(base, data, parts, **common, max_steps=3, resume_from_checkpoint=True)])
+    together = folder / "together.py"
+    together.write_text(TOGETHER)
+    # what `accelerate launch --multi_gpu` calls; accelerate itself has no launcher for several CPU processes
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, str(together), json.dumps(list(zip(free_ports(len(lines)), lines, strict=True)))],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    printed = done.stdout.split("END OF A RUN")
+    return folder, {objective: printed[3 * i : 3 * i + 3] for i, objective in enumerate(OBJECTIVES)}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["grpo", "rloo", "reinforce"])
-def test_two_processes(objective: str, base: Path, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_two_processes(objective: str, trained_together: tuple[Path, dict[str, list[str]]]) -> None:
     """They train, evaluate and write one expert together, and go on from a checkpoint as if they had not stopped."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    program = ["peft_svf.training.run"] if objective == "grpo" else ["peft_svf", "train"]
-
-    def launch(output: Path, **options: Any) -> str:
-        common = {"objective": objective, "num_generations": None if objective == "reinforce" else 4}
-        arguments = script(base, data, output, **common, lr_scheduler_type="constant", use_cpu=True, **options)
-        # what `accelerate launch --multi_gpu` calls; accelerate itself has no launcher for several CPU processes
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        done = subprocess.run(
-            [*command, "-m", *program, *arguments],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout
-
-    printed = launch(tmp_path / "whole", max_steps=3)
+    folder, printed = trained_together[0] / objective, trained_together[1][objective][0]
     assert printed.count("greedy accuracy on 10 test questions") == 1
-    saved = json.loads((tmp_path / "whole" / "training.json").read_text())
+    saved = json.loads((folder / "whole" / "training.json").read_text())
     assert [entry["step"] for entry in saved["history"] if "eval_accuracy" in entry] == [1, 2, 3]
-    expected = load_file(tmp_path / "whole" / ADAPTER)
+    expected = load_file(folder / "whole" / ADAPTER)
     assert any(delta.abs().max() > 0 for delta in expected.values())
 
-    launch(tmp_path / "parts", max_steps=2)
-    assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(os.listdir(tmp_path / "parts" / "checkpoint-2"))
-    launch(tmp_path / "parts", max_steps=3, resume_from_checkpoint=True)
-    assert_same(load_file(tmp_path / "parts" / ADAPTER), expected)
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(os.listdir(folder / "parts" / "checkpoint-2"))
+    assert_same(load_file(folder / "parts" / ADAPTER), expected)
     tested = [{"prompt": f"{n}+1=", "answer": str(n + 1)} for n in range(60, 70)]
-    model = PeftModel.from_pretrained(tiny_llama(), tmp_path / "whole")
+    model = PeftModel.from_pretrained(tiny_llama(), folder / "whole")
     alone = greedy_accuracy(model, tokenizer(), tested, early_letters, max_new_tokens=6)
     assert saved["accuracy_after"] == pytest.approx(alone)
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model, init_empty_weights
-from conftest import tiny_llama
+from helpers import tiny_llama
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import PeftConfig, PeftModel, PeftType, convert_to_lora, get_peft_model, save_as_lora

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from accelerate import PartialState
 from peft.utils.integrations import check_deepspeed_zero3_enabled
 from torch import distributed
 
 from ..spectral.cache import BasisCache
 from ..spectral.pack import BasisPack
+from ..utils.processes import processes
 from ..utils.progress import progress_bar
 from .protocol import AdaptedLayer
 
@@ -52,7 +52,7 @@ def _build(layer: AdaptedLayer, source: BasisCache | BasisPack | None, share: bo
     layer.build_basis(source)
     if share:
         assert layer.basis is not None
-        buffer = layer.basis.detach().to(PartialState().device)
+        buffer = layer.basis.detach().to(processes().device)
         distributed.broadcast(buffer, src=0)
         layer.basis.data.copy_(buffer)
 

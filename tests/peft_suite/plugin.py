@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from functools import partialmethod
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -24,9 +25,21 @@ _unused = {name for matrices in MATRICES.values() for name in matrices} | set(ON
 _notes: list[str] = []
 
 
-def pytest_sessionstart() -> None:
-    """Make the models in the working directory, where they go before those of the hub."""
-    save_tiny_models(Path.cwd())
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Make the models in the working directory, where they go before those of the hub. Workers of xdist find them."""
+    if not hasattr(session.config, "workerinput"):
+        save_tiny_models(Path.cwd())
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Every worker of xdist collects everything, and its process ends with its notes."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["notes"] = _notes
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    _notes[:] = getattr(node, "workeroutput", {}).get("notes", _notes)
 
 
 @pytest.hookimpl(tryfirst=True)

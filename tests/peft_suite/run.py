@@ -72,7 +72,7 @@ def unpack_tests(sdist: Path, folder: Path) -> None:
 
 
 def run_pytest(folder: Path, arguments: list[str]) -> int:
-    """Run the suite in one process, which sees no hub and no cache but those in `folder`. Returns pytest's status."""
+    """Run the suite where no hub and no cache is seen but those in `folder`. Returns pytest's status."""
     # The tests name hub models; a folder of that name in the working directory goes first.
     models = fresh_folder(folder / "models")
     environment = os.environ | {
@@ -87,7 +87,7 @@ def run_pytest(folder: Path, arguments: list[str]) -> int:
         ),
     }
     environment.pop("PYTEST_ADDOPTS", None)
-    command = [sys.executable, "-m", "pytest", "-p", "peft_suite.plugin", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-p", "xdist", "-p", "peft_suite.plugin", "-p", "no:cacheprovider"]
     command += ["-c", str(HERE / "pytest.ini"), "--rootdir", str(folder), "-k", "SVF", *arguments]
     command += [str(folder / "tests" / name) for name in TEST_FILES]
     return subprocess.run(command, cwd=models, env=environment).returncode
