@@ -916,9 +916,9 @@ def test_an_optimizer_that_is_none(mixture: AdaptiveMixture) -> None:
         mixture.search(objective=Distance(TARGET), optimizer=RandomSearch(), optimizer_kwargs={"std": 0.1})
 
 
-def test_an_optimizer_of_another_library_is_only_asked_and_told(mixture: AdaptiveMixture) -> None:
+def test_an_optimizer_of_another_library(mixture: AdaptiveMixture) -> None:
     class Foreign:
-        """What else it has may mean something else than ours."""
+        """It may have attributes that mean something else than ours, and a method where we have an array."""
 
         population_size = 3
         num_elites = "many"
@@ -937,7 +937,14 @@ def test_an_optimizer_of_another_library_is_only_asked_and_told(mixture: Adaptiv
             return True
 
     result = mixture.search(objective=Distance(TARGET, 4), optimizer=Foreign(), num_generations=2)
-    assert (result.method, result.stopped, len(result.history)) == ("Foreign", "num_generations", 2)
+    assert (result.method, result.stopped, len(result.history)) == ("Foreign", "optimizer", 1)
+    with pytest.raises(TypeError, match="is the class Foreign"):
+        mixture.search(objective=Distance(TARGET, 4), optimizer=Foreign)
+    with pytest.raises(ValueError, match="`population_size` would have no effect"):
+        mixture.search(objective=Distance(TARGET, 4), optimizer=Foreign(), population_size=4)
+    Foreign.ask = lambda self: [0.5, 0.5]  # type: ignore[assignment, return-value]
+    with pytest.raises(ValueError, match=r"shape \[2\], but the search has 3 variables"):
+        mixture.search(objective=Distance(TARGET, 4), optimizer=Foreign(), num_generations=2)
 
 
 def test_one_expert_can_be_searched_by_every_method(experts: dict[str, str], tokenizer: Any) -> None:
@@ -1149,7 +1156,7 @@ def test_the_result_as_text_and_picture(mixture: AdaptiveMixture, tmp_path: Path
     assert "which may be chance" in str(result)
     result.num_evaluated = 12
     assert "chance" not in str(result)
-    assert "Validation on 12 examples" in str(result)
+    assert "12 examples held out" in str(result)
     result.difference = (0.1, -0.05, 0.2)
     assert "which may be chance" in str(result)
     result.difference = (0.0, -0.05, 0.2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from test_adaptation import tokenizer as tokenizer
 from transformers import GenerationConfig
 
 from peft_svf import AdaptiveMixture, SVFLayer
+
+ROWS = EXAMPLES[:4]
 
 QUICK: dict[str, Any] = {"method": "cem", "num_generations": 2, "population_size": 3}
 SHORT: dict[str, Any] = {**QUICK, "max_new_tokens": 3}
@@ -264,3 +267,102 @@ def test_names_are_checked(mixture: AdaptiveMixture) -> None:
     nothing: Any = None
     with pytest.raises(ValueError, match="cannot be called None"):
         mixture.apply(nothing)
+
+
+class Bonus:
+    """A reward that is an object, with a parameter and a counter."""
+
+    def __init__(self, bonus: float) -> None:
+        self.bonus, self.calls = bonus, 0
+
+    def __call__(self, completions: list[str], **columns: Any) -> list[float]:
+        self.calls += 1
+        return [len(text) + self.bonus for text in completions]
+
+
+def with_closure(bonus: float) -> Any:
+    calls = 0
+
+    def reward(completions: list[str], **columns: Any) -> list[float]:
+        nonlocal calls
+        calls += 1
+        return [len(text) + bonus for text in completions]
+
+    return reward
+
+
+def with_default(bonus: float) -> Any:
+    def reward(completions: list[str], bonus: float = bonus, **columns: Any) -> list[float]:
+        return [len(text) + bonus for text in completions]
+
+    return reward
+
+
+def with_partial(bonus: float) -> Any:
+    def reward(bonus: float, completions: list[str], **columns: Any) -> list[float]:
+        return [len(text) + bonus for text in completions]
+
+    return functools.partial(reward, bonus)
+
+
+@pytest.mark.parametrize("make", [Bonus, with_closure, with_default, with_partial])
+def test_a_checkpoint_knows_what_a_reward_function_holds(make: Any, mixture: AdaptiveMixture, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"method": "cem", "num_generations": 1, "population_size": 2, "max_new_tokens": 2}
+    options |= {"checkpoint": tmp_path / "search.json", "validation": None}
+    first = mixture.search(ROWS, make(0.0), **options)
+    with pytest.raises(ValueError, match="belongs to another search: objective"):
+        mixture.search(ROWS, make(100.0), **options, resume=True)
+    again = make(0.0)
+    assert mixture.search(ROWS, again, **options, resume=True).scores == first.scores
+    assert mixture.search(ROWS, again, **options, resume=True).scores == first.scores  # its counter is no difference
+
+
+def test_an_equal_reward_on_the_examples_of_the_search_changes_nothing(mixture: AdaptiveMixture) -> None:
+    """The expected reward was optimized on them, so it must not decide."""
+
+    def first_letter(completions: list[str], **columns: Any) -> list[float]:
+        return [float(text[:1] in "abcdefgh") / 10 for text in completions]
+
+    result = mixture.search(ROWS, first_letter, max_new_tokens=2, validation=None, num_generations=3)
+    if result.scores["searched"] <= max(score for name, score in result.scores.items() if name in mixture.experts):
+        assert not result.improved
+    else:
+        assert result.difference[0] > 0
+
+
+def test_weights_by_group_are_checked_before_any_is_put_in_place(mixture: AdaptiveMixture) -> None:
+    before = mixture.weights
+    with pytest.raises(ValueError, match=r"`group_of` has no group for \d+ modules, the first is"):
+        mixture.set_weights(np.ones((3, 1)), {"model.layers.0.self_attn.q_proj": 0})
+    assert mixture.weights == before
+
+
+@pytest.mark.parametrize("name", ["base", "uniform", "searched", "in-context", "a.b", ""])
+def test_a_mixture_has_no_reserved_name(name: str, experts: dict[str, str], tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match="cannot be called"):
+        AdaptiveMixture.from_pretrained(base_model(), experts, tokenizer=tokenizer, adapter_name=name)
+
+
+def test_a_checkpoint_that_cannot_be_written_fails_before_the_work(mixture: AdaptiveMixture, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="cannot be written"):
+        mixture.search(ROWS, not_called, checkpoint=tmp_path / "file" / "search.json")
+
+
+def not_called(**columns: Any) -> list[float]:
+    raise AssertionError("the search began")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"racing": "no"}, "`racing` must be True or False"),
+        ({"expected_reward": "no"}, "`expected_reward` must be True or False"),
+        ({"reward_weights": 1.0}, "`reward_weights` must be a list of numbers"),
+    ],
+)
+def test_settings_of_another_kind(settings: dict[str, Any], message: str, mixture: AdaptiveMixture) -> None:
+    with pytest.raises(ValueError, match=message):
+        mixture.search(ROWS, not_called, **settings)
+    with pytest.raises(TypeError, match="must be a SearchConfig"):
+        mixture.search(ROWS, not_called, settings)  # type: ignore[arg-type]

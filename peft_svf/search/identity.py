@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import hashlib
 import inspect
@@ -56,8 +57,8 @@ def _behaviour_of(function: Any) -> str:
     """Return a digest of what a function does: its code, defaults and closure, the arguments of a `partial`, the class
     and the attributes of a callable object.
 
-    Of closures and attributes only plain values count, because a list that a function logs to would change the digest.
-    Functions that it calls are not included either.
+    Of closures and attributes, only plain values count that the function does not assign: a counter or a list that it
+    logs to is state. Functions that it calls are not included either.
     """
     return hashlib.sha256(repr(_described(function)).encode()).hexdigest()
 
@@ -73,17 +74,31 @@ def _described(value: Any) -> Any:
     if isinstance(value, functools.partial):
         return [_described(value.func), repr((value.args, sorted(value.keywords.items())))]
     if inspect.ismethod(value):
-        return [_described(value.__func__), _attributes(value.__self__)]
+        return [_described(value.__func__), _attributes(value.__self__, value.__func__.__code__)]
     if inspect.isfunction(value):
         inner = inspect.unwrap(value)
-        cells = [cell.cell_contents for cell in inner.__closure__ or () if cell.cell_contents is not value]
-        return [_described(inner.__code__), repr((inner.__defaults__, inner.__kwdefaults__)), [*map(_described, cells)]]
+        names, assigned = inner.__code__.co_freevars, _assigned(inner.__code__, "STORE_DEREF")
+        cells = [
+            [name, _described(cell.cell_contents)]
+            for name, cell in zip(names, inner.__closure__ or (), strict=True)
+            if name not in assigned and cell.cell_contents is not value
+        ]
+        return [_described(inner.__code__), repr((inner.__defaults__, inner.__kwdefaults__)), cells]
     if callable(value) and not isinstance(value, type):
-        return [_described(inspect.unwrap(type(value).__call__)), _attributes(value)]
+        call = inspect.unwrap(type(value).__call__)
+        return [_described(call), _attributes(value, getattr(call, "__code__", None))]
     return type(value).__qualname__
 
 
-def _attributes(value: Any) -> list[Any]:
-    """Return the class of an object and its attributes that are plain values."""
-    plain = (str, int, float, bool, type(None), tuple)
-    return [type(value).__qualname__, [pair for pair in sorted(vars(value).items()) if isinstance(pair[1], plain)]]
+def _attributes(value: Any, code: CodeType | None) -> list[Any]:
+    """Return the class of an object and its attributes that are plain values, without those that the code assigns."""
+    plain, assigned = (str, int, float, bool, type(None), tuple), _assigned(code, "STORE_ATTR")
+    pairs = sorted(getattr(value, "__dict__", {}).items())
+    return [
+        type(value).__qualname__,
+        [pair for pair in pairs if isinstance(pair[1], plain) and pair[0] not in assigned],
+    ]
+
+
+def _assigned(code: CodeType | None, operation: str) -> set[str]:
+    return {each.argval for each in dis.get_instructions(code) if each.opname == operation} if code else set()

@@ -70,11 +70,8 @@ def choose_method(
     elif (obstacle := obstacle_to_gradient(model)) is not None:
         by_gradient, name, reason = False, "cem", obstacle
     else:
-        by_gradient, name, reason = (
-            True,
-            "gradient",
-            f"{examples} example{'s' * (examples > 1)}, and a backward pass is possible",
-        )
+        count = f"{examples} example{'s' * (examples > 1)}"
+        by_gradient, name, reason = True, "gradient", f"{count}, and a backward pass is possible"
     if by_gradient and not (reward or objective.differentiable):
         raise ValueError(
             f"The objective {objective.name!r} has no gradient. Use method='cem', or an objective that declares "
