@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import tiny_llama
+from helpers import logits, randomise, tiny_llama
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -19,14 +19,8 @@ from peft_svf import SVFConfig, SVFLayer, SVFRuntimeConfig
 
 pytestmark = pytest.mark.usefixtures("never_fold")
 
-IDS = torch.tensor([[3, 17, 5, 42, 8, 60, 11, 23]])
 WEIGHTS = "adapter_model.safetensors"
 ALL_LINEAR = {"target_modules": "all-linear"}
-
-
-@torch.no_grad()
-def logits(model: nn.Module) -> torch.Tensor:
-    return model(IDS).logits
 
 
 def anatomy(model: nn.Module) -> dict[str, Any]:
@@ -40,14 +34,6 @@ def anatomy(model: nn.Module) -> dict[str, Any]:
 
 def adapted(seed: int = 0, **config: Any) -> PeftModel:
     return randomise(get_peft_model(tiny_llama(seed), SVFConfig(**{**ALL_LINEAR, **config})))
-
-
-def randomise(model: Any, adapter: str = "default") -> Any:
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if f".svf_delta.{adapter}." in name:
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return model
 
 
 @pytest.fixture

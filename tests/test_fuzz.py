@@ -193,7 +193,8 @@ def test_files_of_the_released_code(world: Path, random: Random) -> None:
         assert str(path) in message or "sums to 0" in message
         assert not any(isinstance(module, SVFLayer) for module in base.modules())
         return
-    vectors, weights = torch.load(path, weights_only=True), base_model().state_dict()
+    vectors = torch.load(path, map_location="cpu", weights_only=True)
+    weights = base_model().state_dict()
     for name, delta in deltas(model).items():
         spectrum = torch.linalg.svdvals(weights[f"{name}.weight"].double())
         mask = vectors[f"{name}.weight"].double().sigmoid()

@@ -6,22 +6,19 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from helpers import tiny_llama
+from helpers import IDS, deltas, logits, randomise, tiny_llama
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, pipeline
 
 from peft_svf import SVFConfig, SVFLayer
 
 pytestmark = pytest.mark.usefixtures("never_fold")
 
-IDS = torch.tensor([[3, 17, 5, 42, 8, 60, 11, 23]])
 CONFIG = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 KEYS = {
     f"model.layers.{i}.{module}.svf_delta.weight"
@@ -31,23 +28,6 @@ KEYS = {
         *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
     )
 }
-
-
-@torch.no_grad()
-def logits(model: nn.Module) -> torch.Tensor:
-    return model(IDS).logits
-
-
-def deltas(model: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:
-    marker = f".svf_delta.{adapter}.weight"
-    return {n.removesuffix(marker): p for n, p in model.named_parameters() if n.endswith(marker)}
-
-
-def randomise(model: nn.Module, adapter: str = "default", seed: int = 1) -> Any:
-    generator = torch.Generator().manual_seed(seed)
-    for delta in deltas(model, adapter).values():
-        delta.data.copy_(torch.randn(delta.shape, generator=generator) * 0.3)
-    return model
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model, init_empty_weights
-from helpers import tiny_llama
+from helpers import IDS, adapted, deltas, logits, randomise, tiny_llama
+from helpers import svf_layers as layers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import PeftConfig, PeftModel, PeftType, convert_to_lora, get_peft_model, save_as_lora
@@ -27,12 +28,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 import peft_svf
-from peft_svf import SVFConfig, SVFLayer, SVFModel, SVFRuntimeConfig
+from peft_svf import SVFConfig, SVFModel, SVFRuntimeConfig
 from peft_svf.tuner import registration
 
 pytestmark = pytest.mark.usefixtures("never_fold")
 
-IDS = torch.tensor([[3, 17, 5, 42, 8, 60, 11, 23], [7, 1, 33, 29, 50, 12, 4, 19]])
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -69,43 +69,8 @@ def make_model(kind: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel
     return model.to(dtype)
 
 
-def adapted(model: nn.Module | None = None, **config: Any) -> PeftModel:
-    """A model with an adapter on all linear layers and random δ."""
-    config.setdefault("target_modules", "all-linear")
-    return randomise(get_peft_model(model if model is not None else tiny_llama(), SVFConfig(**config)))
-
-
-def randomise(model: nn.Module, adapter: str = "default", std: float = 0.3, seed: int = 1) -> Any:
-    generator = torch.Generator().manual_seed(seed)
-    for delta in deltas(model, adapter).values():
-        delta.data.copy_(torch.randn(delta.shape, generator=generator) * std)
-    return model
-
-
-def deltas(model: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:
-    """δ by name of the module in the base model."""
-    return {
-        name.removeprefix("base_model.model."): module.svf_delta[adapter].weight
-        for name, module in model.named_modules()
-        if isinstance(module, SVFLayer) and adapter in module.svf_delta
-    }
-
-
-def layers(model: nn.Module) -> dict[str, SVFLayer]:
-    return {
-        name.removeprefix("base_model.model."): module
-        for name, module in model.named_modules()
-        if isinstance(module, SVFLayer)
-    }
-
-
 def base_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: layer.get_base_layer().weight.detach().clone() for name, layer in layers(model).items()}
-
-
-@torch.no_grad()
-def logits(model: nn.Module) -> torch.Tensor:
-    return model(IDS).logits
 
 
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
