@@ -92,9 +92,10 @@ class ValidatedSearch:
             self.checkpoint.open(rewarded, {**decided, "expected_reward": method.expected_reward})
         with progress_bar(desc=f"Searching ({self.objective.name})", unit="evaluation") as bar:
             rewarded.on_evaluations = bar.update
-            evaluator = rewarded
+            evaluator, collected = rewarded, 0
             if method.expected_reward:
-                bar.total = self._collected(space)
+                collected = (1 + config.num_samples) * len(space.baselines()) * len(self.objective.examples)
+                bar.total = collected + len(space.baselines()) * len(split.search)
                 evaluator = self._with_expected_reward(rewarded)
                 method, rewarded, evaluator = self._checked(method, rewarded, evaluator)
             progress_note(f"Search: {method}.")
@@ -104,7 +105,7 @@ class ValidatedSearch:
             baselines = space.baselines()
             start = self._start(split.search)
             optimizer = self._optimizer(config.seed, start)
-            bar.total = self._evaluations(optimizer)
+            bar.total = collected + self._evaluations(optimizer)
             scores = dict(zip(baselines, evaluator.scores([*baselines.values()], split.evaluated), strict=True))
             self._save()
             prompted, interrupted = self._prompted(rewarded)
@@ -329,12 +330,8 @@ class ValidatedSearch:
         if self.checkpoint is not None:
             self.checkpoint.save(self._evaluator)
 
-    def _collected(self, space: SearchSpace) -> int:
-        """Return how many answers are collected."""
-        return (1 + self.config.num_samples) * len(space.baselines()) * len(self.objective.examples)
-
     def _evaluations(self, optimizer: Optimizer) -> int:
-        """Return how many pairs of a candidate and an example are scored at most."""
+        """Return how many pairs of a candidate and an example are scored at most, beside collected answers."""
         split, baselines = self.split, len(self._evaluator.space.baselines())
         searched = len(split.search) + sum(len(split.rest(part)) for part in split.parts)
         total = (baselines + 1) * (len(split.evaluated) + bool(split.held_out) * len(split.search))
@@ -342,7 +339,7 @@ class ValidatedSearch:
         if optimizer.uses_gradient:  # a step scores no candidate, so the finalists are scored at the end
             total += (1 + FINALISTS) * searched
         if self._method.expected_reward:
-            total += self._collected(self._evaluator.space) + len(split.evaluated)
+            total += len(split.evaluated)
         return total
 
 
