@@ -17,8 +17,6 @@ from torch import nn
 
 from peft_svf import SVFConfig, SVFLayer, SVFRuntimeConfig
 
-pytestmark = pytest.mark.usefixtures("never_fold")
-
 WEIGHTS = "adapter_model.safetensors"
 ALL_LINEAR = {"target_modules": "all-linear"}
 
@@ -267,6 +265,7 @@ def test_the_base_model_survives_a_damaged_adapter_file(saved: Path, damage: Any
 
 
 @pytest.mark.parametrize(("damage", "message"), BAD_FILES[:1])
+@pytest.mark.usefixtures("never_fold")
 def test_a_damaged_second_adapter_leaves_the_first(saved: Path, damage: Any, message: str) -> None:
     model = adapted(target_modules=["q_proj"])
     expected, before = logits(model), anatomy(model)
@@ -374,6 +373,7 @@ def test_a_cast_of_the_right_base_is_the_right_base(saved: Path, dtype: torch.dt
     ],
     ids=["set_adapter", "delete_adapter", "add_weighted_adapter", "several", "merge_adapter", "merge_and_unload"],
 )
+@pytest.mark.usefixtures("never_fold")
 def test_an_unknown_adapter_name(call: Any) -> None:
     model = adapted()
     expected = logits(model)

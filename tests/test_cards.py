@@ -82,13 +82,14 @@ def test_the_card_of_another_method() -> None:
 
 
 RESULT = SimpleNamespace(
-    settings={"optimizer": "cem", "examples": 12, "seed": 3},
+    settings={"method": "cem", "examples": 12, "seed": 3},
+    reason="cem, as asked",
     objective="reward",
     choice="searched",
-    evaluations=1200,
-    usage=SimpleNamespace(rows=3400, tokens=56000, seconds=7.4),
-    judged_on="validation",
-    judged=40,
+    candidates=1200,
+    usage=SimpleNamespace(evaluations=3400, tokens=56000, seconds=7.4),
+    evaluated_on="validation",
+    num_evaluated=40,
     scores={"base": 0.25, "searched": 0.5},
     intervals={"base": (0.1, 0.4), "searched": (0.3, 0.7)},
     difference=(0.25, 0.1, 0.4),
@@ -107,7 +108,9 @@ def test_the_card_of_a_mixture(result: Any, tmp_path: Path) -> None:
     assert str(tmp_path) not in card
     assert "| expert | source | α |\n|---|---|---|\n| one | one | 0.75 |\n| two | someone/two | -0.5 |\n" in text
     assert 'model = PeftModel.from_pretrained(base_model, "mix")\n```\n' in text
-    assert ("kept: **searched**. The search evaluated 1,200 mixtures" in text) is (result is not None)
+    assert (
+        "kept: **searched**. Method: cem, as asked. The search scored 1,200 mixtures in 3,400 evaluations" in text
+    ) is (result is not None)
     assert ("| base | 0.250 | 0.100 to 0.400 |\n| searched | 0.500 | 0.300 to 0.700 |\n\nSearched" in text) is bool(
         result
     )

@@ -17,8 +17,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from peft_svf import SVFConfig, SVFLayer
 
-pytestmark = pytest.mark.usefixtures("never_fold")
-
 CONFIG = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 KEYS = {
     f"model.layers.{i}.{module}.svf_delta.weight"
@@ -77,6 +75,7 @@ def about_adapters(log: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("never_fold")
 def test_add_adapter(dtype: torch.dtype) -> None:
     model = tiny_llama(dtype=dtype)
     before = logits(model)

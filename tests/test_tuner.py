@@ -31,8 +31,6 @@ import peft_svf
 from peft_svf import SVFConfig, SVFModel, SVFRuntimeConfig
 from peft_svf.tuner import registration
 
-pytestmark = pytest.mark.usefixtures("never_fold")
-
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -271,6 +269,7 @@ def test_active_adapters_add_in_any_order(merged: bool) -> None:
     torch.testing.assert_close(results[0], logits(single), rtol=0, atol=1e-5)
 
 
+@pytest.mark.usefixtures("never_fold")
 def test_adding_an_adapter_leaves_the_active_one_alone() -> None:
     model = adapted()
     before, trainable = logits(model), {n for n, p in model.named_parameters() if p.requires_grad}
@@ -354,6 +353,7 @@ def test_a_weighted_adapter_stays_on_the_modules_of_its_parts() -> None:
         (["default", "b"], [float("-inf"), 1], "mix", "'default' is -inf"),
     ],
 )
+@pytest.mark.usefixtures("never_fold")
 def test_a_weighted_adapter_refuses(adapters: list[str], weights: list[float], name: str, message: str) -> None:
     model = three_experts()
     before = logits(model)
@@ -467,6 +467,7 @@ def test_the_delta_weight_is_what_merging_adds() -> None:
 
 
 @pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.usefixtures("never_fold")
 def test_disable_adapter_is_the_base_model(merged: bool) -> None:
     base = make_model("llama-bias")
     plain = logits(base)
@@ -584,6 +585,7 @@ def test_biases_are_trained_and_saved_as_asked(tmp_path: Path, bias: str, traine
 # -------------------------------------------------------------------------------------------------- dtypes and devices
 
 
+@pytest.mark.usefixtures("never_fold")
 def test_low_cpu_mem_usage(tmp_path: Path) -> None:
     model = get_peft_model(tiny_llama(), SVFConfig(target_modules="all-linear"), low_cpu_mem_usage=True)
     assert all(delta.is_meta for delta in deltas(model).values())
@@ -776,6 +778,7 @@ def test_training_moves_delta_only() -> None:
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.usefixtures("never_fold")
 def test_a_copy_is_equal_and_independent(how: Any, merged: bool) -> None:
     model = three_experts()
     base = base_weights(model)
