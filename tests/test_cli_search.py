@@ -376,7 +376,7 @@ def test_a_file_in_another_encoding(tmp_path: Path) -> None:
 
 def test_a_file_has_no_splits(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n')
-    with pytest.raises(ValueError, match="has no splits and configurations"):
+    with pytest.raises(ValueError, match="has no splits and no configurations"):
         load_examples(str(tmp_path / "a.jsonl"), split="test")
 
 

@@ -29,7 +29,7 @@ from .options import (
 
 # Set by other options, or for several reward functions.
 _LEFT_OUT = ("checkpoint", "reward_weights")
-# What the command line takes beside the values of the field.
+# What the command line takes in addition to the values of the field.
 _MORE = {"validation": "Or a file of held-out examples."}
 
 
@@ -92,7 +92,7 @@ def search(
         typer.Option("--reward", help="exact, contains, number, choice, regex, math_verify, a dotted path, or loglik."),
     ] = "exact",
     tie_break: Annotated[
-        float, typer.Option("--tie_break", help="Weight of the log-likelihood beside the reward.", hidden=True)
+        float, typer.Option("--tie_break", help="Weight of the log-likelihood, added to the reward.", hidden=True)
     ] = 0.0,
     prompt_column: Annotated[str, typer.Option("--prompt_column", help="Column with text or messages.")] = "prompt",
     answer_column: Annotated[

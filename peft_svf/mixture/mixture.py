@@ -48,6 +48,9 @@ _NOT_IDENTITY = (
 )
 # Settings that an `objective` has already.
 _OF_REWARDS = ("max_new_tokens", "generation_kwargs", "reward_weights")
+_OF_ANSWERS = ("num_samples", "temperature")
+# Settings that a custom `optimizer` has already.
+_OF_METHODS = ("method", "population_size", "optimizer_kwargs")
 
 
 class AdaptiveMixture:
@@ -201,6 +204,9 @@ class AdaptiveMixture:
                 raise ValueError(f"Unknown expert {unknown[0]!r}. The mixture has {', '.join(self.experts)}.")
             weights = [weights.get(name, 0.0) for name in self.experts]
         alpha = np.array(weights, dtype=np.float64)
+        names = [] if group_of is None else [layer.module_name for layer in self._layers()]
+        if missing := [name for name in names if name not in (group_of or {})]:
+            raise ValueError(f"`group_of` has no group for {len(missing)} modules, the first is {missing[0]!r}.")
         groups = 1 if group_of is None else max(group_of.values()) + 1
         by_group = alpha[:, None] if alpha.ndim == groups == 1 else alpha
         if by_group.shape != (len(self.experts), groups) or not np.isfinite(by_group).all():
@@ -272,6 +278,8 @@ class AdaptiveMixture:
                 search, or a reward function that does not return one finite number or `None` per completion.
             TypeError: An unknown setting, or an optimizer without `ask` or `tell`.
         """
+        if config is not None and not isinstance(config, SearchConfig):
+            raise TypeError(f"`config` must be a SearchConfig, got {config!r}. Pass single settings by name: `seed=1`.")
         config = (config or SearchConfig()).changed(**overrides)
         self._check_present()
         self._check_searchable()
@@ -283,6 +291,8 @@ class AdaptiveMixture:
         else:
             raise ValueError(f"Pass `eval_examples` or `validation={config.validation!r}`, not both.")
         custom = None if optimizer is None else as_optimizer(optimizer)
+        if custom is not None:
+            self._check_unused(config, _OF_METHODS, "the `optimizer` has its own")
         modules = [layer.module_name for layer in self._layers()]
 
         def make_space(granularity: Granularity) -> WeightSpace:
@@ -336,15 +346,15 @@ class AdaptiveMixture:
                     "Pass `examples` and `reward_funcs`, or an `objective` that has both; not all of them."
                 )
             if not isinstance(objective, Objective):
-                raise TypeError(f"{type(objective).__name__} is no objective. Subclass `peft_svf.Objective`.")
-            self._check_unused(config, "the `objective` has its own")
+                raise TypeError(f"{type(objective).__name__} is not an objective. Subclass `peft_svf.Objective`.")
+            self._check_unused(config, _OF_REWARDS, "the `objective` has its own")
             return objective
         if self.tokenizer is None:
             raise ValueError("A search needs a tokenizer. Pass one when you make the mixture.")
         if examples is None:
             raise ValueError("A search needs `examples`, or an `objective`.")
         if reward_funcs is None:
-            self._check_unused(config, "there are no `reward_funcs`")
+            self._check_unused(config, _OF_REWARDS + _OF_ANSWERS, "there are no `reward_funcs`")
             return LogLikelihoodObjective(list(examples), self.tokenizer)
         generation = config.generation_kwargs.get("generation_config")
         limited = generation is not None and generation.max_new_tokens is not None
@@ -360,9 +370,9 @@ class AdaptiveMixture:
         )
 
     @staticmethod
-    def _check_unused(config: SearchConfig, why: str) -> None:
+    def _check_unused(config: SearchConfig, names: Sequence[str], why: str) -> None:
         default = SearchConfig()
-        for name in _OF_REWARDS:
+        for name in names:
             if getattr(config, name) != getattr(default, name):
                 raise ValueError(f"`{name}` would have no effect: {why}. Leave it out.")
 
@@ -429,7 +439,12 @@ class AdaptiveMixture:
             # Into a temporary folder, because PEFT puts an adapter that is not called "default" into a subfolder.
             # Without `save_embedding_layers=False`, PEFT would look for the base model's config on the Hub.
             self.model.save_pretrained(scratch, selected_adapters=[self.adapter_name], save_embedding_layers=False)
-            about = {"weights": self.weights, "result": self.result.to_dict() if self.result else None}
+            about = {
+                "weights": self.weights,
+                "alpha": dict(zip(self.experts, self._alpha.tolist(), strict=True)),
+                "group_of": None if self._group_of is None else dict(self._group_of),
+                "result": self.result.to_dict() if self.result else None,
+            }
             (Path(scratch) / "mixture.json").write_text(json.dumps(about, indent=2) + "\n")
             base_name = self.model.peft_config[self.adapter_name].base_model_name_or_path
             card = mixture_card(folder.name, base_name, self.sources, self.weights, self.result)
@@ -447,16 +462,15 @@ class AdaptiveMixture:
 def _check_names(experts: Sequence[str], adapter_name: str) -> None:
     if not experts:
         raise ValueError("No experts: a mixture needs at least one.")
-    if "." in adapter_name or not adapter_name:
-        raise ValueError(f"The mixture cannot be called {adapter_name!r}: PEFT's adapter names have no dots.")
     if repeated := [name for name in experts if list(experts).count(name) > 1]:
         raise ValueError(f"Expert {repeated[0]!r} is given twice.")
     if adapter_name in experts:
         raise ValueError(f"An expert and the mixture are both called {adapter_name!r}. Pass another `adapter_name`.")
     reserved = (BASE, UNIFORM, SEARCHED, IN_CONTEXT)
-    for name in experts:
+    for name in (*experts, adapter_name):
         if not isinstance(name, str) or not name or "." in name or name in reserved:
+            what = "The mixture" if name == adapter_name else "An expert"
             raise ValueError(
-                f"An expert cannot be called {name!r}: PEFT's adapter names have no dots, and a `MixtureResult` uses "
+                f"{what} cannot be called {name!r}: PEFT's adapter names have no dots, and results use "
                 f"{', '.join(map(repr, reserved))}."
             )

@@ -17,7 +17,7 @@ class MixtureResult(SearchResult):
     Attributes:
         weights: The weights that are now in place, per expert; with several groups, their means.
         searched_weights: The weights that the search found, per expert, whether they were chosen or not.
-        groups: The groups of modules with weights of their own; `["all"]` if there is one.
+        groups: The groups of modules, each with different weights; `["all"]` if there is one.
         alpha: The weights in place, per expert and group.
     """
 

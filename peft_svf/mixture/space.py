@@ -24,9 +24,9 @@ class WeightSpace:
     Args:
         experts (`Sequence[str]`): The experts.
         modules (`Sequence[str]`): The adapted modules.
-        granularity (`str` or `dict[str, str]`): `"expert"` for one α per expert, `"layer"` for one per expert and block
-            of the model, `"module"` for one per expert and weight matrix (as in the paper's code), or the name of a
-            group for each module.
+        granularity (`str` or `dict[str, str]`): `"expert"` for one α per expert. `"layer"` for one per expert and
+            block. `"module"` for one per expert and weight matrix, as in the paper's code. A dict gives the group of
+            each module.
         bounds (`tuple[float, float]`): Smallest and largest α. They must contain 0, which is the base model.
 
     Attributes:
@@ -86,7 +86,7 @@ class WeightSpace:
         return {name: self.vector(alpha) for name, alpha in plain.items()}
 
     def in_rows(self, model: Any, x: torch.Tensor) -> AbstractContextManager[None]:
-        """Run each batch row with a mixture of its own, see [`SVFModel.row_mixture`]."""
+        """Run each batch row with its own mixture, see [`SVFModel.row_mixture`]."""
         weights = x.reshape(len(x), len(self.experts), len(self.groups))
         mixture: AbstractContextManager[None] = model.base_model.row_mixture(
             weights if self.group_of is not None else weights[..., 0], self.experts, self.group_of

@@ -149,7 +149,7 @@ def mixture_card(
         header,
         mark=MARK,
         name=name,
-        base=_shown(base_model or "its base model"),
+        base=_shown(base_model) if base_model else "",
         several=result is not None and len(result.groups) > 1,
         experts=[(expert, _shown(sources.get(expert, "")), alpha) for expert, alpha in weights.items()],
         result=result,

@@ -1,7 +1,7 @@
 """What a model is scored by: the reward of generated text, the likelihood of reference answers, or a weighted sum.
 
 An objective scores a model as it is, with the adapter or the mixtures already in place. It returns one score per
-example; higher is better. `score` is one batch, in which each row may have a mixture of its own.
+example; higher is better. `score` is one batch, in which each row may have its own mixture.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Objective:
         return other
 
     def description(self) -> dict[str, Any]:
-        """Return what decides the scores beside examples and generation: numbers, `reward_funcs`, `objectives`."""
+        """Return what decides the scores apart from examples and generation: numbers, `reward_funcs`, `objectives`."""
         return {}
 
     def take(self, examples: Sequence[dict[str, Any]]) -> None:
@@ -374,7 +374,7 @@ class WeightedObjective(Objective):
             if any(prompt != prompts[0] for prompt in prompts):
                 raise ValueError(f"The objectives have different prompts in row {i}; give all of them the same rows.")
         self.objectives, self.weights = list(objectives), [float(weight) for weight in weights]
-        # with the columns of all, as these rows are what each is made of anew for others
+        # with the columns of all objectives, because `with_examples` starts from these
         self.examples = [
             {name: value for row in rows for name, value in row.items()}
             for rows in zip(*(objective.examples for objective in objectives), strict=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,8 +44,10 @@ class Checkpoint:
 
         Raises:
             ValueError: The file is no checkpoint, belongs to another search, or exists without `resume`.
+            OSError: The file cannot be written.
         """
         self.identity |= as_json(decided)
+        by_main_process(self._check_writable)  # before hours of work
         self._content = by_main_process(self._read)  # the file may be on the disk of one process only
         if self._content is not None and self._content["answers"]:
             vocabulary = evaluator.model.get_input_embeddings().num_embeddings
@@ -69,6 +72,14 @@ class Checkpoint:
         """Write everything that the evaluator knows."""
         by_main_process(lambda: self._write(evaluator))
 
+    def _check_writable(self) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path.parent):
+                pass
+        except OSError as error:
+            raise OSError(f"The checkpoint {self.path} cannot be written: {error}. Pass another path.") from error
+
     def _read(self) -> dict[str, Any] | None:
         if not self.path.exists():
             return None
@@ -90,7 +101,6 @@ class Checkpoint:
         return {name: content.get(name) for name in ("scores", "seconds", "answers")}
 
     def _write(self, evaluator: Evaluator) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         content = {
             "identity": self.identity,
             "seconds": evaluator.usage.seconds,

@@ -17,7 +17,7 @@ from numbers import Integral, Real
 from typing import Any, Optional, Union
 
 METHODS = ("auto", "gradient", "cem", "cma-es")
-OF_SEARCH = ("population_size", "seed", "bounds")  # arguments of optimizers that are fields of their own
+OF_SEARCH = ("population_size", "seed", "bounds")  # arguments of optimizers that are fields of the config
 
 
 def _option(default: Any, help: str, *, advanced: bool = False, least: float | None = None) -> Any:
@@ -57,7 +57,12 @@ class SearchConfig:
         "Fraction of examples to hold out, number of cross-validation splits, auto or none. auto: a third from 24 "
         "examples, 3 splits from 6 examples, else none.",
     )
-    max_seconds: Optional[float] = _option(None, "Start no generation that would probably exceed this time.", least=0)
+    max_seconds: Optional[float] = _option(
+        None,
+        "Start no generation that would probably exceed this time in seconds. The baselines, the collected answers and "
+        "one generation per search always run.",
+        least=0,
+    )
     checkpoint: Optional[str] = _option(None, "A JSON file for all scores, written after each generation.")
     resume: bool = _option(False, "Continue the search of the checkpoint.")
     seed: int = _option(0, "Seed of everything that is random.", least=0)
@@ -90,8 +95,8 @@ class SearchConfig:
     )
     temperature: float = _option(
         0.5,
-        "Temperature of those samples and of the expected reward. Lower, and there is no gradient; at 1, a small model "
-        "rarely repeats a good answer.",
+        "Temperature of those samples and of the expected reward. A low temperature has little gradient. At 1, a small "
+        "model rarely repeats a good answer.",
         advanced=True,
         least=0,
     )
@@ -116,6 +121,10 @@ class SearchConfig:
             setattr(self, each.name, float(value) if kind is Real else int(value))
         if self.temperature == 0:
             raise ValueError("`temperature` must be above 0, because greedy answers have no gradient.")
+        for name in ("resume", "racing", "one_standard_error", "in_context", "expected_reward"):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and not (value is None and name == "expected_reward"):
+                raise ValueError(f"`{name}` must be True or False, got {value!r}.")
         for name in ("generation_kwargs", "optimizer_kwargs"):
             if not isinstance(getattr(self, name), Mapping):
                 raise ValueError(f"`{name}` must be a dict, got {getattr(self, name)!r}.")
@@ -128,7 +137,10 @@ class SearchConfig:
         if isinstance(self.validation, Real):  # numpy's numbers, too
             self.validation = int(self.validation) if isinstance(self.validation, Integral) else float(self.validation)
         if self.reward_weights is not None:
-            self.reward_weights = [float(weight) for weight in self.reward_weights]
+            try:
+                self.reward_weights = [float(weight) for weight in self.reward_weights]
+            except (TypeError, ValueError):
+                raise ValueError(f"`reward_weights` must be a list of numbers, got {self.reward_weights!r}.") from None
         try:
             self.bounds = tuple(float(bound) for bound in self.bounds)  # type: ignore[assignment]
         except (TypeError, ValueError):

@@ -105,6 +105,11 @@ def _generation(
     """Ask, score, tell. Return the candidates, their scores, and the number of examples that each was scored on."""
     evaluator.new_round()
     candidates = [np.array(optimizer.ask(), dtype=np.float64) for _ in range(optimizer.population_size)]
+    if candidates[0].shape != (evaluator.space.dim,):
+        raise ValueError(
+            f"The optimizer proposed candidates of shape {list(candidates[0].shape)}, but the search has "
+            f"{evaluator.space.dim} variables: one per expert and group of modules. See `granularity`."
+        )
     broadcast_object_list(candidates)  # an optimizer without a seed proposes others in each process
     gradients = None
     if optimizer.uses_gradient:

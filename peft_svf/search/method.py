@@ -14,7 +14,7 @@ from ..utils.processes import is_sharded
 from .config import SearchConfig
 
 FEW = 6  # examples; below that a weight per layer cannot be cross-validated
-SMALLEST_DIFFERENCE = 1e-6  # of expected rewards, to have a gradient to speak of
+SMALLEST_DIFFERENCE = 1e-4  # of expected rewards, as a fraction of the largest reward
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,11 @@ def choose_method(
     elif (obstacle := obstacle_to_gradient(model)) is not None:
         by_gradient, name, reason = False, "cem", obstacle
     else:
-        by_gradient, name, reason = True, "gradient", f"{examples} examples, and a backward pass is possible"
+        by_gradient, name, reason = (
+            True,
+            "gradient",
+            f"{examples} example{'s' * (examples > 1)}, and a backward pass is possible",
+        )
     if by_gradient and not (reward or objective.differentiable):
         raise ValueError(
             f"The objective {objective.name!r} has no gradient. Use method='cem', or an objective that declares "
@@ -86,7 +90,9 @@ def choose_method(
         raise ValueError("The gradient of a reward needs `expected_reward`. Leave it out, or use method='cem'.")
     granularity = config.granularity
     if granularity is None:
-        granularity = "layer" if by_gradient and reward and examples >= FEW else "expert"
+        # a custom optimizer was made for a number of variables, which must not depend on the examples
+        by_layer = by_gradient and reward and examples >= FEW and optimizer is None
+        granularity = "layer" if by_layer else "expert"
     return Method(name, granularity, collects, reason)
 
 
@@ -112,10 +118,11 @@ def lack_of_signal(objective: ExpectedRewardObjective, scores: np.ndarray, examp
         examples (`Sequence[int]`): Indices of the examples of the search.
     """
     if not any(objective.num_answers(i) for i in examples):
-        return "no answer got a reward"
+        return "no answer got a reward above the lowest one"
     rewards = [{reward for _, reward in row["answers"]} for row in (objective.examples[i] for i in examples)]
     if all(len(different) < 2 for different in rewards):
         return "all answers to an example got the same reward"
-    if np.ptp(scores, axis=0).max() < SMALLEST_DIFFERENCE:
-        return "the rewarded answers are too long to have a probability"
+    largest = max(abs(reward) for different in rewards for reward in different)
+    if np.ptp(scores, axis=0).max() < SMALLEST_DIFFERENCE * largest:
+        return "the rewarded answers have next to no probability"
     return None

@@ -105,8 +105,14 @@ class SearchResult:
         return plot_result(self, path)
 
     def _what(self) -> str:
-        """What is in place, for `str`."""
+        """Return the end of the first sentence of `str`: the weights in place."""
         return ""
+
+    def _examples(self) -> str:
+        """Return which examples the scores are about."""
+        count = f"{self.num_evaluated} example" + ("" if self.num_evaluated == 1 else "s")
+        kinds = {"search": f"the {count} of the search", "validation": f"{count} held out"}
+        return kinds.get(self.evaluated_on, f"{count} by cross-validation")
 
     def __str__(self) -> str:
         others = ", ".join(f"{name} {score:.3f}" for name, score in self.scores.items())
@@ -120,7 +126,7 @@ class SearchResult:
             verdict = f"No searched mixture beats {self.choice!r}, which is kept"
         lines = [
             f"{verdict}: {self.objective} {self.score:.3f}{self._what()}.",
-            f"{self.evaluated_on.capitalize()} on {self.num_evaluated} examples: {others}.",
+            f"Mean on {self._examples()}: {others}.",
             f"Searched minus best baseline: {mean:+.3f} [{low:+.3f}, {high:+.3f}]"
             + ("." if self.certain else ", which may be chance."),
         ]

@@ -7,7 +7,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-SEARCHED = "searched"  # the searched candidate, beside the names of the baselines
+SEARCHED = "searched"  # name of the searched candidate; the other names are those of baselines
 IN_CONTEXT = "in-context"  # the base model with demonstrations in its prompt
 
 RESAMPLES = 2000

@@ -127,13 +127,16 @@ class ValidatedSearch:
             objective, expected = evaluator.objective, dict[str, np.ndarray]()
             if method.expected_reward and (rewards := self._rewards(rewarded, evaluated_by, main)):
                 objective, scores, expected = rewarded.objective, rewards, scores
+            bar.total = bar.n  # racing and early stops leave some out
+            bar.refresh()
         if prompted is not None and objective is rewarded.objective:
             scores[IN_CONTEXT] = prompted
         scores, expected = (
             {name: per_question(objective, split.evaluated, values) for name, values in kind.items()}
             for kind in (scores, expected)
         )
-        best, beaten, difference = compared(scores, list(baselines), expected)
+        # On the examples of the search itself, the expected reward is what was optimized, and decides nothing.
+        best, beaten, difference = compared(scores, list(baselines), None if evaluated_on == "search" else expected)
         # cross-validation may find something where the search on all examples ended at a baseline
         new = not any(np.array_equal(searched, x) for x in baselines.values())
         choice, chosen = (SEARCHED, searched) if beaten and new else (best, baselines[best])
@@ -331,7 +334,7 @@ class ValidatedSearch:
             self.checkpoint.save(self._evaluator)
 
     def _evaluations(self, optimizer: Optimizer) -> int:
-        """Return how many pairs of a candidate and an example are scored at most, beside collected answers."""
+        """Return how many pairs of a candidate and an example are scored at most, without collected answers."""
         split, baselines = self.split, len(self._evaluator.space.baselines())
         searched = len(split.search) + sum(len(split.rest(part)) for part in split.parts)
         total = (baselines + 1) * (len(split.evaluated) + bool(split.held_out) * len(split.search))

@@ -17,7 +17,7 @@ class Optimizer:
     Attributes:
         population_size: Candidates per generation.
         uses_gradient: Whether it has one candidate per generation, and `tell` takes its gradient.
-        mean: The best guess after the last generation, `[dim]`, which is scored beside the best candidates.
+        mean: The best guess after the last generation, `[dim]`, which is scored with the best candidates.
     """
 
     population_size: int
@@ -49,13 +49,18 @@ class Optimizer:
 
 class ExternalOptimizer(Optimizer):
     """
-    An optimizer of another library: any object with `ask()`, `tell(solutions)` and `population_size`.
+    An optimizer of another library: any object with `ask()`, `tell(solutions)` and `population_size`. Its
+    `should_stop()` and `mean` are used if it has them, as the optimizers of `cmaes` do.
 
     Raises:
-        TypeError: It lacks one of them.
+        TypeError: It is a class, or lacks one of the three.
     """
 
     def __init__(self, inner: Any) -> None:
+        if isinstance(inner, type):
+            raise TypeError(
+                f"`optimizer` is the class {inner.__name__}. Pass an object, such as `{inner.__name__}(...)`."
+            )
         for name in ("ask", "tell", "population_size"):
             if getattr(inner, name, None) is None:
                 raise TypeError(f"The optimizer {type(inner).__name__} has no `{name}`. See `peft_svf.Optimizer`.")
@@ -70,6 +75,14 @@ class ExternalOptimizer(Optimizer):
 
     def tell(self, solutions: Solutions, gradients: Sequence[np.ndarray] | None = None) -> None:
         self.inner.tell(list(solutions))
+
+    @property
+    def mean(self) -> np.ndarray | None:  # type: ignore[override]
+        mean = getattr(self.inner, "mean", None)
+        return None if mean is None or callable(mean) else np.asarray(mean, dtype=np.float64)
+
+    def should_stop(self) -> bool:
+        return bool(getattr(self.inner, "should_stop", bool)())
 
 
 def as_optimizer(optimizer: Any) -> Optimizer:
