@@ -292,7 +292,7 @@ def search_with_files_of_one_process(folder: Path) -> dict[str, Any]:
         mixture.search(EXAMPLES[:4], num_generations=1, checkpoint=folder / "file" / "search.json", **options)
         error = "none"
     except Exception as caught:
-        error = type(caught).__name__
+        error = f"{type(caught).__name__}: {caught}"
     return {"resumed": resumed.alpha, "whole": whole.alpha, "error": error, "there": mine.exists()}
 
 

@@ -14,10 +14,9 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from helpers import tiny_llama
+from helpers import IDS, VOCABULARY, base_model, logits, make_tokenizer, save_expert
 from peft import LoraConfig, PeftModel, get_peft_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from peft_svf import (
     AdaptiveMixture,
@@ -27,19 +26,16 @@ from peft_svf import (
     RewardObjective,
     SVFConfig,
     SVFLayer,
-    SVFRuntimeConfig,
     svf_layers,
 )
 from peft_svf.scoring import text_of
 from peft_svf.scoring.tokens import prompt_ids
 
-VOCABULARY = ["<unk>", "<s>", "</s>", "<pad>", *"abcdefghijklmnopqrstuvwxyz0123456789 +=?[]\n"]
 EXPERTS = {
     "all": SVFConfig(target_modules="all-linear"),
     "narrow": SVFConfig(target_modules=["q_proj", "up_proj"], r=5),
     "last": SVFConfig(target_modules=r".*\.1\..*(o_proj|down_proj)", r=20),
 }
-IDS = torch.tensor([[4, 17, 5, 42, 8, 30, 11, 23], [7, 9, 33, 29, 40, 12, 4, 19]])
 EXAMPLES = [
     {"prompt": "1+1=", "completion": "2"},
     {"prompt": "what is a cat?", "completion": "an animal"},
@@ -58,42 +54,9 @@ QUICK: dict[str, Any] = {"method": "cem", "num_generations": 2, "population_size
 SHORT: dict[str, Any] = {**QUICK, "max_new_tokens": 3}
 
 
-def base_model(seed: int = 0) -> PreTrainedModel:
-    """With weights large enough that its predictions are far from uniform."""
-    return tiny_llama(seed, vocab_size=len(VOCABULARY), initializer_range=0.25, pad_token_id=3)
-
-
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
     return make_tokenizer()
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character."""
-    characters = Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}, unk_token="<unk>"))
-    characters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    characters.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=characters, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + '\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
-    )
-    return tokenizer
-
-
-def save_expert(
-    folder: Path, config: SVFConfig, seed: int, std: float = 0.4, base: PreTrainedModel | None = None
-) -> str:
-    config.runtime_config = SVFRuntimeConfig(use_cache=False)  # this runs before a test has its own cache
-    model = get_peft_model(base or base_model(), config)
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if "svf_delta" in name:
-            parameter.data.copy_(std * torch.randn(parameter.shape, generator=generator))
-    model.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -106,11 +69,6 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture
 def mixture(experts: dict[str, str], tokenizer: PreTrainedTokenizerFast) -> AdaptiveMixture:
     return AdaptiveMixture.from_pretrained(base_model(), experts, tokenizer=tokenizer)
-
-
-@torch.no_grad()
-def logits(model: Any) -> torch.Tensor:
-    return model(input_ids=IDS).logits
 
 
 def deltas(mixture: AdaptiveMixture) -> list[torch.Tensor]:

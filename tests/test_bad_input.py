@@ -10,23 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import tiny_llama
+from helpers import logits, randomise, tiny_llama
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peft_svf import SVFConfig, SVFLayer, SVFRuntimeConfig
 
-pytestmark = pytest.mark.usefixtures("never_fold")
-
-IDS = torch.tensor([[3, 17, 5, 42, 8, 60, 11, 23]])
 WEIGHTS = "adapter_model.safetensors"
 ALL_LINEAR = {"target_modules": "all-linear"}
-
-
-@torch.no_grad()
-def logits(model: nn.Module) -> torch.Tensor:
-    return model(IDS).logits
 
 
 def anatomy(model: nn.Module) -> dict[str, Any]:
@@ -40,14 +32,6 @@ def anatomy(model: nn.Module) -> dict[str, Any]:
 
 def adapted(seed: int = 0, **config: Any) -> PeftModel:
     return randomise(get_peft_model(tiny_llama(seed), SVFConfig(**{**ALL_LINEAR, **config})))
-
-
-def randomise(model: Any, adapter: str = "default") -> Any:
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if f".svf_delta.{adapter}." in name:
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return model
 
 
 @pytest.fixture
@@ -281,6 +265,7 @@ def test_the_base_model_survives_a_damaged_adapter_file(saved: Path, damage: Any
 
 
 @pytest.mark.parametrize(("damage", "message"), BAD_FILES[:1])
+@pytest.mark.usefixtures("never_fold")
 def test_a_damaged_second_adapter_leaves_the_first(saved: Path, damage: Any, message: str) -> None:
     model = adapted(target_modules=["q_proj"])
     expected, before = logits(model), anatomy(model)
@@ -388,6 +373,7 @@ def test_a_cast_of_the_right_base_is_the_right_base(saved: Path, dtype: torch.dt
     ],
     ids=["set_adapter", "delete_adapter", "add_weighted_adapter", "several", "merge_adapter", "merge_and_unload"],
 )
+@pytest.mark.usefixtures("never_fold")
 def test_an_unknown_adapter_name(call: Any) -> None:
     model = adapted()
     expected = logits(model)

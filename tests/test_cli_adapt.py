@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_adaptation import base_model, make_tokenizer, save_expert
+from helpers import base_model, make_tokenizer, save_expert
 
 from peft_svf import (
     AdaptiveMixture,

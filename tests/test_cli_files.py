@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import base_model, logits, make_tokenizer, save_expert
 from peft import PeftModel
-from test_adaptation import base_model, make_tokenizer, save_expert
 from test_interop import logit_vectors, save_parameters
 from transformers import AutoModelForCausalLM
 
@@ -20,7 +20,6 @@ from peft_svf import SVFConfig
 from peft_svf.spectral import BasisPack, list_cache
 
 testing = pytest.importorskip("typer.testing")
-IDS = torch.tensor([[4, 17, 5, 42, 8, 30, 11, 23]])
 COMMANDS = (
     *("train", "search", "generate", "chat", "evaluate", "inspect", "import", "decompose", "push"),
     *("export lora", "export merged", "cache list", "cache clear"),
@@ -45,11 +44,6 @@ def run(*words: Any) -> Any:
     from peft_svf.cli.app import app
 
     return testing.CliRunner().invoke(app, [str(word) for word in words])
-
-
-@torch.no_grad()
-def logits(model: Any) -> torch.Tensor:
-    return model.eval()(input_ids=IDS).logits
 
 
 def adapted(world: Path) -> Any:

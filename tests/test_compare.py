@@ -34,7 +34,7 @@ def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(compare, "STORED", tmp_path / "compare")
     monkeypatch.setattr(compare, "ROOT", tmp_path)
     (tmp_path / "compare").mkdir()
-    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "results").mkdir(parents=True)
     base = {kind: dict.fromkeys(compare.TASKS, 0.2) for kind in ("accuracy", "elsewhere")} | {"perplexity": 19.0}
     (tmp_path / "compare" / "base.json").write_text(json.dumps(base))
     return tmp_path
@@ -87,11 +87,11 @@ def test_the_page_holds_what_there_is(stored: Path) -> None:
         run = compare.Run(compare.TASKS[0], method, method.rates[0], seed)
         run.path.write_text(json.dumps(record(accuracy, compare.TASKS[0])))
     compare.report()
-    page = (stored / "docs" / "comparison.md").read_text()
+    page = (stored / "docs" / "results" / "comparison.md").read_text()
     assert "0.500 ± 0.100 (2)" in page
     assert "**The table is not complete.**" in page
     assert "0.300 ± 0.100 (2) | -0.100 ± 0.000 (2) | 20.000 ± 0.000 (2)" in page
-    assert (stored / "docs" / "comparison.png").exists()
+    assert (stored / "docs" / "results" / "comparison.png").exists()
 
 
 def options(**given: Any) -> argparse.Namespace:

@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_llama
+from helpers import base_model, make_tokenizer, save_expert, tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import get_peft_model
-from test_adaptation import base_model, make_tokenizer, save_expert
 from test_adaptation import tokenizer as tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast

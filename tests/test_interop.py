@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_llama
+from helpers import logits, svf_layers, tiny_llama
 from peft import IA3Config, LoraConfig, OFTConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -23,8 +23,6 @@ from peft_svf.interop import decompose, from_weights, import_expert, merge_to_fo
 from peft_svf.interop.inspect import inspect_adapter
 from peft_svf.spectral import BasisPack
 
-IDS = torch.tensor([[4, 17, 5, 42, 8, 30, 11, 23], [7, 9, 33, 29, 40, 12, 4, 19]])
-
 
 def base_model(**changes: Any) -> Any:
     return tiny_llama(vocab_size=50, initializer_range=0.2, **changes)
@@ -35,19 +33,10 @@ def expert(base: Any, scale: float = 0.3, seed: int = 0, **options: Any) -> Any:
     config = SVFConfig(**{"target_modules": "all-linear", "task_type": "CAUSAL_LM", **options})
     model = get_peft_model(base, config).eval()
     generator = torch.Generator().manual_seed(seed)
-    for layer in layers(model).values():
+    for layer in svf_layers(model).values():
         delta = layer.svf_delta["default"].weight
         delta.data.copy_(scale * torch.randn(delta.shape, generator=generator))
     return model
-
-
-def layers(model: Any) -> dict[str, SVFLayer]:
-    return {name: module for name, module in model.base_model.model.named_modules() if isinstance(module, SVFLayer)}
-
-
-@torch.no_grad()
-def logits(model: Any) -> torch.Tensor:
-    return model(input_ids=IDS).logits
 
 
 # ------------------------------------------------------------------------------------------ LoRA
@@ -57,7 +46,7 @@ def logits(model: Any) -> torch.Tensor:
 def test_an_exported_expert_computes_the_same(r: int | None, tmp_path: Path) -> None:
     model = expert(base_model(), r=r)
     export = to_lora(model)
-    assert export.rank == (5 if r else max(min(layer.shape) for layer in layers(model).values()))
+    assert export.rank == (5 if r else max(min(layer.shape) for layer in svf_layers(model).values()))
     assert export.retained_overall == pytest.approx(1)
     export.save_pretrained(tmp_path)
     lora = PeftModel.from_pretrained(base_model(), tmp_path).eval()
@@ -74,7 +63,7 @@ def test_a_lower_rank_is_the_best_there_is(rank: int) -> None:
     model = expert(base_model())
     export = to_lora(model, rank=rank)
     lost = whole = 0.0
-    for name, layer in layers(model).items():
+    for name, layer in svf_layers(model).items():
         change = layer.get_delta_weight("default").double()
         singular = torch.linalg.svdvals(change)
         A, B = (export.state_dict[f"base_model.model.{name}.lora_{part}.weight"].double() for part in "AB")
@@ -89,12 +78,12 @@ def test_a_lower_rank_is_the_best_there_is(rank: int) -> None:
 
 def test_ranks_by_energy_differ_between_modules_and_load(tmp_path: Path) -> None:
     model = expert(base_model())
-    first = next(iter(layers(model).values()))
+    first = next(iter(svf_layers(model).values()))
     first.svf_delta["default"].weight.data[2:] = 0
     export = to_lora(model, energy=0.8)
     assert set(export.config.rank_pattern) == set(export.config.alpha_pattern) != set()
     for name, share in export.retained.items():
-        singular = torch.linalg.svdvals(layers(model)[name].get_delta_weight("default").double()).square()
+        singular = torch.linalg.svdvals(svf_layers(model)[name].get_delta_weight("default").double()).square()
         rank = len(export.state_dict[f"base_model.model.{name}.lora_A.weight"])
         assert share >= 0.8
         assert rank == 1 or singular[: rank - 1].sum() < 0.8 * singular.sum()
@@ -210,7 +199,7 @@ def logit_vectors(base: Any, seed: int = 0, spread: float = 0.3) -> dict[str, to
 
 def expect(model: Any, expected: dict[str, torch.Tensor]) -> None:
     """That the effective weights are these, and no others are adapted."""
-    found = layers(model)
+    found = svf_layers(model)
     assert {f"{name}.weight" for name in found} == set(expected)
     for name, layer in found.items():
         want = expected[f"{name}.weight"].double()
@@ -282,7 +271,7 @@ def test_a_decomposition_in_fp32_gives_nearly_the_same(tmp_path: Path) -> None:
     base, vectors = base_model(), logit_vectors(base_model())
     weights = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     model = import_expert(save_parameters(tmp_path / "learnable_params.pt", vectors), base)
-    for name, layer in layers(model).items():
+    for name, layer in svf_layers(model).items():
         U, S, V = torch.svd(weights[f"{name}.weight"])
         mask = vectors[f"{name}.weight"].sigmoid()
         want = (U @ torch.diag(S * mask) @ V.T) * (S.sum() / (S * mask).sum())
@@ -297,7 +286,7 @@ def test_an_imported_expert_is_an_ordinary_adapter(tmp_path: Path) -> None:
     again = PeftModel.from_pretrained(base_model(), tmp_path / "expert").eval()
     assert torch.equal(logits(again), logits(model))
     plain = import_expert(path, base_model(), parametrization="raw", normalize=False)
-    layer = layers(plain)["model.layers.0.mlp.up_proj"]
+    layer = svf_layers(plain)["model.layers.0.mlp.up_proj"]
     vector = logit_vectors(base_model())["model.layers.0.mlp.up_proj.weight"]
     assert torch.allclose(layer.svf_delta["default"].weight, vector - 1)
 
@@ -386,7 +375,7 @@ def test_more_that_is_refused(tmp_path: Path) -> None:
 
 def test_a_model_that_an_expert_made_is_explained_entirely(tmp_path: Path) -> None:
     model = expert(base_model(), scale=0.1)
-    want = {name: layer.svf_delta["default"].weight.detach().clone() for name, layer in layers(model).items()}
+    want = {name: layer.svf_delta["default"].weight.detach().clone() for name, layer in svf_layers(model).items()}
     merged = model.merge_and_unload()
     merged.save_pretrained(tmp_path / "one")
     merged.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
@@ -395,7 +384,7 @@ def test_a_model_that_an_expert_made_is_explained_entirely(tmp_path: Path) -> No
         found, explained = from_weights(finetuned, base_model())
         assert explained.overall == pytest.approx(1, abs=1e-5)
         assert min(explained.modules.values()) == pytest.approx(1, abs=1e-4)
-        for name, layer in layers(found).items():
+        for name, layer in svf_layers(found).items():
             assert torch.allclose(layer.svf_delta["default"].weight, want[name], atol=1e-4)
 
 
@@ -407,7 +396,7 @@ def test_the_projection_is_the_least_squares_solution(r: int | None) -> None:
         parameter.data += 0.01 * torch.randn(parameter.shape, generator=generator)
     config = SVFConfig(target_modules="all-linear", task_type="CAUSAL_LM", r=r)
     model, explained = from_weights(finetuned, base, config)
-    for name, layer in layers(model).items():
+    for name, layer in svf_layers(model).items():
         W = layer.get_base_layer().weight.double()
         D = finetuned.get_submodule(name).weight.double() - W
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)
@@ -429,8 +418,8 @@ def test_a_lora_as_an_expert(tmp_path: Path) -> None:
     again, same = from_weights(tmp_path, base_model())
     assert same.overall == pytest.approx(explained.overall)
     assert 0 < explained.overall < 1
-    for name, layer in layers(again).items():
-        other = layers(model)[name].svf_delta["default"].weight
+    for name, layer in svf_layers(again).items():
+        other = svf_layers(model)[name].svf_delta["default"].weight
         assert torch.allclose(layer.svf_delta["default"].weight, other, atol=1e-6)
         assert bool(other.any()) == ("q_proj" in name or "down_proj" in name)
 
@@ -470,7 +459,7 @@ def test_merged_file_by_file_is_merged_in_memory(kind: str, shard: str, tmp_path
     model.save_pretrained(tmp_path / "expert")
     found = merge_to_folder(tmp_path / "expert", tmp_path / "merged")
     assert found.folder == tmp_path / "merged"
-    assert set(found.shares) == set(layers(model))
+    assert set(found.shares) == set(svf_layers(model))
     assert all(0.9 < share <= 1.001 for share in found.shares.values())
     again = merge_to_folder(tmp_path / "expert", tmp_path / "again", base=tmp_path / "base")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
@@ -538,10 +527,10 @@ def test_a_pack_takes_the_place_of_the_decomposition(
     pack = decompose(tmp_path / "base", tmp_path / "pack")
     assert pack.about["base_model"] == str(tmp_path / "base")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    expected = layers(get_peft_model(base, SVFConfig(target_modules="all-linear")))
+    expected = svf_layers(get_peft_model(base, SVFConfig(target_modules="all-linear")))
     monkeypatch.setattr("peft_svf.tuner.layer.singular_basis", None)
     monkeypatch.setattr("peft_svf.spectral.cache.singular_basis", None)
-    found = layers(get_peft_model(again, with_pack(tmp_path / "pack")))
+    found = svf_layers(get_peft_model(again, with_pack(tmp_path / "pack")))
     assert found.keys() == expected.keys() == set(pack.modules)
     for name, layer in found.items():
         assert torch.equal(layer.basis, expected[name].basis), name
@@ -585,7 +574,7 @@ def test_a_narrow_pack_and_its_adapters(tmp_path: Path) -> None:
     decompose(tmp_path / "base", tmp_path / "pack", r=4, dtype=torch.float16, target_modules=["up_proj", "q_proj"])
     config = with_pack(tmp_path / "pack", r=4)
     config.target_modules = {"up_proj"}
-    assert set(layers(get_peft_model(base_model(), config))) == {f"model.layers.{i}.mlp.up_proj" for i in (0, 1)}
+    assert set(svf_layers(get_peft_model(base_model(), config))) == {f"model.layers.{i}.mlp.up_proj" for i in (0, 1)}
     config = with_pack(tmp_path / "pack", r=5)
     config.target_modules = {"up_proj"}
     with pytest.raises(ValueError, match="has 4 singular vectors for model"):
@@ -707,7 +696,7 @@ def test_a_lora_does_not_take_the_place_of_its_expert(tmp_path: Path) -> None:
 def test_values_that_are_no_numbers_are_not_passed_on(tmp_path: Path) -> None:
     base_model().save_pretrained(tmp_path / "base")
     model = expert(AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
-    name, layer = next(iter(layers(model).items()))
+    name, layer = next(iter(svf_layers(model).items()))
     layer.svf_delta["default"].weight.data[0] = float("nan")
     with pytest.raises(ValueError, match=rf"δ of {name} in default holds NaN or Inf"):
         to_lora(model)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from test_adaptation import base_model, make_tokenizer, save_expert
+from helpers import base_model, make_tokenizer, save_expert
 
 from peft_svf import NearestDispatcher, SelfAdaptiveModel, SVFConfig, load_experts
 
@@ -62,7 +62,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_documented_command(world: Path, tmp_path: Path) -> None:
-    documented = (Path(__file__).parents[1] / "docs" / "dispatch.md").read_text()
+    documented = (Path(__file__).parents[1] / "docs" / "how-to" / "evaluate.md").read_text()
     start = 'python -c "import peft_svf; from lm_eval.__main__ import cli_evaluate; cli_evaluate()"'
     assert start in documented
     arguments = ["--model", "hf", "--model_args", f"pretrained={world / 'base'},peft={world / 'sums'}"]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import svf_layers
 from peft import PeftModel, get_peft_model
 
 from peft_svf import (
@@ -22,7 +23,6 @@ from peft_svf import (
     RewardObjective,
     SelfAdaptiveModel,
     SVFConfig,
-    SVFLayer,
     WeightSpace,
 )
 from peft_svf.spectral import effective_weight
@@ -61,14 +61,10 @@ def logits(model: Any) -> torch.Tensor:
         return model(input_ids=ids).logits
 
 
-def layers(model: Any) -> dict[str, SVFLayer]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, SVFLayer)}
-
-
 def adapted(base: Any, scale: float = 0.05) -> PeftModel:
     model = get_peft_model(base, SVFConfig(target_modules="all-linear", task_type="CAUSAL_LM")).eval()
     generator = torch.Generator().manual_seed(3)
-    for layer in layers(model).values():
+    for layer in svf_layers(model).values():
         delta = layer.svf_delta["default"].weight
         delta.data.copy_(torch.randn(delta.shape, generator=generator) * scale)
     return model
@@ -79,7 +75,7 @@ def test_a_fresh_adapter_changes_no_bit(dtype: torch.dtype) -> None:
     base = load()[0].to(dtype)
     before = logits(base)
     model = adapted(base, scale=0.0)
-    assert len(layers(model)) == 210
+    assert len(svf_layers(model)) == 210
     assert torch.equal(logits(model), before)
 
 
@@ -106,7 +102,7 @@ def test_save_reload_merge_unmerge(tmp_path: Path) -> None:
 
 def test_layers_equal_the_fp64_svd() -> None:
     model = adapted(load()[0], scale=0.3)
-    for name, layer in list(layers(model).items())[::23]:
+    for name, layer in list(svf_layers(model).items())[::23]:
         weight = layer.get_base_layer().weight.detach().double()
         u, s, vt = torch.linalg.svd(weight, full_matrices=False)
         z = 1 + layer.svf_delta["default"]().double()
@@ -121,7 +117,7 @@ def test_gate_fold_merged_and_mixed_rows_agree_with_fp64(dtype: torch.dtype) -> 
     model = adapted(load()[0].to(dtype), scale=0.05)
     ids = torch.arange(100, 140).unsqueeze(0)
     inputs: dict[str, torch.Tensor] = {}
-    some = dict(list(layers(model).items())[::17])
+    some = dict(list(svf_layers(model).items())[::17])
     handles = [
         layer.register_forward_pre_hook(lambda module, args, name=name: inputs.update({name: args[0]}))
         for name, layer in some.items()
@@ -178,7 +174,7 @@ def test_an_adapter_means_the_same_elsewhere(other: str, tmp_path: Path, monkeyp
     finally:
         torch.set_num_threads(threads)
     if other == "fp64 SVD":
-        for layer in layers(elsewhere).values():
+        for layer in svf_layers(elsewhere).values():
             u, _, vt = torch.linalg.svd(layer.get_base_layer().weight.detach().double(), full_matrices=False)
             layer.basis.data.copy_(u if layer.side == "output" else vt.mT)
     torch.testing.assert_close(logits(elsewhere), expected, rtol=1e-4, atol=1e-4)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import tiny_llama
+from helpers import tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model, init_empty_weights
-from helpers import tiny_llama
+from helpers import IDS, adapted, deltas, logits, randomise, tiny_llama
+from helpers import svf_layers as layers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import PeftConfig, PeftModel, PeftType, convert_to_lora, get_peft_model, save_as_lora
@@ -27,12 +28,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 import peft_svf
-from peft_svf import SVFConfig, SVFLayer, SVFModel, SVFRuntimeConfig
+from peft_svf import SVFConfig, SVFModel, SVFRuntimeConfig
 from peft_svf.tuner import registration
 
-pytestmark = pytest.mark.usefixtures("never_fold")
-
-IDS = torch.tensor([[3, 17, 5, 42, 8, 60, 11, 23], [7, 1, 33, 29, 50, 12, 4, 19]])
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -69,43 +67,8 @@ def make_model(kind: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel
     return model.to(dtype)
 
 
-def adapted(model: nn.Module | None = None, **config: Any) -> PeftModel:
-    """A model with an adapter on all linear layers and random δ."""
-    config.setdefault("target_modules", "all-linear")
-    return randomise(get_peft_model(model if model is not None else tiny_llama(), SVFConfig(**config)))
-
-
-def randomise(model: nn.Module, adapter: str = "default", std: float = 0.3, seed: int = 1) -> Any:
-    generator = torch.Generator().manual_seed(seed)
-    for delta in deltas(model, adapter).values():
-        delta.data.copy_(torch.randn(delta.shape, generator=generator) * std)
-    return model
-
-
-def deltas(model: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:
-    """δ by name of the module in the base model."""
-    return {
-        name.removeprefix("base_model.model."): module.svf_delta[adapter].weight
-        for name, module in model.named_modules()
-        if isinstance(module, SVFLayer) and adapter in module.svf_delta
-    }
-
-
-def layers(model: nn.Module) -> dict[str, SVFLayer]:
-    return {
-        name.removeprefix("base_model.model."): module
-        for name, module in model.named_modules()
-        if isinstance(module, SVFLayer)
-    }
-
-
 def base_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: layer.get_base_layer().weight.detach().clone() for name, layer in layers(model).items()}
-
-
-@torch.no_grad()
-def logits(model: nn.Module) -> torch.Tensor:
-    return model(IDS).logits
 
 
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -306,6 +269,7 @@ def test_active_adapters_add_in_any_order(merged: bool) -> None:
     torch.testing.assert_close(results[0], logits(single), rtol=0, atol=1e-5)
 
 
+@pytest.mark.usefixtures("never_fold")
 def test_adding_an_adapter_leaves_the_active_one_alone() -> None:
     model = adapted()
     before, trainable = logits(model), {n for n, p in model.named_parameters() if p.requires_grad}
@@ -389,6 +353,7 @@ def test_a_weighted_adapter_stays_on_the_modules_of_its_parts() -> None:
         (["default", "b"], [float("-inf"), 1], "mix", "'default' is -inf"),
     ],
 )
+@pytest.mark.usefixtures("never_fold")
 def test_a_weighted_adapter_refuses(adapters: list[str], weights: list[float], name: str, message: str) -> None:
     model = three_experts()
     before = logits(model)
@@ -502,6 +467,7 @@ def test_the_delta_weight_is_what_merging_adds() -> None:
 
 
 @pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.usefixtures("never_fold")
 def test_disable_adapter_is_the_base_model(merged: bool) -> None:
     base = make_model("llama-bias")
     plain = logits(base)
@@ -619,6 +585,7 @@ def test_biases_are_trained_and_saved_as_asked(tmp_path: Path, bias: str, traine
 # -------------------------------------------------------------------------------------------------- dtypes and devices
 
 
+@pytest.mark.usefixtures("never_fold")
 def test_low_cpu_mem_usage(tmp_path: Path) -> None:
     model = get_peft_model(tiny_llama(), SVFConfig(target_modules="all-linear"), low_cpu_mem_usage=True)
     assert all(delta.is_meta for delta in deltas(model).values())
@@ -811,6 +778,7 @@ def test_training_moves_delta_only() -> None:
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.usefixtures("never_fold")
 def test_a_copy_is_equal_and_independent(how: Any, merged: bool) -> None:
     model = three_experts()
     base = base_weights(model)
