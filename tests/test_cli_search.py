@@ -273,7 +273,7 @@ def test_each_setting_is_an_option_with_its_default() -> None:
 def help_of_search(option: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     from peft_svf.cli.app import app
 
-    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TERMINAL_WIDTH", "120")
     result = testing.CliRunner().invoke(app, ["search", option])
     assert result.exit_code == 0, result.output
@@ -282,8 +282,8 @@ def help_of_search(option: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_help_fits_on_a_screen(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = help_of_search("--help", monkeypatch)
-    assert len(lines) <= 45
-    assert max(map(len, lines)) <= 120
+    assert len(lines) <= 42
+    assert max(map(len, lines)) <= 80
     shown = [field.name for field in fields(SearchConfig) if f"--{field.name}" in "\n".join(lines)]
     hidden = [field.name for field in fields(SearchConfig) if field.metadata["advanced"]]
     assert not set(shown) & set(hidden)

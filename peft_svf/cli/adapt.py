@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .errors import in_a_line
+from .errors import in_a_line, prints_to_stderr
 from .options import (
     BatchOption,
     CheckOption,
@@ -124,7 +124,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON per prompt.")] = False,
     **options: Any,
 ) -> None:
-    """Answer prompts, each with the expert that dispatch chooses for it.
+    """Answer prompts, each with its dispatched expert.
 
     peft-svf generate --model_name_or_path MODEL --expert math=experts/math --expert logic=experts/logic
     --dispatch prompt --description math="sums and equations" --prompt "What is 3 + 4?"
@@ -150,7 +150,7 @@ def generate(
 
 @takes(adaptive_model, answering)
 def chat(**options: Any) -> None:
-    """Talk to a model that chooses an expert for each message. An empty line ends the chat, /clear starts a new one.
+    """Talk to a model that adapts to each message. An empty line ends the chat, /clear starts a new one.
 
     peft-svf chat --model_name_or_path MODEL --expert math=experts/math --expert logic=experts/logic
     """
@@ -213,7 +213,7 @@ def evaluate(
     resume: Annotated[bool, typer.Option("--resume", help="Continue an evaluation that was stopped.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare dispatch strategies: accuracy by task, the chosen experts, and the time of both passes.
+    """Compare dispatch strategies by accuracy and time.
 
     peft-svf evaluate --model_name_or_path MODEL --expert sums=experts/sums --task sums=recipes/sums.yaml
     --task base=recipes/arithmetic.yaml --strategy prompt --strategy nearest --output_dir out
@@ -254,16 +254,17 @@ def evaluate(
             )
             for name in strategy or ["prompt"]
         }
-        result = evaluated(
-            mixture.model,
-            mixture.tokenizer,
-            tasks,
-            strategies,
-            generation_kwargs={"max_new_tokens": max_new_tokens},
-            batch_size=batch_size,
-            output=output_dir / "scores.json",
-            resume=resume,
-        )
+        with prints_to_stderr(as_json):
+            result = evaluated(
+                mixture.model,
+                mixture.tokenizer,
+                tasks,
+                strategies,
+                generation_kwargs={"max_new_tokens": max_new_tokens},
+                batch_size=batch_size,
+                output=output_dir / "scores.json",
+                resume=resume,
+            )
         output_dir.mkdir(parents=True, exist_ok=True)
         write_whole(output_dir / "evaluation.json", json.dumps(result.to_dict(), indent=1) + "\n")
     drawn(result, output_dir / "evaluation.png")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import NoReturn
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from typing import Any, NoReturn
 
 from rich.console import Console
 
@@ -51,6 +51,11 @@ def quiet_third_parties() -> None:
         )
     # These name an option of `train`, which a user can change.
     warnings.filterwarnings("default", category=FutureWarning, module=r"transformers\.training_args")
+
+
+def prints_to_stderr(as_json: bool) -> AbstractContextManager[Any]:
+    """Send what others print to standard error if standard output is for JSON: reward functions may print."""
+    return redirect_stdout(sys.stderr) if as_json else nullcontext()
 
 
 @contextmanager

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 files = typer.Typer(no_args_is_help=True)
-export = typer.Typer(no_args_is_help=True, help="Write an expert in a format that other libraries read.")
+export = typer.Typer(no_args_is_help=True, help="Write an expert in a format of other libraries.")
 cache = typer.Typer(no_args_is_help=True, help="The cache of singular bases.")
 files.add_typer(export, name="export")
 files.add_typer(cache, name="cache")
@@ -41,7 +41,7 @@ def inspect_command(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the content of an adapter: base model, size, largest changes. With a model, check that it fits.
+    """Show what an adapter contains. With a model, check that it fits.
 
     peft-svf inspect experts/math --plot math.png --model_name_or_path MODEL
     """
@@ -141,7 +141,7 @@ def push(
     revision: Annotated[Optional[str], typer.Option("--revision", help="The branch to push to.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Upload an expert to the Hub, with its model card, plots and record.
+    """Upload an expert with its model card to the Hub.
 
     peft-svf push experts/math me/math-expert
     """
@@ -167,7 +167,7 @@ def decompose(
     revision: Annotated[Optional[str], typer.Option("--revision", help="Revision of the model on the Hub.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write the singular bases of a model as a basis pack, for sharing and for quantized models. Can be resumed.
+    """Write the singular bases of a model to a pack. It can be shared, serves quantized models, and can be resumed.
 
     peft-svf decompose MODEL --output_dir MODEL-basis
     """
@@ -208,7 +208,7 @@ def import_command(
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Import an expert of the paper's released code, or TRINITY's, as an SVF adapter. Only tensors are loaded.
+    """Import an expert of the paper's released code. Also TRINITY's. Only tensors are loaded.
 
     peft-svf import policy_params.pt --model_name_or_path meta-llama/Meta-Llama-3-8B-Instruct --output_dir expert
     """

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..search.config import SearchConfig
-from .errors import fail
+from .errors import fail, prints_to_stderr
 from .options import (
     CheckOption,
     DtypeOption,
@@ -118,7 +118,7 @@ def search(
     ] = False,
     **settings: Any,
 ) -> None:
-    """Search the mixture of experts that suits a task, from a few examples of it.
+    """Search a mixture of experts from a few examples.
 
     peft-svf search --model_name_or_path MODEL --expert math=experts/math --expert logic=experts/logic
     --examples shots.jsonl --reward number --output_dir my-mixture
@@ -171,7 +171,8 @@ def search(
             config = config.changed(max_new_tokens=SearchConfig.max_new_tokens, generation_kwargs={})
         else:
             data = {"examples": rows, "reward_funcs": function}
-        result = mixture.search(**data, config=config, eval_examples=eval_examples)
+        with prints_to_stderr(as_json):
+            result = mixture.search(**data, config=config, eval_examples=eval_examples)
         by_main_process(lambda: mixture.save_pretrained(output_dir))
         leave()
     except (ValueError, TypeError, ImportError, OSError) as error:

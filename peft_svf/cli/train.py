@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
-from contextlib import nullcontext, redirect_stdout
 
 import typer
 
-from .errors import in_a_line
+from .errors import in_a_line, prints_to_stderr
 
 
 def train(context: typer.Context) -> None:
-    """Train an expert with GRPO, RLOO or the paper's REINFORCE. `--help_all` lists all options, with TRL's.
+    """Train an expert with GRPO, RLOO or REINFORCE. `--help_all` lists all options, with TRL's.
 
     peft-svf train --config recipe.yaml --model_name_or_path MODEL --output_dir experts/math
 
@@ -21,7 +19,7 @@ def train(context: typer.Context) -> None:
     """
     as_json = "--json" in context.args
     words = ["--help" if word == "--help_all" else word for word in context.args if word != "--json"]
-    with redirect_stdout(sys.stderr) if as_json else nullcontext():  # custom rewards may print
+    with prints_to_stderr(as_json):
         with in_a_line():
             from ..training.run import prepare
 

@@ -50,7 +50,9 @@ class SearchConfig:
         "One weight per expert (expert), per expert and layer, or per expert and module. In Python also a dict from "
         "module to group. Default: layer for the gradient of a reward, else expert.",
     )
-    bounds: tuple[float, float] = _option((0.0, 1.0), "Smallest and largest weight, with 0 between them.")
+    bounds: tuple[float, float] = _option(
+        (0.0, 1.0), "Smallest and largest weight, with 0 between them.", advanced=True
+    )
     max_new_tokens: int = _option(64, "Longest answer in tokens.", least=1)
     validation: Union[str, float, None] = _option(
         "auto",
