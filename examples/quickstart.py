@@ -4,8 +4,8 @@
 
 1. trains an expert for one-digit products live, as `peft-svf train --config examples/recipes/products.yaml` does;
 2. reloads it into a fresh base model;
-3. loads it beside two of those in examples/experts/ (with --model it trains them, as those do not fit);
-4. searches a mixture for a task that none was trained on, from a few examples;
+3. loads it together with two experts of examples/experts/ (with --model it trains them, as those do not fit);
+4. searches a mixture for a task that no expert was trained on, from a few examples;
 5. prints one table, task by choice of weights, on held-out questions, whichever wins;
 6. leaves the adapters, all numbers as JSON and a plot in the output folder.
 """
@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,8 @@ def train(task: str, folder: Path, model: str | None, *, quick: bool) -> Record:
 
 
 def main() -> None:
+    # deprecations between the libraries, which nobody can act on who runs a demo
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(peft|transformers|trl)\b")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="Hub id or folder (default: SmolLM2-135M-Instruct from the wheel)")
     parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"))
