@@ -21,7 +21,7 @@ test test-fast test-main test-peft test-quantized: export OMP_NUM_THREADS := 1
 .PHONY: help demo test test-fast test-main test-peft test-quantized test-vllm lint bench gpu-check compare mixtures clean
 
 help:
-	@echo "make demo       train, save, reload and mix experts on a real model (9 to 12 minutes on two cores, half an hour on old ones)"
+	@echo "make demo       train, save, reload and mix experts on a real model (11 minutes on two cores, half an hour on old ones)"
 	@echo "make test       lint and all tests: PEFT's own suite, ours, and those on quantized models (15 minutes on two cores)"
 	@echo "make test-fast  our tests without the slow ones and those of quantized models"
 	@echo "make test-peft  PEFT's own test suite on SVF"

@@ -95,7 +95,7 @@ def main() -> None:
     size = (expert / "adapter_model.safetensors").stat().st_size
     print(f"{expert}: {size / 1000:.0f} kB, greedy accuracy after reloading: {reloaded:.2f}", flush=True)
 
-    heading("3. Load it beside other experts")
+    heading("3. Load it together with other experts")
     folders = {task: SHIPPED / task for task in OTHERS}
     if arguments.model:  # those in examples/experts are for the weights of the demo's own model
         folders = {task: output / task for task in OTHERS}
@@ -106,7 +106,7 @@ def main() -> None:
     mixture = AdaptiveMixture.from_pretrained(fresh, experts, tokenizer=tokenizer)
     print("experts:", ", ".join(mixture.experts), flush=True)
 
-    heading(f"4. Search a mixture for {UNSEEN_TASK}, which none was trained on, from {SHOTS} examples")
+    heading(f"4. Search a mixture for {UNSEEN_TASK}, which no expert was trained on, from {SHOTS} examples")
     result = mixture.search(
         tasks[UNSEEN_TASK].examples("train", SHOTS),
         reward_funcs=tasks[UNSEEN_TASK].reward,
