@@ -16,6 +16,11 @@ import torch
 collect_ignore = [] if find_spec("bitsandbytes") and find_spec("torchao") else ["test_quantized.py"]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the demo first, which takes minutes: at the end, one worker would run it while the others have nothing."""
+    items.sort(key=lambda item: item.name != "test_quickstart")
+
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test starts with an empty cache."""
