@@ -1,4 +1,4 @@
-"""The command line `peft-svf`: one thin command per capability, each in a file of its own."""
+"""The command line `peft-svf`: one thin command per capability, one file per group of commands."""
 
 from __future__ import annotations
 
