@@ -89,6 +89,18 @@ def test_a_search_leaves_an_ordinary_adapter(reward: str, examples: str, world: 
         assert torch.equal(logits(model), logits(base_model()))
 
 
+def talkative(completions: list[str], **columns: Any) -> list[float]:
+    print("a reward function may print")
+    return [float(len(text)) for text in completions]
+
+
+def test_what_a_reward_function_prints_is_not_in_the_json(world: Path, tmp_path: Path) -> None:
+    result = search(world, tmp_path / "mine", "--json", reward="test_cli_search.talkative", validation="none")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["objective"] == "reward"
+    assert "a reward function may print" in result.stderr
+
+
 def test_the_result_as_json(world: Path, tmp_path: Path) -> None:
     result = search(world, tmp_path / "mine", "--json", reward="loglik", validation="2")
     assert result.exit_code == 0, result.output
