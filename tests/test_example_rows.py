@@ -249,3 +249,12 @@ def test_the_parts_of_a_sum_may_do_without_prompts(tokenizer: Any) -> None:
     assert WeightedObjective([other, other], [1, 1]).examples == other.examples
     with pytest.raises(TypeError, match=r"dict is no objective\. Subclass `peft_svf\.Objective`"):
         WeightedObjective([other, {}], [1, 1])
+
+
+@pytest.mark.parametrize("answer", ["007", "NA", "7", "2024-01-01", "1e3", "true"])
+def test_an_answer_in_a_file_stays_as_it_is_written(answer: str, tmp_path: Path) -> None:
+    """The readers of `datasets` make numbers, dates and missing values of these."""
+    (tmp_path / "a.csv").write_text(f"prompt,answer\nq,{answer}\n")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "q", "answer": answer}) + "\n")
+    for name in ("a.csv", "a.jsonl"):
+        assert load_examples(str(tmp_path / name)) == [{"prompt": "q", "answer": answer, "completion": answer}]
