@@ -10,7 +10,7 @@ on: what it forgot.
 
 Hours on two cores. Each run leaves one JSON in `benchmarks/compare_runs/`, and is not repeated if that is there: stop
 it at any time, or give it `--minutes`, and call it again, on another machine if you like. The table and the plots in
-`docs/results/comparison.md` are made of what there is. `--jobs N` does N runs at once, each a process of its own with
+`docs/results/comparison.md` are made of what there is. `--jobs N` does N runs at once, each in a separate process with
 its share of the cores.
 """
 

@@ -260,7 +260,7 @@ def test_links_and_files_exist(page: Path) -> None:
 
 
 def sentences_of(page: Path) -> list[str]:
-    """Of the prose: no code, tables, headings or comments. An item of a list is a text of its own."""
+    """Of the prose: no code, tables, headings or comments. Each item of a list is a separate text."""
     text = FENCE.sub("\n\n", page.read_text(encoding="utf-8"))
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
     text = re.sub(r"^(\||#|    ).*$", "", text, flags=re.MULTILINE)
