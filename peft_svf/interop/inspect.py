@@ -117,7 +117,8 @@ def check_spectrum(
     Raises:
         ValueError: There is no SVF adapter, it records no spectrum, or the model cannot be read.
     """
-    expected = load_svf_config(path).expected_fingerprint
+    config = load_svf_config(path)
+    expected = config.expected_fingerprint
     if not expected:
         raise ValueError(f"{path} does not record the spectrum of its base model, so it cannot be checked.")
     source, cache = model_folder(base, revision), BasisCache(cache_dir)
@@ -127,7 +128,8 @@ def check_spectrum(
             differences[name] = "the model has no such weight"
             continue
         weight = tensors.read(f"{name}.weight", transposed=modules[name])
-        found = fingerprint(cache.load_or_compute(weight, name=name).spectrum)
+        basis = cache.load_or_compute(weight, name=name)
+        found = fingerprint(basis.spectrum, basis.vectors[:, : config.r])
         if difference := fingerprint_difference(numbers, found, (weight.shape[0], weight.shape[1])):
             differences[name] = difference
     return differences

@@ -103,7 +103,7 @@ def merge_to_folder(
                 str(adapter),
                 differences,
                 len(deltas),
-                base_model=config.base_model_name_or_path,
+                config,
                 policy=base_check,
                 override='pass `base_check="warn"`',
             )
@@ -199,9 +199,9 @@ def _merged(
     basis = cache.load_or_compute(weight, name=name)
     if len(delta) > basis.vectors.shape[1]:
         raise ValueError(f"δ of {name} has {len(delta)} entries, too many for a weight of shape {tuple(weight.shape)}.")
-    shape, found = (weight.shape[0], weight.shape[1]), fingerprint(basis.spectrum)
-    difference = base_difference(config.expected_fingerprint, name, found, shape)
     vectors = basis.leading(len(delta)).vectors
+    shape, found = (weight.shape[0], weight.shape[1]), fingerprint(basis.spectrum, vectors)
+    difference = base_difference(config.expected_fingerprint, name, found, shape)
     fraction = surviving_fraction(weight, vectors, delta, weight.dtype) if weight.dtype.itemsize <= 2 else 1.0
     return effective_weight(weight, vectors, delta), fraction, difference
 
