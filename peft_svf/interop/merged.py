@@ -5,6 +5,7 @@ The result is that of `merge_and_unload` and `save_pretrained`, but only one fil
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import warnings
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from peft.utils import CONFIG_NAME
 from peft.utils.save_and_load import load_peft_weights
 from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
@@ -28,7 +30,7 @@ from ..tuner.config import SVFConfig, load_svf_config
 from ..tuner.fold import SMALLEST_FRACTION
 from ..utils.files import write_whole
 from ..utils.progress import progress_bar
-from .sources import OTHER_WEIGHTS, meta_model, model_files, model_folder, opened
+from .sources import INDEX, OTHER_WEIGHTS, meta_model, model_files, model_folder, opened
 
 _PREFIX, _SUFFIX = "base_model.model.", ".svf_delta.weight"
 
@@ -74,7 +76,8 @@ def merge_to_folder(
 
     Raises:
         ValueError: The adapter is not an SVF adapter, has more than δ, or was made for another base model. The base
-            model has no safetensors files or lacks a weight. Or the folder is not empty.
+            model has no safetensors files, lacks a weight, or holds an adapter of another method. Or the folder is not
+            empty.
     """
     config = load_svf_config(adapter)
     deltas = _deltas(adapter)
@@ -83,6 +86,7 @@ def merge_to_folder(
     if not made and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists and is not an empty folder. Merge into a new folder.")
     source = model_folder(base or config.base_model_name_or_path, revision or (None if base else config.revision))
+    _check_no_other_adapter(source)
     transposed = _transposed(source, deltas)
     files = model_files(source)
     lacking = [name for name in deltas if f"{name}.weight" not in {key for keys in files.values() for key in keys}]
@@ -94,6 +98,7 @@ def merge_to_folder(
     shares: dict[str, float] = {}
     unfinished = target / ".unfinished"
     unfinished.mkdir(parents=True)
+    moved: list[Path] = []
     try:
         differences = _write_weights(
             source, unfinished, files, transposed, deltas, config, BasisCache(cache_dir), shares
@@ -113,9 +118,12 @@ def merge_to_folder(
         # the config last: without it nothing loads
         for path in sorted(unfinished.iterdir(), key=lambda path: path.name == "config.json"):
             os.replace(path, target / path.name)
+            moved.append(target / path.name)
         unfinished.rmdir()
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
+        for path in moved:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         if made:
             target.rmdir()
         raise
@@ -206,11 +214,27 @@ def _merged(
     return effective_weight(weight, vectors, delta), fraction, difference
 
 
+def _check_no_other_adapter(source: Path) -> None:
+    """Check that the folder of a base model is not also that of a LoRA, which transformers would load with it.
+
+    Raises:
+        ValueError: It is.
+    """
+    if not (source / CONFIG_NAME).exists():
+        return
+    kind = json.loads((source / CONFIG_NAME).read_text(encoding="utf-8")).get("peft_type")
+    if kind != "SVF":
+        raise ValueError(
+            f"The base model in {source} comes with an adapter of type {kind}, which the merged model would lack. "
+            f"Merge that adapter first, or remove {CONFIG_NAME} and the adapter's weights."
+        )
+
+
 def _copy_rest(source: Path, target: Path) -> None:
-    """Copy config, tokenizer and code, but not the card of the base model nor other weights."""
+    """Copy config, tokenizer and code, but not the card of the base model, adapters or other weights."""
     left_out = shutil.ignore_patterns(
-        "*.safetensors", *OTHER_WEIGHTS, "*.bin.index.json", "README.md", ".*", "original"
+        "*.safetensors", *OTHER_WEIGHTS, "*.index.json", "README.md", CONFIG_NAME, ".*", "original"
     )
     shutil.copytree(source, target, dirs_exist_ok=True, ignore=left_out)
-    if (target / "model.safetensors").exists():
-        (target / "model.safetensors.index.json").unlink(missing_ok=True)  # stale
+    if not (target / "model.safetensors").exists():  # or the index is stale
+        shutil.copy(source / INDEX, target / INDEX)

@@ -1,4 +1,4 @@
-"""Numbers that identify a weight and its singular vectors: σ_1, σ_mid, σ_k, ‖W‖_F, and 16 samples of Q.
+"""Numbers that identify a weight and its singular vectors: σ_1, σ_mid, σ_k, ‖W‖_F, and 12 samples of Q.
 
 An expert rescales the singular values of one particular base model. On another base model it has the right shape but
 computes nonsense. So the numbers are saved with the adapter and compared when it is attached.
@@ -21,7 +21,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-SAMPLES = 16
+SAMPLES = 12
 # with samples of Q, the spectrum only has to show another scale: rounding a dequantized weight changes it by 4e-3
 SCALE_TOLERANCE = {"sigma": 1e-2, "norm": 1e-3}
 # without them, the norm shows other vectors best: 1 % of noise changes it by 5e-5

@@ -93,7 +93,7 @@ class SVFConfig(PeftConfig):
         init_weights (`bool`):
             `True` starts at δ = 0, which is exactly the base model. `False` draws random δ, for tests.
         base_fingerprint (`dict[str, list[float]]`, *optional*):
-            σ_1, σ_mid, σ_k and ‖W‖_F of each adapted weight, and 16 samples of its singular vectors. Filled in when
+            σ_1, σ_mid, σ_k and ‖W‖_F of each adapted weight, and 12 samples of its singular vectors. Filled in when
             the adapter is attached, saved with it, and compared when it is attached again.
         base_dtype (`str`, *optional*):
             The dtype of these weights, such as `"float32"`. Filled in with `base_fingerprint`.
