@@ -135,13 +135,13 @@ def _check_config(config: Any, where: str, written: Mapping[str, Any]) -> None:
         raise ValueError(f"{where} is an SVF adapter already. Load it with `PeftModel.from_pretrained`.")
     if kind not in ADDITIVE:
         raise _refused(where, f"the method {kind}")
+    if getattr(config, "init_lora_weights", True) not in INITIALISATIONS:
+        raise _refused(where, f"`init_lora_weights={config.init_lora_weights!r}`")
     known = {field.name: field for field in fields(config)}
     for name, field in known.items():
         default = field.default if field.default_factory is MISSING else field.default_factory()
         if name not in UNDERSTOOD and getattr(config, name) != default:
             raise _refused(where, f"`{name}`")
-    if getattr(config, "init_lora_weights", True) not in INITIALISATIONS:
-        raise _refused(where, f"`init_lora_weights={config.init_lora_weights!r}`")
     for name, value in written.items():
         if name not in known and value:
             raise _refused(where, f"`{name}`, unknown to the installed PEFT")
