@@ -25,8 +25,8 @@ from ..spectral.arithmetic import effective_weight
 from ..spectral.cache import BasisCache
 from ..spectral.fingerprint import fingerprint
 from ..spectral.rounding import surviving_fraction
-from ..tuner.base_check import base_difference, refuse_base
-from ..tuner.config import SVFConfig, load_svf_config
+from ..tuner.base_check import base_differences, refuse_base
+from ..tuner.config import load_svf_config
 from ..tuner.fold import SMALLEST_FRACTION
 from ..utils.files import write_whole
 from ..utils.progress import progress_bar
@@ -100,14 +100,13 @@ def merge_to_folder(
     unfinished.mkdir(parents=True)
     moved: list[Path] = []
     try:
-        differences = _write_weights(
-            source, unfinished, files, transposed, deltas, config, BasisCache(cache_dir), shares
-        )
+        found = _write_weights(source, unfinished, files, transposed, deltas, BasisCache(cache_dir), shares)
+        differences, count = base_differences(config.expected_fingerprint, found)
         if differences:
             refuse_base(
                 str(adapter),
                 differences,
-                len(deltas),
+                count,
                 config,
                 policy=base_check,
                 override='pass `base_check="warn"`',
@@ -143,12 +142,11 @@ def _write_weights(
     files: Mapping[str, list[str]],
     transposed: Mapping[str, bool],
     deltas: Mapping[str, torch.Tensor],
-    config: SVFConfig,
     cache: BasisCache,
     shares: dict[str, float],
-) -> list[str]:
-    """Write each file with the merged weights. Return the differences to the base model of the adapter."""
-    differences = []
+) -> dict[str, tuple[list[float], tuple[int, int]]]:
+    """Write each file with the merged weights. Return the fingerprint and the shape of each weight before."""
+    found = {}
     with progress_bar(desc="Merging", total=len(deltas), unit="layer") as bar:
         for file, keys in files.items():
             tensors = {}
@@ -157,13 +155,13 @@ def _write_weights(
                     tensor, name = content.get_tensor(key), key.removesuffix(".weight")
                     if key.endswith(".weight") and name in deltas:
                         weight = tensor.mT if transposed[name] else tensor
-                        merged, shares[name], difference = _merged(weight, deltas[name], name, config, cache)
-                        differences += [f"{name}: {difference}"] if difference else []
+                        merged, shares[name], numbers = _merged(weight, deltas[name], name, cache)
+                        found[name] = (numbers, (weight.shape[0], weight.shape[1]))
                         tensor = (merged.mT if transposed[name] else merged).contiguous()
                         bar.update()
                     tensors[key] = tensor
             save_file(tensors, target / file, metadata={"format": "pt"})
-    return differences
+    return found
 
 
 def _deltas(adapter: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
@@ -201,17 +199,15 @@ def _transposed(source: Path, deltas: Mapping[str, Any]) -> dict[str, bool]:
 
 
 def _merged(
-    weight: torch.Tensor, delta: torch.Tensor, name: str, config: SVFConfig, cache: BasisCache
-) -> tuple[torch.Tensor, float, str | None]:
-    """Return `W(z)`, the fraction of ΔW in it, and the difference to the weight that the adapter was made for."""
+    weight: torch.Tensor, delta: torch.Tensor, name: str, cache: BasisCache
+) -> tuple[torch.Tensor, float, list[float]]:
+    """Return `W(z)`, the fraction of ΔW in it, and the fingerprint of W."""
     basis = cache.load_or_compute(weight, name=name)
     if len(delta) > basis.vectors.shape[1]:
         raise ValueError(f"δ of {name} has {len(delta)} entries, too many for a weight of shape {tuple(weight.shape)}.")
     vectors = basis.leading(len(delta)).vectors
-    shape, found = (weight.shape[0], weight.shape[1]), fingerprint(basis.spectrum, vectors)
-    difference = base_difference(config.expected_fingerprint, name, found, shape)
     fraction = surviving_fraction(weight, vectors, delta, weight.dtype) if weight.dtype.itemsize <= 2 else 1.0
-    return effective_weight(weight, vectors, delta), fraction, difference
+    return effective_weight(weight, vectors, delta), fraction, fingerprint(basis.spectrum, vectors)
 
 
 def _check_no_other_adapter(source: Path) -> None:

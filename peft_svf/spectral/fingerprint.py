@@ -15,13 +15,21 @@ with σ = 0 have no effect, as in ΔW. Measured in `benchmarks/base_check.py`.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from statistics import median
 
 import numpy as np
 import torch
 
 SAMPLES = 12
+# of ΔW in one weight: a cast stays below it, unless the singular values are nearly equal
+LARGEST_ERROR = 0.3
+# errors of ΔW over √k. Of the median weight: 0.0016 to 0.0034 for bf16, 0.01 to 0.02 for 1 % of noise
+LARGEST_TURN = 0.005
+UNCHANGED = 1e-4
+# fewer have no meaningful median
+FEW_WEIGHTS = 4
 # with samples of Q, the spectrum only has to show another scale: rounding a dequantized weight changes it by 4e-3
 SCALE_TOLERANCE = {"sigma": 1e-2, "norm": 1e-3}
 # without them, the norm shows other vectors best: 1 % of noise changes it by 5e-5
@@ -63,31 +71,55 @@ def tolerances(expected: Sequence[float], shape: tuple[int, int], *, sampled: bo
     return [sigma_allowed] * 3 + [max(whole, ROUNDING / size**0.5) * norm]
 
 
-def sample_tolerance(k: int) -> float:
-    """Return the allowed relative error of ΔW for a weight whose smaller side is k.
-
-    Rounding rotates neighbouring singular vectors by its size times √k: by up to 7 % at k = 576 in bf16, and 1 % of
-    noise by 25 %. The lower limit is for small matrices, where one near-degenerate pair weighs much.
-    """
-    return min(max(0.12, 0.0045 * k**0.5), 0.3)
-
-
 def sample_difference(expected: Sequence[float], found: Sequence[float]) -> float | None:
     """Return the estimated relative error of ΔW for a random expert; `None` if a fingerprint has no samples."""
     pairs = list(zip(expected[len(LABELS) :], found[len(LABELS) :], strict=False))
     return (sum((want - have) ** 2 for want, have in pairs) / len(pairs)) ** 0.5 if pairs else None
 
 
-def fingerprint_difference(expected: Sequence[float], found: Sequence[float], shape: tuple[int, int]) -> str | None:
-    """Return a description of the first difference beyond its tolerance, or `None` if there is none."""
+def fingerprint_difference(
+    expected: Sequence[float], found: Sequence[float], shape: tuple[int, int], *, allowed: float = LARGEST_ERROR
+) -> str | None:
+    """Return a description of the first difference beyond its tolerance, or `None` if there is none.
+
+    Args:
+        expected: The recorded fingerprint.
+        found: That of the weight at hand.
+        shape: The shape of the weight.
+        allowed: The allowed error of ΔW, if both have samples of Q.
+    """
     wrong = sample_difference(expected, found)
     allowances = tolerances(expected, shape, sampled=wrong is not None)
-    for label, want, have, allowed in zip(LABELS, expected, found, allowances, strict=False):
-        if not abs(want - have) <= allowed:  # nor NaN
+    for label, want, have, tolerance in zip(LABELS, expected, found, allowances, strict=False):
+        if not abs(want - have) <= tolerance:  # nor NaN
             return f"{label} is {have:.8g}, the adapter was made for {want:.8g}"
-    if wrong is not None and not wrong <= sample_tolerance(min(shape)):
+    if wrong is not None and not wrong <= allowed:
         return f"it has other singular vectors, so that the adapter's change is wrong by about {wrong:.0%}"
     return None
+
+
+def fingerprint_differences(
+    pairs: Mapping[str, tuple[Sequence[float], Sequence[float], tuple[int, int]]],
+) -> dict[str, str]:
+    """Return how the weights of a model differ from the recorded ones, by name; empty if they agree.
+
+    Rounding and noise turn singular vectors by their size times √k. A cast turns those of every weight a little, and in
+    a few weights, by chance, two neighbours a lot. So weights are judged together: if the median weight has turned as
+    by a cast, single ones may differ more. If it has not turned at all or turned further, they may not.
+
+    Args:
+        pairs: The recorded fingerprint, the one at hand, and the shape of each weight.
+    """
+    errors = {name: sample_difference(expected, found) for name, (expected, found, _) in pairs.items()}
+    roots = {name: min(shape) ** 0.5 for name, (_, _, shape) in pairs.items()}
+    turns = [error / roots[name] for name, error in errors.items() if error is not None]
+    cast = len(turns) < FEW_WEIGHTS or UNCHANGED < median(turns) <= LARGEST_TURN
+    differences = {}
+    for name, (expected, found, shape) in pairs.items():
+        allowed = LARGEST_ERROR if cast else min(LARGEST_ERROR, LARGEST_TURN * roots[name])
+        if difference := fingerprint_difference(expected, found, shape, allowed=allowed):
+            differences[name] = difference
+    return differences
 
 
 def _samples(spectrum: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:

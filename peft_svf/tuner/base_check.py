@@ -6,11 +6,9 @@ import warnings
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 
-from ..spectral.fingerprint import fingerprint_difference
+from ..spectral.fingerprint import fingerprint_differences
 from .config import SVFConfig
 from .protocol import AdaptedLayer
-
-NOT_RECORDED = "the adapter has no module of this name"
 
 
 def check_base(adapter_name: str, layers: Sequence[AdaptedLayer], *, whole_model: bool = True) -> None:
@@ -34,23 +32,13 @@ def check_base(adapter_name: str, layers: Sequence[AdaptedLayer], *, whole_model
     if not expected:
         record_base(config, adapter_name, layers, keep=not whole_model)
         return
-    known = {layer.module_name: _recorded_name(layer.module_name, expected) for layer in layers}
-    differences = []
-    for layer in layers:
-        found, name = layer.fingerprint(adapter_name), known[layer.module_name]
-        if found is None or name is None:
-            continue
-        if difference := fingerprint_difference(expected[name], found, layer.shape):
-            differences.append(f"{layer.module_name}: {difference}")
-    missing = [name for name, recorded in known.items() if recorded is None]
-    absent = sorted(set(expected) - set(known.values())) if whole_model else []
-    renamed = list(zip_longest(missing, absent))  # a module under another name is one difference
-    differences += [_unmatched(here, recorded) for here, recorded in renamed]
+    found = {layer.module_name: (layer.fingerprint(adapter_name), layer.shape) for layer in layers}
+    differences, count = base_differences(expected, found, whole_model=whole_model)
     if differences:
         refuse_base(
             f"Adapter {adapter_name!r}",
             differences,
-            len(layers) - len(missing) + len(renamed),
+            count,
             config,
             policy=config.runtime_config.base_check,
             override="load its config with `SVFConfig.from_pretrained(path, "
@@ -58,14 +46,33 @@ def check_base(adapter_name: str, layers: Sequence[AdaptedLayer], *, whole_model
         )
 
 
-def base_difference(
-    expected: Mapping[str, Sequence[float]], module_name: str, found: Sequence[float], shape: tuple[int, int]
-) -> str | None:
-    """Return how the fingerprint of a weight differs from the recorded one. `None` if it agrees or none is recorded."""
+def base_differences(
+    expected: Mapping[str, Sequence[float]],
+    found: Mapping[str, tuple[Sequence[float] | None, tuple[int, int]]],
+    *,
+    whole_model: bool = True,
+) -> tuple[list[str], int]:
+    """Return how weights differ from the recorded ones, one description each, and the number of compared weights.
+
+    Args:
+        expected: The recorded fingerprints by module. If there are none, nothing differs.
+        found: The fingerprint and the shape of each weight. A fingerprint is `None` if the weight is not loaded.
+        whole_model: Whether these are all weights of the adapter. Every recorded one must then be among them.
+    """
     if not expected:
-        return None
-    name = _recorded_name(module_name, expected)
-    return NOT_RECORDED if name is None else fingerprint_difference(expected[name], found, shape)
+        return [], 0
+    names = {here: _recorded_name(here, expected) for here in found}
+    pairs = {
+        here: (expected[name], numbers, shape)
+        for here, (numbers, shape) in found.items()
+        if (name := names[here]) is not None and numbers is not None
+    }
+    missing = [here for here, name in names.items() if name is None]
+    absent = sorted(set(expected) - set(names.values())) if whole_model else []
+    unmatched = list(zip_longest(missing, absent))  # a module under another name is one difference
+    differences = [f"{name}: {difference}" for name, difference in fingerprint_differences(pairs).items()]
+    differences += [_unmatched(here, recorded) for here, recorded in unmatched]
+    return differences, len(found) - len(missing) + len(unmatched)
 
 
 def record_base(config: SVFConfig, adapter_name: str, layers: Sequence[AdaptedLayer], *, keep: bool = False) -> None:
@@ -121,7 +128,9 @@ def refuse_base(
 def _unmatched(here: str | None, recorded: str | None) -> str:
     if here is None:
         return f"{recorded}: the adapter has this module, but it is not adapted here"
-    return f"{here}: {NOT_RECORDED}" + (f", but has {recorded}, which is not adapted here" if recorded else "")
+    return f"{here}: the adapter has no module of this name" + (
+        f", but has {recorded}, which is not adapted here" if recorded else ""
+    )
 
 
 def _recorded_name(module_name: str, recorded: Mapping[str, object]) -> str | None:
