@@ -125,16 +125,15 @@ def fingerprint_differences(
 def _samples(spectrum: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
     """Return s `[SAMPLES]` of the leading columns of Q, `[k, r]`."""
     k, r = vectors.shape
-    u, v, d = (signs.to(vectors.device) for signs in _signs(k))
+    both, d = (signs.to(vectors.device) for signs in _signs(k))
     sigma = spectrum[:r].to(vectors.device, torch.float32)
-    weights = d[:, :r] * (sigma / sigma.norm().clamp(min=1e-30))
-    Q = vectors.detach().float()
-    return ((u @ Q) * (v @ Q) * weights).sum(dim=1)
+    u, v = (both @ vectors.detach().float()).chunk(2)
+    return (u * v * d[:, :r]) @ (sigma / sigma.norm().clamp(min=1e-30))
 
 
 @lru_cache(maxsize=16)
-def _signs(k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return u, v and d, `[SAMPLES, k]`, of ±1.
+def _signs(k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return u and v, `[2 · SAMPLES, k]`, and d, `[SAMPLES, k]`, of ±1.
 
     Of a hash and not of a random generator, so that no version of a library changes them. Entry i does not depend on k.
     """
@@ -144,4 +143,4 @@ def _signs(k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         bits = np.unpackbits(np.frombuffer(b"".join(digests), np.uint8).reshape(SAMPLES, -1), axis=1)[:, :k]
         return torch.from_numpy(2 * bits.astype(np.float32) - 1)
 
-    return signs("u"), signs("v"), signs("d")
+    return torch.cat([signs("u"), signs("v")]), signs("d")
