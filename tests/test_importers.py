@@ -361,6 +361,22 @@ def test_a_lora_in_the_folder_of_the_base_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "merged").exists()
 
 
+def test_an_output_layer_in_the_adapter_is_that_of_the_base(tmp_path: Path) -> None:
+    """PEFT saves it with an adapter of the output layer. With new tokens it is another one, and must not be lost."""
+    base, expert, _ = stored(tmp_path, "1GB")
+    model = adapted(AutoModelForCausalLM.from_pretrained(base), target_modules=["lm_head"])
+    model.save_pretrained(expert)
+    merge_to_folder(expert, tmp_path / "merged", base)
+    path = expert / "adapter_model.safetensors"
+    tensors = load_file(path)
+    (head,) = (key for key in tensors if key.endswith("lm_head.base_layer.weight"))
+    tensors[head][3] += 1
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"holds another lm_head\.weight than .*base, such as one with new tokens"):
+        merge_to_folder(expert, tmp_path / "x", base)
+    assert not (tmp_path / "x").exists()
+
+
 @pytest.mark.parametrize("exists", [True, False])
 def test_a_merge_that_fails_at_the_end_leaves_nothing(
     exists: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

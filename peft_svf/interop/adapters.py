@@ -184,12 +184,14 @@ def _skeleton(base: nn.Module, stored: Mapping[str, torch.Tensor]) -> nn.Module:
     """
     replaced: dict[int, Any] = {}
     for name, parameter in base.named_parameters():
-        dtype = parameter.dtype if parameter.is_floating_point() else torch.float32  # quantized
+        coarse = not parameter.is_floating_point() or parameter.dtype.itemsize < 2  # quantized
+        dtype = torch.float32 if coarse else parameter.dtype  # PEFT casts the adapter to it
         empty = stored[name].clone() if name in stored else torch.zeros((), dtype=dtype).expand(parameter.shape)
         replaced[id(parameter)] = nn.Parameter(empty, requires_grad=False)
     for module in base.modules():
         weight = getattr(module, "weight", None)
-        if type(weight) is not nn.Parameter and hasattr(module, "in_features"):  # quantized, in a packed shape
+        packed = type(weight) is not nn.Parameter and hasattr(module, "in_features")  # quantized, in another shape
+        if packed and not any(True for _ in module.children()):
             quantized: Any = module
             linear = nn.Linear(quantized.in_features, quantized.out_features, bias=False, device="meta")
             linear.weight = nn.Parameter(torch.zeros(()).expand(linear.weight.shape), requires_grad=False)

@@ -80,7 +80,7 @@ def merge_to_folder(
             empty.
     """
     config = load_svf_config(adapter)
-    deltas = _deltas(adapter)
+    deltas, stored = _content(adapter)
     target = Path(save_directory).resolve()
     made = not target.exists()
     if not made and (not target.is_dir() or any(target.iterdir())):
@@ -100,7 +100,7 @@ def merge_to_folder(
     unfinished.mkdir(parents=True)
     moved: list[Path] = []
     try:
-        found = _write_weights(source, unfinished, files, transposed, deltas, BasisCache(cache_dir), shares)
+        found = _write_weights(source, unfinished, files, transposed, deltas, stored, BasisCache(cache_dir), shares)
         differences, count = base_differences(config.expected_fingerprint, found)
         if differences:
             refuse_base(
@@ -142,6 +142,7 @@ def _write_weights(
     files: Mapping[str, list[str]],
     transposed: Mapping[str, bool],
     deltas: Mapping[str, torch.Tensor],
+    stored: Mapping[str, torch.Tensor],
     cache: BasisCache,
     shares: dict[str, float],
 ) -> dict[str, tuple[list[float], tuple[int, int]]]:
@@ -153,6 +154,11 @@ def _write_weights(
             with opened(source / file) as content:
                 for key in keys:
                     tensor, name = content.get_tensor(key), key.removesuffix(".weight")
+                    if key in stored and not _same(stored[key], tensor):
+                        raise ValueError(
+                            f"The adapter holds another {key} than {source}, such as one with new tokens. Load it with "
+                            "its base model and use `merge_and_unload`."
+                        )
                     if key.endswith(".weight") and name in deltas:
                         weight = tensor.mT if transposed[name] else tensor
                         merged, shares[name], numbers = _merged(weight, deltas[name], name, cache)
@@ -164,11 +170,17 @@ def _write_weights(
     return found
 
 
-def _deltas(adapter: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
-    deltas = {}
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a.to(b.dtype), b)
+
+
+def _content(adapter: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Return δ by module, and the base weights in the file: PEFT saves that of an adapted output layer."""
+    deltas, stored = {}, {}
     for key, value in load_peft_weights(str(adapter), device="cpu").items():
         if key.endswith(".base_layer.weight"):
-            continue  # PEFT saves the weight of an adapted output layer with the adapter
+            stored[key.removeprefix(_PREFIX).replace(".base_layer.", ".")] = value
+            continue
         if not (key.startswith(_PREFIX) and key.endswith(_SUFFIX)):
             raise ValueError(
                 f"{adapter} has more than δ ({key}). Load it with its base model and use `merge_and_unload`."
@@ -179,7 +191,7 @@ def _deltas(adapter: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
         deltas[name] = value
     if not deltas:
         raise ValueError(f"{adapter} holds no δ.")
-    return deltas
+    return deltas, stored
 
 
 def _transposed(source: Path, deltas: Mapping[str, Any]) -> dict[str, bool]:
