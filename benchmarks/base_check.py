@@ -24,7 +24,7 @@ def round_to_bits(bits: int, group: int) -> Callable[[torch.Tensor], torch.Tenso
 
     def quantize(weight: torch.Tensor) -> torch.Tensor:
         grouped = weight.reshape(weight.shape[0], -1, group)
-        scale = grouped.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
+        scale = grouped.abs().amax(-1, keepdim=True).clamp(min=1e-12) / (2 ** (bits - 1) - 1)
         return ((grouped / scale).round() * scale).reshape(weight.shape)
 
     return quantize
@@ -99,7 +99,7 @@ def main() -> None:
     arguments = parse(argument_parser(__doc__, rounds=1))
     record = Record(arguments, __doc__)
     base = load_base(arguments)
-    layers = linear_layers(base.model)[:: 10 if arguments.quick else 1]
+    layers = linear_layers(base.model)[:: 10 if arguments.quick else 2]
     models = {base.label: {str(number): layer.weight.detach().float() for number, layer in enumerate(layers)}}
     for kind, draw in KINDS.items():
         for shape in SHAPES[: 1 if arguments.quick else None]:
@@ -112,7 +112,7 @@ def main() -> None:
         for change, found in changes.items()
     ]
     header = ["weights", "change", "ΔW wrong by (median)", "estimated (median)", "weights refused"]
-    record.table("The base check", header, rows)
+    record.table("The base check", header, rows, text_columns=2)
     record.raw(models=measured)
     record.write()
 

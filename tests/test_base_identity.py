@@ -20,6 +20,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from peft_svf import AdaptiveMixture, SVFConfig, SVFRuntimeConfig, inspect_adapter, merge_to_folder
+from peft_svf.interop import decompose
 from peft_svf.interop.inspect import check_spectrum
 from peft_svf.spectral import delta_weight, fingerprint, fingerprint_difference, singular_basis
 from peft_svf.spectral.fingerprint import LABELS, LARGEST_ERROR, SAMPLES, sample_difference
@@ -324,6 +325,13 @@ def test_a_cast_of_equal_singular_values_is_refused_at_every_door(tmp_path: Path
     config = SVFConfig.from_pretrained(path, runtime_config=SVFRuntimeConfig(base_check="warn"))
     with pytest.warns(UserWarning, match=OTHER_VECTORS):
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(cast), path, config=config)
+    # the vectors of the model in fp32 serve its cast
+    decompose(base, tmp_path / "pack")
+    config = SVFConfig.from_pretrained(path, runtime_config=SVFRuntimeConfig(basis=str(tmp_path / "pack")))
+    served = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(cast), path, config=config)
+    for name, layer in svf_layers(served).items():
+        right = svf_layers(model)[name].get_delta_weight("default")
+        assert (layer.get_delta_weight("default") - right).norm() <= 0.01 * right.norm()
     # the one whose record is in bf16 wants bf16
     adapted(AutoModelForCausalLM.from_pretrained(cast, dtype=torch.bfloat16)).save_pretrained(tmp_path / "in bf16")
     with pytest.raises(ValueError, match=r"\(.*, bfloat16\)"):

@@ -25,7 +25,7 @@ import torch
 SAMPLES = 12
 # of ΔW in one weight: a cast stays below it, unless the singular values are nearly equal
 LARGEST_ERROR = 0.3
-# errors of ΔW over √k. Of the median weight: 0.0016 to 0.0034 for bf16, 0.01 to 0.02 for 1 % of noise
+# error of ΔW over √k, of the median weight: 0.0016 to 0.0034 for bf16, 0.007 to 0.02 for 1 % of noise
 LARGEST_TURN = 0.005
 UNCHANGED = 1e-4
 # fewer have no meaningful median
