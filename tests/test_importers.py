@@ -130,6 +130,11 @@ def test_several_active_loras_add() -> None:
     model.base_model.set_adapter(["default", "second"])
     both, _ = from_weights(model, base_model())
     assert all(delta.any() == ("q_proj" in name or "v_proj" in name) for name, delta in deltas(both).items())
+    model.add_adapter("third", LoraConfig(r=2, target_modules=["o_proj"], use_dora=True))
+    assert from_weights(model, base_model())[1].overall > 0
+    model.base_model.set_adapter(["default", "third"])
+    with pytest.raises(ValueError, match="The adapter 'third' has `use_dora`"):
+        from_weights(model, base_model())
 
 
 def test_a_change_that_the_expert_does_not_adapt_counts_as_unexplained(tmp_path: Path) -> None:

@@ -91,8 +91,7 @@ def changes_of_model(model: PeftModel, base: nn.Module) -> Changes:
     Raises:
         ValueError: An adapter changes more than single weights, or was made for other weights than the base model's.
     """
-    names = [model.active_adapter] if isinstance(model.active_adapter, str) else list(model.active_adapter)
-    for name in names:
+    for name in model.active_adapters:
         _check_config(model.peft_config[name], f"The adapter {name!r}", {})
     changes = _of_layers(model.base_model.model, "the adapter")
     modules = dict(base.named_modules())
