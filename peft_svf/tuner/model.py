@@ -23,7 +23,7 @@ from peft.utils.integrations import _skip_init_on_device
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .base_check import check_base
+from .base_check import check_base, record_base
 from .bases import build_bases
 from .batch_layout import Layout
 from .config import SVFConfig
@@ -379,11 +379,7 @@ class SVFModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
         # the config is saved next, and may have been attached to another model in the meantime
-        config.base_fingerprint = config.expected_fingerprint or {
-            layer.module_name: layer.base_fingerprint
-            for layer in svf_layers(model, adapter_name)
-            if layer.base_fingerprint is not None
-        }
+        record_base(config, adapter_name, svf_layers(model, adapter_name))
         # PEFT selects everything on a tuner layer except its base layer, but the basis belongs to the base model
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         return {key: value for key, value in selected.items() if key.rpartition(".")[-1] != BASIS_NAME}
@@ -463,6 +459,7 @@ class SVFModel(BaseTuner):
             layers_to_transform=None,
             layers_pattern=None,
             base_fingerprint=None,
+            base_dtype=None,
             init_weights=True,
             inference_mode=True,
             runtime_config=replace(configs[0].runtime_config),

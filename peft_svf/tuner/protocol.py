@@ -32,7 +32,6 @@ class AdaptedLayer(Protocol):
     quantization_backend: QuantizationBackend | None
     svf_delta: nn.ModuleDict
     svf_config: dict[str, SVFConfig]
-    base_fingerprint: list[float] | None
     rows: Any
     # of torch: looking an attribute up in these costs a fraction of `nn.Module.__getattr__`
     _modules: dict[str, Any]
@@ -56,6 +55,8 @@ class AdaptedLayer(Protocol):
     def get_base_layer(self) -> Any: ...
 
     def build_basis(self, source: BasisCache | BasisPack | None = None) -> None: ...
+
+    def fingerprint(self, adapter_name: str) -> list[float] | None: ...
 
     def delta_weights(self, adapter_names: Iterable[str]) -> list[torch.Tensor]: ...
 
