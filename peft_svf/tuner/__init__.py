@@ -3,9 +3,11 @@
 from .config import SVFConfig, SVFRuntimeConfig
 from .deltas import adapter_deltas
 from .layer import Linear, SVFLayer, svf_layers
+from .loading import check_what_transformers_loads
 from .model import SVFModel
 from .registration import register
 
 register(SVFConfig, SVFModel)
+check_what_transformers_loads()
 
 __all__ = ["Linear", "SVFConfig", "SVFLayer", "SVFModel", "SVFRuntimeConfig", "adapter_deltas", "svf_layers"]

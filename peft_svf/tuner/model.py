@@ -25,11 +25,14 @@ from transformers.pytorch_utils import Conv1D
 
 from .base_check import check_base
 from .bases import build_bases
+from .checkpoint import Checkpoint
 from .config import SVFConfig
 from .fold import SMALLEST_FRACTION
 from .layer import Linear, SVFLayer, svf_layers
+from .loading import check_checkpoint, current_key
 from .parameters import BASIS_NAME
 from .quantized import is_coarse, keep_order, reorder
+from .renames import current_names
 from .rows import (
     BASE,
     Groups,
@@ -80,10 +83,15 @@ class SVFModel(BaseTuner):
         """
         with self._undone_on_error(model, adapter_name):
             self._kept_order = [*self._kept_order, *keep_order(model)]
+            config = self.peft_config[adapter_name]
+            checkpoint = config.checkpoint  # before PEFT resolves `target_modules`
+            config.rename_modules(current_names(model, config.expected_fingerprint))
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             layers = svf_layers(model, adapter_name)
             build_bases([layer for layer in layers if layer.needs_basis()])
             check_base(adapter_name, layers)
+            if checkpoint is not None:
+                check_checkpoint(model, adapter_name, checkpoint)
 
     _kept_order: Sequence[Any] = ()
 
@@ -401,29 +409,13 @@ class SVFModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: SVFConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
+        # PEFT would only warn of missing values, and use δ = 0 for them
+        state_dict = {current_key(key, {}, adapter_name): value for key, value in state_dict.items()}
+        names = check_checkpoint(model, adapter_name, Checkpoint.of_tensors(state_dict))
+        state_dict = {current_key(key, names, adapter_name): value for key, value in state_dict.items()}
         remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
-        wanted = {
-            f"{name}.svf_delta.{adapter_name}.weight"
-            for name, module in model.named_modules()
-            if isinstance(module, SVFLayer) and adapter_name in module.svf_delta
-        }
-        # PEFT would only warn, and use δ = 0 for them
-        if missing := sorted(wanted - remapped.keys()):
-            found = sorted(key for key in state_dict if ".svf_delta" in key)
-            raise KeyError(
-                f"The checkpoint of adapter {adapter_name!r} has no values for {len(missing)} of {len(wanted)} adapted "
-                f"modules, the first is {missing[0]!r}. It holds {len(found)} δ vectors"
-                + (f", such as {found[0]!r}" if found else "")
-                + ". It is incomplete or was saved for other modules. Load it with the config that it was saved with."
-            )
-        broken = sorted(key for key in wanted if not remapped[key].is_meta and not torch.isfinite(remapped[key]).all())
-        if broken:
-            raise ValueError(
-                f"The checkpoint of adapter {adapter_name!r} has NaN or Inf in {len(broken)} of {len(wanted)} δ "
-                f"vectors, the first is {broken[0]!r}. The file is damaged, or the training diverged."
-            )
         return remapped
 
     # ------------------------------------------------------------------------------------------------ arithmetic
