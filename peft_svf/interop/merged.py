@@ -24,6 +24,7 @@ from ..spectral.cache import BasisCache
 from ..spectral.fingerprint import fingerprint
 from ..spectral.rounding import surviving_fraction
 from ..tuner.base_check import base_difference, refuse_base
+from ..tuner.checkpoint import Checkpoint
 from ..tuner.config import SVFConfig, load_svf_config
 from ..tuner.fold import SMALLEST_FRACTION
 from ..utils.files import write_whole
@@ -73,17 +74,17 @@ def merge_to_folder(
         cache_dir (*optional*): Folder of the cached singular bases.
 
     Raises:
-        ValueError: The adapter is not an SVF adapter, has more than δ, or was made for another base model. The base
-            model has no safetensors files or lacks a weight. Or the folder is not empty.
+        ValueError: The adapter is not an SVF adapter, is incomplete or damaged, has more than δ, or was made for
+            another base model. The base model has no safetensors files or lacks a weight. Or the folder is not empty.
     """
     config = load_svf_config(adapter)
-    deltas = _deltas(adapter)
+    deltas = _deltas(adapter, config)
     target = Path(save_directory).resolve()
     made = not target.exists()
     if not made and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists and is not an empty folder. Merge into a new folder.")
     source = model_folder(base or config.base_model_name_or_path, revision or (None if base else config.revision))
-    transposed = _transposed(source, deltas)
+    transposed = _transposed(source, adapter, config, deltas)
     files = model_files(source)
     lacking = [name for name in deltas if f"{name}.weight" not in {key for keys in files.values() for key in keys}]
     if lacking:
@@ -158,30 +159,31 @@ def _write_weights(
     return differences
 
 
-def _deltas(adapter: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+def _deltas(adapter: str | os.PathLike[str], config: SVFConfig) -> dict[str, torch.Tensor]:
+    tensors = load_peft_weights(str(adapter), device="cpu")
+    config.check_checkpoint(adapter, Checkpoint.of_tensors(tensors))
     deltas = {}
-    for key, value in load_peft_weights(str(adapter), device="cpu").items():
+    for key, value in tensors.items():
         if key.endswith(".base_layer.weight"):
             continue  # PEFT saves the weight of an adapted output layer with the adapter
         if not (key.startswith(_PREFIX) and key.endswith(_SUFFIX)):
             raise ValueError(
                 f"{adapter} has more than δ ({key}). Load it with its base model and use `merge_and_unload`."
             )
-        name = key[len(_PREFIX) : -len(_SUFFIX)]
-        if not torch.isfinite(value).all():
-            raise ValueError(f"δ of {name} in {adapter} holds NaN or Inf.")
-        deltas[name] = value
-    if not deltas:
-        raise ValueError(f"{adapter} holds no δ.")
+        deltas[key[len(_PREFIX) : -len(_SUFFIX)]] = value
     return deltas
 
 
-def _transposed(source: Path, deltas: Mapping[str, Any]) -> dict[str, bool]:
-    """Return whether each module stores its weight as `[in, out]`."""
+def _transposed(
+    source: Path, adapter: str | os.PathLike[str], config: SVFConfig, deltas: Mapping[str, torch.Tensor]
+) -> dict[str, bool]:
+    """Check that δ fits the model. Return whether each module stores its weight as `[in, out]`."""
     modules = dict(meta_model(source).named_modules())
     if unknown := [name for name in deltas if name not in modules]:
         raise ValueError(f"The model in {source} has no module {unknown[0]}, which the adapter changes.")
     weights: dict[str, Any] = {name: modules[name].weight for name in deltas}
+    lengths = {name: config.length(weight.shape) for name, weight in weights.items()}
+    Checkpoint({name: tuple(delta.shape) for name, delta in deltas.items()}).check(str(adapter), lengths)
     for name, module in modules.items():
         for adapted, weight in weights.items():
             if name != adapted and getattr(module, "weight", None) is weight:
@@ -197,8 +199,6 @@ def _merged(
 ) -> tuple[torch.Tensor, float, str | None]:
     """Return `W(z)`, the fraction of ΔW in it, and the difference to the weight that the adapter was made for."""
     basis = cache.load_or_compute(weight, name=name)
-    if len(delta) > basis.vectors.shape[1]:
-        raise ValueError(f"δ of {name} has {len(delta)} entries, too many for a weight of shape {tuple(weight.shape)}.")
     shape, found = (weight.shape[0], weight.shape[1]), fingerprint(basis.spectrum)
     difference = base_difference(config.expected_fingerprint, name, found, shape)
     vectors = basis.leading(len(delta)).vectors

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
@@ -214,6 +214,10 @@ class SVFConfig(PeftConfig):
     def checkpoint(self) -> Checkpoint | None:
         """The adapter file that this config was read with; `None` if the config was changed since."""
         return self._checkpoint if self._choice() == self._choice_of_checkpoint else None
+
+    def length(self, shape: Sequence[int]) -> int:
+        """Return the length of δ for a weight of this shape."""
+        return min(shape) if self.r is None else min(self.r, *shape)
 
     def rename_modules(self, names: Mapping[str, str]) -> None:
         """Replace old module names by new ones, given pairs of both."""
