@@ -3,9 +3,9 @@
 from .config import SVFConfig, SVFRuntimeConfig
 from .deltas import adapter_deltas
 from .layer import Linear, SVFLayer, svf_layers
-from .loading import check_what_transformers_loads
 from .model import SVFModel
 from .registration import register
+from .transformers_loading import check_what_transformers_loads
 
 register(SVFConfig, SVFModel)
 check_what_transformers_loads()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,15 +22,17 @@ class Checkpoint:
 
     Attributes:
         deltas (`dict[str, tuple[int, ...]]`): The shape of each δ, by module name.
-        others (`frozenset[str]`): The keys of other tensors, such as biases and `modules_to_save`.
+        others (`dict[str, tuple[int, ...]]`): The shapes of other tensors by key, such as biases and `modules_to_save`.
         broken (`frozenset[str]`): The keys of tensors that hold NaN or Inf.
         where (`str`): The file, or `""` for tensors in memory.
+        read (`Callable`, *optional*): Returns the tensor of a key.
     """
 
     deltas: dict[str, tuple[int, ...]]
-    others: frozenset[str] = frozenset()
+    others: dict[str, tuple[int, ...]] = field(default_factory=dict)
     broken: frozenset[str] = frozenset()
     where: str = ""
+    read: Callable[[str], torch.Tensor] | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, torch.Tensor], where: str = "") -> Checkpoint:
@@ -37,9 +40,10 @@ class Checkpoint:
         named = {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
         return cls(
             deltas={key.removesuffix(_SUFFIX): tuple(t.shape) for key, t in named.items() if key.endswith(_SUFFIX)},
-            others=frozenset(key for key in named if not key.endswith(_SUFFIX)),
+            others={key: tuple(tensor.shape) for key, tensor in named.items() if not key.endswith(_SUFFIX)},
             broken=frozenset(key for key, tensor in named.items() if not _is_finite(tensor)),
             where=where,
+            read=named.__getitem__,
         )
 
     def renamed(self, names: Mapping[str, str]) -> Checkpoint:
@@ -116,14 +120,21 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
             with safe_open(file, framework="pt") as content:
                 keys = list(content.keys())
                 deltas = {key: content.get_tensor(key) for key in keys if key.endswith(_SUFFIX)}
-            others = frozenset(key.removeprefix(_PREFIX) for key in keys if key not in deltas)
-            return replace(Checkpoint.of_tensors(deltas, str(file)), others=others)
+                shapes = {key: tuple(content.get_slice(key).get_shape()) for key in keys if key not in deltas}
+            others = {key.removeprefix(_PREFIX): shape for key, shape in shapes.items()}
+            return replace(Checkpoint.of_tensors(deltas, str(file)), others=others, read=partial(_read, file))
         file = folder / WEIGHTS_NAME
         if file.is_file():
             return Checkpoint.of_tensors(torch.load(file, map_location="cpu", weights_only=True), str(file))
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"{file} is damaged or cut short ({error}). Save or download the adapter again.") from error
     return None
+
+
+def _read(file: Path, key: str) -> torch.Tensor:
+    with safe_open(file, framework="pt") as content:
+        tensor: torch.Tensor = content.get_tensor(_PREFIX + key if _PREFIX + key in set(content.keys()) else key)
+    return tensor
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:

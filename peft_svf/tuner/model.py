@@ -27,6 +27,7 @@ from .base_check import check_base
 from .bases import build_bases
 from .checkpoint import Checkpoint
 from .config import SVFConfig
+from .embeddings import forget_replaced_bases, with_resized_embeddings
 from .fold import SMALLEST_FRACTION
 from .layer import Linear, SVFLayer, svf_layers
 from .loading import check_checkpoint, current_key
@@ -46,6 +47,7 @@ from .rows import (
     names_hook,
     wrong_length,
 )
+from .transformers_loading import being_loaded
 
 
 class SVFModel(BaseTuner):
@@ -84,11 +86,13 @@ class SVFModel(BaseTuner):
         with self._undone_on_error(model, adapter_name):
             self._kept_order = [*self._kept_order, *keep_order(model)]
             config = self.peft_config[adapter_name]
-            checkpoint = config.checkpoint  # before PEFT resolves `target_modules`
+            checkpoint = being_loaded() or config.checkpoint  # before PEFT resolves `target_modules`
             config.rename_modules(current_names(model, config.expected_fingerprint))
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             layers = svf_layers(model, adapter_name)
             build_bases([layer for layer in layers if layer.needs_basis()])
+            if checkpoint is not None:
+                forget_replaced_bases(layers, checkpoint)
             check_base(adapter_name, layers)
             if checkpoint is not None:
                 check_checkpoint(model, adapter_name, checkpoint)
@@ -403,7 +407,8 @@ class SVFModel(BaseTuner):
         }
         # PEFT selects everything on a tuner layer except its base layer, but the basis belongs to the base model
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        return {key: value for key, value in selected.items() if key.rpartition(".")[-1] != BASIS_NAME}
+        selected = {key: value for key, value in selected.items() if key.rpartition(".")[-1] != BASIS_NAME}
+        return with_resized_embeddings(model, config, state_dict, selected)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -411,7 +416,9 @@ class SVFModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         # PEFT would only warn of missing values, and use δ = 0 for them
         state_dict = {current_key(key, {}, adapter_name): value for key, value in state_dict.items()}
-        names = check_checkpoint(model, adapter_name, Checkpoint.of_tensors(state_dict))
+        checkpoint = Checkpoint.of_tensors(state_dict)
+        names = check_checkpoint(model, adapter_name, checkpoint)
+        forget_replaced_bases(svf_layers(model, adapter_name), checkpoint)
         state_dict = {current_key(key, names, adapter_name): value for key, value in state_dict.items()}
         remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
