@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -400,8 +401,11 @@ def test_a_prefix_does_not_hide_another_base(saved: Path) -> None:
 
 def test_fingerprints_of_other_modules_are_no_pass(saved: Path) -> None:
     renamed(saved, lambda name: name.replace("q_proj", "query"))
-    with pytest.raises(ValueError, match=r"q_proj: the adapter has no module of this name"):
+    with pytest.raises(ValueError, match=r"no values for 2 of 14 .*layers\.0\.self_attn\.query"):
         PeftModel.from_pretrained(tiny_llama(), saved)
+    alone = replace(SVFConfig.from_pretrained(saved))  # which knows no file
+    with pytest.raises(ValueError, match=r"q_proj: the adapter has no module of this name"):
+        get_peft_model(tiny_llama(), alone)
 
 
 def test_an_adapter_for_a_deeper_model(tmp_path: Path) -> None:

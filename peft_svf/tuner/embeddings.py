@@ -48,6 +48,28 @@ def _vocabulary_size(config: SVFConfig) -> int | None:
     return size
 
 
+def check_embedding_sizes(base: Any, subject: str, checkpoint: Checkpoint) -> None:
+    """Check that the model has as many tokens as the embeddings that were saved with an adapter.
+
+    Raises:
+        ValueError: It has more or fewer.
+    """
+    if not checkpoint.others or not isinstance(base, PreTrainedModel):
+        return
+    embeddings = [base.get_input_embeddings(), base.get_output_embeddings()]
+    for name, module in base.named_modules():
+        for key in (f"{name}.weight", f"{name}.base_layer.weight"):
+            saved = checkpoint.others.get(key)
+            if saved is None or not any(module is each for each in embeddings):
+                continue
+            found = tuple(module.weight.shape)
+            if len(saved) == len(found) == 2 and saved[0] != found[0] and saved[1] == found[1]:
+                raise ValueError(
+                    f"{subject} has {key} of shape {list(saved)}, and that of the model is {list(found)}. If tokens "
+                    f"were added, call `model.resize_token_embeddings({saved[0]})` before you load the adapter."
+                )
+
+
 def forget_replaced_bases(layers: Iterable[SVFLayer], checkpoint: Checkpoint) -> None:
     """Drop the basis of each layer whose base weight is about to be replaced by that of an adapter's file.
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
-from transformers import PreTrainedModel
 
 from .checkpoint import Checkpoint
+from .config import SVFConfig
+from .embeddings import check_embedding_sizes
 from .layer import svf_layers
 from .renames import current_names
 
@@ -29,35 +29,41 @@ def check_checkpoint(model: nn.Module, adapter_name: str, checkpoint: Checkpoint
     base: Any = getattr(model, "get_base_model", lambda: model)()
     wanted = {layer.module_name: layer.rank(adapter_name) for layer in svf_layers(base, adapter_name)}
     names = current_names(base, checkpoint.deltas) if wanted.keys() != checkpoint.deltas.keys() else {}
-    where = f" ({checkpoint.where})" if checkpoint.where else ""
-    subject = f"The checkpoint of adapter {adapter_name!r}{where}"
-    strangers = _without_place(base, subject, checkpoint.others) if checkpoint.others else []
+    subject = _subject(adapter_name, checkpoint)
+    strangers = _without_place(base, checkpoint.others) if checkpoint.others else []
     checkpoint.renamed(names).check(subject, wanted, strangers=strangers)
+    check_embedding_sizes(base, subject, checkpoint)
     return names
 
 
-def _without_place(base: nn.Module, subject: str, others: Mapping[str, tuple[int, ...]]) -> list[str]:
+def check_before_attaching(model: nn.Module, adapter_name: str, checkpoint: Checkpoint, config: SVFConfig) -> None:
+    """Check what can be checked before anything is attached: the modules that the config records, and added tokens.
+
+    Raises:
+        ValueError: δ is missing, left over, or holds NaN or Inf. Or the model has another number of tokens.
+    """
+    subject = _subject(adapter_name, checkpoint)
+    if config.expected_fingerprint:  # otherwise it was never saved
+        names = current_names(model, checkpoint.deltas)
+        checkpoint.renamed(names).check(subject, dict.fromkeys(config.expected_fingerprint), at_most=config.r)
+    check_embedding_sizes(model, subject, checkpoint)
+
+
+def _subject(adapter_name: str, checkpoint: Checkpoint) -> str:
+    return f"The checkpoint of adapter {adapter_name!r}" + (f" ({checkpoint.where})" if checkpoint.where else "")
+
+
+def _without_place(base: nn.Module, keys: Iterable[str]) -> list[str]:
     """Return the keys of tensors that the model does not have."""
-    modules, strangers = dict(base.named_modules()), []
-    embeddings = (
-        [base.get_input_embeddings(), base.get_output_embeddings()] if isinstance(base, PreTrainedModel) else []
-    )
-    for key, shape in others.items():
+    modules = dict(base.named_modules())
+
+    def has_place(key: str) -> bool:
         path, _, name = key.rpartition(".")
-        parent = modules.get(path)
-        saved = any(
-            isinstance(modules.get(path.rsplit(".", n)[0]), AuxiliaryTrainingWrapper)
-            for n in range(path.count(".") + 1)
-        )
-        tensor = getattr(parent, name, None)
-        if not isinstance(tensor, torch.Tensor):
-            strangers += [] if saved else [key]  # copies of `modules_to_save` have other keys than the file
-        elif (parent in embeddings or not saved) and tensor.shape != shape and tensor.ndim == len(shape) == 2:
-            raise ValueError(
-                f"{subject} has {key} of shape {list(shape)}, and that of the model is {list(tensor.shape)}. If "
-                f"tokens were added, call `model.resize_token_embeddings({shape[0]})` before you load the adapter."
-            )
-    return strangers
+        parents = [modules.get(path.rsplit(".", count)[0]) for count in range(path.count(".") + 1)]
+        # copies of `modules_to_save` have other keys than the file
+        return hasattr(parents[0], name) or any(isinstance(parent, AuxiliaryTrainingWrapper) for parent in parents)
+
+    return [key for key in keys if not has_place(key)]
 
 
 def current_key(key: str, names: Mapping[str, str], adapter_name: str) -> str:

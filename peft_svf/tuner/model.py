@@ -30,7 +30,7 @@ from .config import SVFConfig
 from .embeddings import forget_replaced_bases, with_resized_embeddings
 from .fold import SMALLEST_FRACTION
 from .layer import Linear, SVFLayer, svf_layers
-from .loading import check_checkpoint, current_key
+from .loading import check_before_attaching, check_checkpoint, current_key
 from .parameters import BASIS_NAME
 from .quantized import is_coarse, keep_order, reorder
 from .renames import current_names
@@ -88,6 +88,8 @@ class SVFModel(BaseTuner):
             config = self.peft_config[adapter_name]
             checkpoint = being_loaded() or config.checkpoint  # before PEFT resolves `target_modules`
             config.rename_modules(current_names(model, config.expected_fingerprint))
+            if checkpoint is not None:
+                check_before_attaching(model, adapter_name, checkpoint, config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             layers = svf_layers(model, adapter_name)
             build_bases([layer for layer in layers if layer.needs_basis()])
@@ -187,6 +189,9 @@ class SVFModel(BaseTuner):
 
     def _take_out(self, model: nn.Module, adapter_name: str) -> None:
         if len(self.peft_config) <= 1:
+            for name, module in list(model.named_modules()):
+                if isinstance(module, AuxiliaryTrainingWrapper):  # PEFT would leave its copy of the module
+                    model.set_submodule(name, module.original_module)
             self._unload_and_optionally_merge(merge=False)
             if getattr(model, "_hf_peft_config_loaded", False):
                 setattr(model, "_hf_peft_config_loaded", False)  # noqa: B010  # transformers sets it before attaching
