@@ -28,7 +28,7 @@ from .config import SVFConfig
 from .fold import Fold
 from .parameters import BASIS_NAME, Delta
 from .quantized import Original, dequantized, kept_fraction
-from .rows import RowDeltas
+from .rows import RowDeltas, row_deltas
 
 if TYPE_CHECKING:
     from peft.utils.quantization_utils import QuantizationBackend
@@ -70,7 +70,7 @@ class SVFLayer(BaseTunerLayer):
         self._quantized_before_merge: Original | None = None
         self.merged_fraction = 1.0  # of ΔW, in the merged weight
         self.fold = Fold()
-        self.rows: RowDeltas | None = None  # set during a mixed batch
+        self.open_calls = 0  # mixed batches that run in any thread
 
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -95,6 +95,11 @@ class SVFLayer(BaseTunerLayer):
         delta = self.svf_delta[adapter_name]
         assert isinstance(delta, Delta)
         return delta
+
+    @property
+    def rows(self) -> RowDeltas | None:
+        """The δ of the batch rows, during a mixed batch of this thread."""
+        return row_deltas(self) if self.open_calls else None
 
     def delta_weights(self, adapter_names: Iterable[str]) -> list[torch.Tensor]:
         """Return the parameters δ of these adapters, to inspect. To compute with δ, use `summed_delta`."""
@@ -448,16 +453,17 @@ class Linear(nn.Module, SVFLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        if self.rows is None and not args and not kwargs and (folded := self.fold.ready(self)) is not None:
+        rows = row_deltas(self) if self.open_calls else None
+        if rows is None and not args and not kwargs and (folded := self.fold.ready(self)) is not None:
             return linear(x, folded, self._base_bias())
-        if self.rows is not None:
+        if rows is not None:
             if self.merged:
                 raise ValueError(f"{self.module_name} was merged during a mixed batch. Call `unmerge_adapter` first.")
-            names = self.rows.same
+            names = rows.same
             if names and not args and not kwargs and (folded := self.fold.find(self, names, x)) is not None:
-                self.rows.check(x)
+                rows.check(x)
                 return self._folded(x, folded, names)
-            delta = self.rows(x)
+            delta = rows(x)
             return self.base_layer(x, *args, **kwargs) if delta is None else self._gated(x, delta, *args, **kwargs)
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
