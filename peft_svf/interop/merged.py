@@ -26,7 +26,8 @@ from ..spectral.cache import BasisCache
 from ..spectral.fingerprint import fingerprint
 from ..spectral.rounding import surviving_fraction
 from ..tuner.base_check import base_differences, refuse_base
-from ..tuner.config import load_svf_config
+from ..tuner.checkpoint import Checkpoint
+from ..tuner.config import SVFConfig, load_svf_config
 from ..tuner.fold import SMALLEST_FRACTION
 from ..utils.files import write_whole
 from ..utils.progress import progress_bar
@@ -75,19 +76,19 @@ def merge_to_folder(
         cache_dir (*optional*): Folder of the cached singular bases.
 
     Raises:
-        ValueError: The adapter is not an SVF adapter, has more than δ, or was made for another base model. The base
-            model has no safetensors files, lacks a weight, or holds an adapter of another method. Or the folder is not
-            empty.
+        ValueError: The adapter is not an SVF adapter, is incomplete or damaged, has more than δ, or was made for
+            another base model. The base model has no safetensors files, lacks a weight, or holds an adapter of another
+            method. Or the folder is not empty.
     """
     config = load_svf_config(adapter)
-    deltas, stored = _content(adapter)
+    deltas, stored = _content(adapter, config)
     target = Path(save_directory).resolve()
     made = not target.exists()
     if not made and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists and is not an empty folder. Merge into a new folder.")
     source = model_folder(base or config.base_model_name_or_path, revision or (None if base else config.revision))
     _check_no_other_adapter(source)
-    transposed = _transposed(source, deltas)
+    transposed = _transposed(source, adapter, config, deltas)
     files = model_files(source)
     lacking = [name for name in deltas if f"{name}.weight" not in {key for keys in files.values() for key in keys}]
     if lacking:
@@ -174,10 +175,14 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a.to(b.dtype), b)
 
 
-def _content(adapter: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def _content(
+    adapter: str | os.PathLike[str], config: SVFConfig
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Return δ by module, and the base weights in the file: PEFT saves that of an adapted output layer."""
+    tensors = load_peft_weights(str(adapter), device="cpu")
+    config.check_checkpoint(adapter, Checkpoint.of_tensors(tensors))
     deltas, stored = {}, {}
-    for key, value in load_peft_weights(str(adapter), device="cpu").items():
+    for key, value in tensors.items():
         if key.endswith(".base_layer.weight"):
             stored[key.removeprefix(_PREFIX).replace(".base_layer.", ".")] = value
             continue
@@ -185,21 +190,20 @@ def _content(adapter: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], 
             raise ValueError(
                 f"{adapter} has more than δ ({key}). Load it with its base model and use `merge_and_unload`."
             )
-        name = key[len(_PREFIX) : -len(_SUFFIX)]
-        if not torch.isfinite(value).all():
-            raise ValueError(f"δ of {name} in {adapter} holds NaN or Inf.")
-        deltas[name] = value
-    if not deltas:
-        raise ValueError(f"{adapter} holds no δ.")
+        deltas[key[len(_PREFIX) : -len(_SUFFIX)]] = value
     return deltas, stored
 
 
-def _transposed(source: Path, deltas: Mapping[str, Any]) -> dict[str, bool]:
-    """Return whether each module stores its weight as `[in, out]`."""
+def _transposed(
+    source: Path, adapter: str | os.PathLike[str], config: SVFConfig, deltas: Mapping[str, torch.Tensor]
+) -> dict[str, bool]:
+    """Check that δ fits the model. Return whether each module stores its weight as `[in, out]`."""
     modules = dict(meta_model(source).named_modules())
     if unknown := [name for name in deltas if name not in modules]:
         raise ValueError(f"The model in {source} has no module {unknown[0]}, which the adapter changes.")
     weights: dict[str, Any] = {name: modules[name].weight for name in deltas}
+    lengths = {name: config.length(weight.shape) for name, weight in weights.items()}
+    Checkpoint({name: tuple(delta.shape) for name, delta in deltas.items()}).check(str(adapter), lengths)
     for name, module in modules.items():
         for adapted, weight in weights.items():
             if name != adapted and getattr(module, "weight", None) is weight:
@@ -215,8 +219,6 @@ def _merged(
 ) -> tuple[torch.Tensor, float, list[float]]:
     """Return `W(z)`, the fraction of ΔW in it, and the fingerprint of W."""
     basis = cache.load_or_compute(weight, name=name)
-    if len(delta) > basis.vectors.shape[1]:
-        raise ValueError(f"δ of {name} has {len(delta)} entries, too many for a weight of shape {tuple(weight.shape)}.")
     vectors = basis.leading(len(delta)).vectors
     fraction = surviving_fraction(weight, vectors, delta, weight.dtype) if weight.dtype.itemsize <= 2 else 1.0
     return effective_weight(weight, vectors, delta), fraction, fingerprint(basis.spectrum, vectors)

@@ -135,6 +135,12 @@ def _of_names(found: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Ten
         raise ValueError(
             f"{path} has a vector for {unknown[0]!r}, which the model does not have. Pass the expert's base model."
         )
+    kinds = {_LAYER.sub(".*.", name) for name in found}
+    if missing := [name for name in weights if name not in found and _LAYER.sub(".*.", name) in kinds]:
+        raise ValueError(
+            f"{path} has no vector for {missing[0]}, but for the same matrix of other layers. It is incomplete: "
+            "download it again."
+        )
     return dict(found)
 
 

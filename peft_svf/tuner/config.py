@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
 from peft.config import PeftConfig
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
+from peft.utils import CONFIG_NAME
 
 from ..reporting.cards import complete_card
 from ..spectral.fingerprint import LABELS, SAMPLES
+from .checkpoint import Checkpoint, read_checkpoint
 from .registration import SVF_PEFT_TYPE
 
 _CHOICES = {"base_check": ("error", "warn", "ignore"), "fold": ("auto", "always", "never")}
@@ -128,6 +129,8 @@ class SVFConfig(PeftConfig):
         # A copy: one config object may be attached to several models in turn, which overwrites `base_fingerprint`.
         # Only the fingerprint that came with the config is compared.
         self.expected_fingerprint = dict(self.base_fingerprint or {})
+        self._checkpoint: Checkpoint | None = None
+        self._choice_of_checkpoint: list[Any] = []
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
@@ -205,16 +208,40 @@ class SVFConfig(PeftConfig):
                 raise
             kind = TypeError if isinstance(error, TypeError) else ValueError  # the types that PEFT raises
             raise kind(f"{where} cannot be read: {type(error).__name__}: {error}") from error
-        file = where.with_name(SAFETENSORS_WEIGHTS_NAME)
-        if file.is_file():
-            try:
-                with safe_open(file, framework="pt"):
-                    pass
-            except SafetensorError as error:
-                raise ValueError(
-                    f"{file} is damaged or cut short ({error}). Save or download the adapter again."
-                ) from error
+        if where.is_file() and isinstance(config, SVFConfig):
+            config._checkpoint, config._choice_of_checkpoint = read_checkpoint(where.parent), config._choice()
         return config
+
+    def _choice(self) -> list[Any]:
+        """Return the settings on which the shape of an adapter depends."""
+        chosen = (self.r, self.target_modules, self.exclude_modules, self.layers_to_transform, self.layers_pattern)
+        return [sorted(each, key=str) if isinstance(each, set) else each for each in chosen]
+
+    @property
+    def checkpoint(self) -> Checkpoint | None:
+        """The adapter file that this config was read with; `None` if the config was changed since."""
+        return self._checkpoint if self._choice() == self._choice_of_checkpoint else None
+
+    def length(self, shape: Sequence[int]) -> int:
+        """Return the length of δ for a weight of this shape."""
+        return min(shape) if self.r is None else min(self.r, *shape)
+
+    def rename_modules(self, names: Mapping[str, str]) -> None:
+        """Replace old module names by new ones, given pairs of both."""
+        self.expected_fingerprint = {names.get(name, name): each for name, each in self.expected_fingerprint.items()}
+        if names and isinstance(self.target_modules, set):
+            self.target_modules = {names.get(name, name) for name in self.target_modules}
+
+    def check_checkpoint(self, path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
+        """Check a saved adapter without its base model: one healthy δ for each module that the config records.
+
+        Raises:
+            ValueError: The adapter is incomplete or damaged.
+        """
+        wanted = dict.fromkeys(self.expected_fingerprint or checkpoint.deltas)
+        if not wanted:
+            raise ValueError(f"{path} holds no δ. Save or download the adapter again.")
+        checkpoint.check(str(path), wanted, at_most=self.r)
 
 
 def load_svf_config(path: str | os.PathLike[str]) -> SVFConfig:

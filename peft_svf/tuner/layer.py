@@ -258,6 +258,12 @@ class SVFLayer(BaseTunerLayer):
         self._parameters[BASIS_NAME] = parameter
         self.basis_rank = 0 if vectors is None else vectors.shape[1]
 
+    def forget_basis(self) -> None:
+        """Drop the basis before the base weight changes. It is built and checked again when it is needed."""
+        self._set_basis(None)
+        self.base_fingerprint = self.base_spectrum = None
+        self.fold = Fold()
+
     def _widest(self) -> int:
         return max(self.rank(adapter_name) for adapter_name in self.svf_delta)
 

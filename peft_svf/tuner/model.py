@@ -26,11 +26,15 @@ from transformers.pytorch_utils import Conv1D
 from .base_check import check_base, record_base
 from .bases import build_bases
 from .batch_layout import Layout
+from .checkpoint import Checkpoint
 from .config import SVFConfig
+from .embeddings import forget_replaced_bases, with_resized_embeddings
 from .fold import SMALLEST_FRACTION
 from .layer import Linear, SVFLayer, svf_layers
+from .loading import check_before_attaching, check_checkpoint, current_key
 from .parameters import BASIS_NAME
 from .quantized import is_coarse, keep_order, reorder
+from .renames import current_names
 from .rows import (
     BASE,
     Groups,
@@ -46,6 +50,7 @@ from .rows import (
     opened,
     wrong_length,
 )
+from .transformers_loading import being_loaded
 
 
 class SVFModel(BaseTuner):
@@ -83,10 +88,19 @@ class SVFModel(BaseTuner):
         """
         with self._undone_on_error(model, adapter_name):
             self._kept_order = [*self._kept_order, *keep_order(model)]
+            config = self.peft_config[adapter_name]
+            checkpoint = being_loaded() or config.checkpoint  # before PEFT resolves `target_modules`
+            config.rename_modules(current_names(model, config.expected_fingerprint))
+            if checkpoint is not None:
+                check_before_attaching(model, adapter_name, checkpoint, config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             layers = svf_layers(model, adapter_name)
             build_bases([layer for layer in layers if layer.needs_basis()])
+            if checkpoint is not None:
+                forget_replaced_bases(layers, checkpoint)
             check_base(adapter_name, layers)
+            if checkpoint is not None:
+                check_checkpoint(model, adapter_name, checkpoint)
 
     _kept_order: Sequence[Any] = ()
 
@@ -178,6 +192,9 @@ class SVFModel(BaseTuner):
 
     def _take_out(self, model: nn.Module, adapter_name: str) -> None:
         if len(self.peft_config) <= 1:
+            for name, module in list(model.named_modules()):
+                if isinstance(module, AuxiliaryTrainingWrapper):  # PEFT would leave its copy of the module
+                    model.set_submodule(name, module.original_module)
             self._unload_and_optionally_merge(merge=False)
             if getattr(model, "_hf_peft_config_loaded", False):
                 setattr(model, "_hf_peft_config_loaded", False)  # noqa: B010  # transformers sets it before attaching
@@ -382,35 +399,22 @@ class SVFModel(BaseTuner):
         record_base(config, adapter_name, svf_layers(model, adapter_name))
         # PEFT selects everything on a tuner layer except its base layer, but the basis belongs to the base model
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        return {key: value for key, value in selected.items() if key.rpartition(".")[-1] != BASIS_NAME}
+        selected = {key: value for key, value in selected.items() if key.rpartition(".")[-1] != BASIS_NAME}
+        return with_resized_embeddings(model, config, state_dict, selected)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: SVFConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
+        # PEFT would only warn of missing values, and use δ = 0 for them
+        state_dict = {current_key(key, {}, adapter_name): value for key, value in state_dict.items()}
+        checkpoint = Checkpoint.of_tensors(state_dict)
+        names = check_checkpoint(model, adapter_name, checkpoint)
+        forget_replaced_bases(svf_layers(model, adapter_name), checkpoint)
+        state_dict = {current_key(key, names, adapter_name): value for key, value in state_dict.items()}
         remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
-        wanted = {
-            f"{name}.svf_delta.{adapter_name}.weight"
-            for name, module in model.named_modules()
-            if isinstance(module, SVFLayer) and adapter_name in module.svf_delta
-        }
-        # PEFT would only warn, and use δ = 0 for them
-        if missing := sorted(wanted - remapped.keys()):
-            found = sorted(key for key in state_dict if ".svf_delta" in key)
-            raise KeyError(
-                f"The checkpoint of adapter {adapter_name!r} has no values for {len(missing)} of {len(wanted)} adapted "
-                f"modules, the first is {missing[0]!r}. It holds {len(found)} δ vectors"
-                + (f", such as {found[0]!r}" if found else "")
-                + ". It is incomplete or was saved for other modules. Load it with the config that it was saved with."
-            )
-        broken = sorted(key for key in wanted if not remapped[key].is_meta and not torch.isfinite(remapped[key]).all())
-        if broken:
-            raise ValueError(
-                f"The checkpoint of adapter {adapter_name!r} has NaN or Inf in {len(broken)} of {len(wanted)} δ "
-                f"vectors, the first is {broken[0]!r}. The file is damaged, or the training diverged."
-            )
         return remapped
 
     # ------------------------------------------------------------------------------------------------ arithmetic
