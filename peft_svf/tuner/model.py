@@ -473,8 +473,8 @@ class SVFModel(BaseTuner):
             adapter_name (`str`): Name of the new adapter.
 
         Raises:
-            ValueError: A name is unknown, not allowed or already used. The lengths differ, or a weight is not finite. Or
-                an adapter has more than δ (`modules_to_save` or `bias`).
+            ValueError: A name is unknown, not allowed or already used, the lengths differ, or a weight is not finite.
+                Or an adapter has more than δ (`modules_to_save` or `bias`).
         """
         check_adapter_name(adapter_name)
         adapters, weights = list(adapters), [float(weight) for weight in weights]
