@@ -105,6 +105,18 @@ def put_back(model: nn.Module, adapter_name: str, state_dict: dict[str, Any], ot
         )
 
 
+def foreign_biases(model: nn.Module, adapter_name: str) -> dict[str, str]:
+    """Return the keys of biases in the model, by their keys in the checkpoint, where these differ.
+
+    A module that only another adapter adapts is a plain one in the checkpoint.
+    """
+    return {
+        f"{name}.bias": f"{name}.base_layer.bias"
+        for name, layer in _layers(model)
+        if adapter_name not in layer.svf_delta and layer.bias is not None
+    }
+
+
 def _is_view(value: torch.Tensor, own: torch.Tensor) -> bool:
     plain = type(value) in (torch.Tensor, nn.Parameter) and not hasattr(own, "ds_id")
     return plain and type(own) in (torch.Tensor, nn.Parameter) and value.data_ptr() == own.data_ptr()

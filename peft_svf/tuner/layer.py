@@ -74,7 +74,7 @@ class SVFLayer(BaseTunerLayer):
         self.rows: RowDeltas | None = None  # set during a mixed batch
 
         self._disable_adapters = False
-        self._trainable: dict[str, bool] = {}  # δ that were trainable before the adapters were disabled
+        self.trainable_when_enabled: dict[str, bool] = {}  # δ that were trainable before the adapters were disabled
         self.merged_adapters = self.merge_state.names
         self.cast_input_dtype_enabled = True
 
@@ -117,20 +117,20 @@ class SVFLayer(BaseTunerLayer):
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Activate adapters as PEFT does."""
         super().set_adapter(adapter_names, inference_mode=inference_mode)
-        self._trainable = {}  # enabling must not undo this choice
+        self.trainable_when_enabled = {}  # enabling must not undo this choice
 
     def enable_adapters(self, enabled: bool) -> None:
         """Enable or disable all adapters. Frozen adapters stay frozen, while PEFT's version makes them trainable."""
         if enabled:
             self._disable_adapters = False
-            for name, trainable in self._trainable.items():
+            for name, trainable in self.trainable_when_enabled.items():
                 if name in self.svf_delta:
                     self.set_requires_grad(name, trainable)
-            self._trainable = {}
+            self.trainable_when_enabled = {}
         elif not self._disable_adapters:
             before = {name: parameter.requires_grad for name, parameter in self._parameters_by_name()}
             super().enable_adapters(False)
-            self._trainable = before
+            self.trainable_when_enabled = before
 
     def _parameters_by_name(self) -> list[tuple[str, torch.Tensor]]:
         return list(zip(self.svf_delta, self.delta_weights(self.svf_delta), strict=True))

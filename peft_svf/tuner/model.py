@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from .base_check import check_base
 from .bases import build_bases
 from .config import SVFConfig
-from .entries import adapter_entries, check_loadable, put_back, unmerged_entries, without_adapter_name
+from .entries import adapter_entries, check_loadable, foreign_biases, put_back, unmerged_entries, without_adapter_name
 from .fold import SMALLEST_FRACTION
 from .layer import Linear, SVFLayer, svf_layers
 from .names import check_adapter_name
@@ -86,9 +86,14 @@ class SVFModel(BaseTuner):
             check_no_other_tuner(adapter_name, self.peft_config[adapter_name], model)
             had_adapters = any(isinstance(module, BaseTunerLayer) for module in model.modules())
             trainable = _trainable(model) if had_adapters else []
+            when_enabled = [(layer, layer.trainable_when_enabled) for layer in svf_layers(model)]
+            in_wrappers = self._trainable_in_wrappers
             self._kept_order = [*self._kept_order, *keep_order(model)]
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             _restore(trainable)  # PEFT does, except for modules that are called like the adapter
+            self._trainable_in_wrappers = in_wrappers
+            for layer, kept in when_enabled:
+                layer.trainable_when_enabled = kept
             for layer in svf_layers(model):
                 layer.whole_model = WholeModel(model)
             link(svf_layers(model), adapter_name)
@@ -421,6 +426,8 @@ class SVFModel(BaseTuner):
         put_back(model, adapter_name, state_dict, unwanted_adapter_names)
         unmerged_entries(model, state_dict)
         biases = cls._get_learnable_bias_state_dict(model, state_dict, config)
+        in_checkpoint = {key: plain for plain, key in foreign_biases(model, adapter_name).items()}
+        biases = {in_checkpoint.get(key, key): value for key, value in biases.items()}
         return {**adapter_entries(model, adapter_name, state_dict), **biases}
 
     @classmethod
@@ -434,6 +441,10 @@ class SVFModel(BaseTuner):
         remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
+        for plain, key in foreign_biases(model, adapter_name).items():
+            for saved in (plain, f"base_model.model.{plain}"):
+                if saved in remapped:
+                    remapped[key] = remapped.pop(saved)
         wanted = {
             f"{name}.svf_delta.{adapter_name}.weight"
             for name, module in model.named_modules()
@@ -531,6 +542,7 @@ class SVFModel(BaseTuner):
             ValueError: There is no adapter of this name.
         """
         self._check_known(adapter_name)
+        self._trainable_in_wrappers = None  # enabling must not undo this choice
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
