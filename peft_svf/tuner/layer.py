@@ -74,7 +74,7 @@ class SVFLayer(BaseTunerLayer):
         self.rows: RowDeltas | None = None  # set during a mixed batch
 
         self._disable_adapters = False
-        self.trainable_when_enabled: dict[str, bool] = {}  # δ that were trainable before the adapters were disabled
+        self.trainable_when_enabled: list[str] = []  # adapters that were trainable before all were disabled
         self.merged_adapters = self.merge_state.names
         self.cast_input_dtype_enabled = True
 
@@ -117,22 +117,24 @@ class SVFLayer(BaseTunerLayer):
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Activate adapters as PEFT does."""
         super().set_adapter(adapter_names, inference_mode=inference_mode)
-        self.trainable_when_enabled = {}  # enabling must not undo this choice
+        self.trainable_when_enabled = []  # enabling must not undo this choice
+
+    def activate(self, adapter_names: list[str]) -> None:
+        """Activate adapters without changing which are trainable."""
+        self._active_adapter = adapter_names
 
     def enable_adapters(self, enabled: bool) -> None:
         """Enable or disable all adapters. Frozen adapters stay frozen, while PEFT's version makes them trainable."""
         if enabled:
             self._disable_adapters = False
-            for name, trainable in self.trainable_when_enabled.items():
-                if name in self.svf_delta:
-                    self.set_requires_grad(name, trainable)
-            self.trainable_when_enabled = {}
+            self.set_requires_grad(self.trainable_when_enabled)
+            self.trainable_when_enabled = []
         elif not self._disable_adapters:
-            before = {name: parameter.requires_grad for name, parameter in self._parameters_by_name()}
+            # layers that share δ have it frozen by the first of them
+            self.trainable_when_enabled = [name for name, delta in self._named_deltas() if delta.requires_grad]
             super().enable_adapters(False)
-            self.trainable_when_enabled = before
 
-    def _parameters_by_name(self) -> list[tuple[str, torch.Tensor]]:
+    def _named_deltas(self) -> list[tuple[str, torch.Tensor]]:
         return list(zip(self.svf_delta, self.delta_weights(self.svf_delta), strict=True))
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -143,10 +145,12 @@ class SVFLayer(BaseTunerLayer):
         """
         if adapter_name in self.merged_adapters:
             raise ValueError(f"Adapter {adapter_name!r} is merged. Unmerge it before you delete it.")
-        before = [(parameter, parameter.requires_grad) for _, parameter in self._parameters_by_name()]
+        before = [(parameter, parameter.requires_grad) for _, parameter in self._named_deltas()]
+        when_enabled = self.trainable_when_enabled
         super().delete_adapter(adapter_name)
         for parameter, trainable in before:
             parameter.requires_grad_(trainable)  # PEFT makes the adapter trainable that becomes active
+        self.trainable_when_enabled = when_enabled
         self.fold = Fold()  # the old one refers to the deleted δ
         if not self.svf_delta:
             self._set_basis(None)
@@ -498,7 +502,7 @@ class Linear(nn.Module, SVFLayer):
     ) -> None:
         super().__init__()
         SVFLayer.__init__(self, base_layer, name=name, quantization_backend=quantization_backend)
-        self._active_adapter = adapter_name
+        self._active_adapter = [adapter_name]
         self.update_layer(adapter_name, config=config)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -21,6 +21,7 @@ from peft.utils import (
     resolve_quantization_backend,
 )
 from peft.utils.integrations import _skip_init_on_device
+from peft.utils.other import _set_adapter
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -544,6 +545,22 @@ class SVFModel(BaseTuner):
         self._check_known(adapter_name)
         self._trainable_in_wrappers = None  # enabling must not undo this choice
         super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter as PEFT does. If it was the only active one, another one becomes active, on all layers.
+
+        Raises:
+            ValueError: There is no adapter of this name, or it is merged.
+        """
+        active = [name for name in self.active_adapters if name != adapter_name]
+        trainable = _trainable(self.model)
+        super().delete_adapter(adapter_name)
+        # PEFT lets each layer choose among its own adapters, and makes the new one trainable
+        self.active_adapter = active or sorted(self.peft_config)[:1]
+        _set_adapter(self.model, self.active_adapter)  # of `modules_to_save`
+        for layer in svf_layers(self.model):
+            layer.activate(list(self.active_adapter))
+        _restore(trainable)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters as PEFT does, and warn if 16-bit weights lose too much of the change.
