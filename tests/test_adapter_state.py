@@ -315,6 +315,31 @@ def test_parts_of_one_memory_that_do_not_overlap_are_merged() -> None:
     assert_same(weights(model), before)
 
 
+@pytest.mark.parametrize("cast_first", [True, False])
+def test_views_of_one_weight_may_be_separated_by_a_cast(cast_first: bool) -> None:
+    first, second = nn.Linear(6, 6), nn.Linear(6, 6)
+    second.weight = nn.Parameter(first.weight.detach())  # another parameter, the same memory
+    model = randomise(get_peft_model(nn.Sequential(first, second), SVFConfig(target_modules=["0", "1"]))).eval()
+    x = torch.randn(3, 6)
+    expected, before = model(x).double(), weights(model)
+    for change in (model.double, model.merge_adapter) if cast_first else (model.merge_adapter, model.double):
+        change()
+    torch.testing.assert_close(model(x.double()), expected, rtol=0, atol=1e-5)
+    model.unmerge_adapter()
+    assert_same(weights(model), {name: weight.double() for name, weight in before.items()})
+
+
+def test_weights_that_were_separated_are_merged_separately() -> None:
+    model = get_peft_model(tied_llama(), SVFConfig(**LINEAR)).eval()
+    layer = model.base_model.model.model.layers[1].mlp.up_proj.get_base_layer()
+    layer.weight = nn.Parameter(layer.weight.detach() * 2)
+    before = weights(model)
+    model.merge_adapter()  # δ = 0
+    assert_same(weights(model), before)
+    model.unmerge_adapter()
+    assert_same(weights(model), before)
+
+
 def test_a_block_that_is_used_twice_is_merged_once() -> None:
     torch.manual_seed(0)
     config = AlbertConfig(vocab_size=64, embedding_size=8, hidden_size=16, intermediate_size=24, num_attention_heads=2)

@@ -137,10 +137,11 @@ def unmerged_entries(model: nn.Module, state_dict: dict[str, Any]) -> None:
     PEFT saves the base weight of an adapted output layer with the adapter. The merged one would be loaded as base.
     """
     for name, layer in _layers(model):
-        original = layer.merge_state.before
-        key = next((key for key, module in layer.named_modules() if module is layer.get_base_layer()), "")
-        if original is not None and f"{name}.{key}.weight" in state_dict:
-            state_dict[f"{name}.{key}.weight"] = original
+        if (original := layer.merge_state.before) is not None:
+            base_layer = layer.get_base_layer()
+            place = next(place for place, module in layer.named_modules() if module is base_layer)
+            if f"{name}.{place}.weight" in state_dict:
+                state_dict[f"{name}.{place}.weight"] = original
 
 
 def check_loadable(model: nn.Module, adapter_name: str, state_dict: Mapping[str, torch.Tensor]) -> None:

@@ -410,12 +410,10 @@ class SVFLayer(BaseTunerLayer):
             )
         state.fraction = fraction
         if backend is None:
-            weight = self.get_base_layer().weight
             if not self.merged:
-                state.before = weight.detach().clone()
-            # in place: under FSDP2, assigning `weight.data` silently does nothing
-            weight.data.copy_(self.as_out_in(merged))
-            state.wrote(weight)
+                state.before = self.get_base_layer().weight.detach().clone()
+            self._write(self.as_out_in(merged))
+            state.wrote(self.get_base_layer().weight)
         else:
             self._merge_quantized(backend, merged)
         self.merged_adapters.extend(names)
@@ -431,13 +429,23 @@ class SVFLayer(BaseTunerLayer):
             raise
         self.merge_state.quantized = original
 
+    def _write(self, weight: torch.Tensor | None) -> None:
+        """Overwrite the base weight. Casting can have separated the tensors of layers that share it."""
+        parameters = (layer.get_base_layer().weight for layer in self.merge_state.layers)
+        for parameter in {id(parameter): parameter for parameter in parameters}.values():
+            # in place: under FSDP2, assigning `weight.data` silently does nothing
+            parameter.data.copy_(weight)
+
     @property
     def merged_fraction(self) -> float:
         """The fraction of ΔW in the merged weight; 1 if nothing is merged."""
         return self.merge_state.fraction
 
     def _check_intact(self) -> None:
-        if self.merge_state.before is not None and not self.merge_state.is_intact(self.get_base_layer().weight):
+        weights = [layer.get_base_layer().weight for layer in self.merge_state.layers]
+        if self.merge_state.before is not None and not all(
+            self.merge_state.is_intact(weight) for weight in {id(weight): weight for weight in weights}.values()
+        ):
             raise ValueError(
                 f"The base weight of {self.module_name} was changed while {', '.join(self.merged_adapters)} was merged "
                 "into it, so the original weight is out of date. Load the base model again, and unmerge before "
@@ -471,7 +479,7 @@ class SVFLayer(BaseTunerLayer):
         if self.merge_state.quantized is not None:
             self.merge_state.quantized.put_back(self)
         else:
-            self.get_base_layer().weight.data.copy_(self.merge_state.before)
+            self._write(self.merge_state.before)
         self.merge_state.clear()
 
     def _merged_fraction(self, delta: torch.Tensor) -> float:

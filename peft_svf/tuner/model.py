@@ -46,7 +46,7 @@ from .rows import (
     names_hook,
     wrong_length,
 )
-from .sharing import WholeModel, check_groups, check_no_other_tuner, check_only_owner, first_owners, link
+from .sharing import WholeModel, check_groups, check_no_other_tuner, check_only_owner, first_owners, link, regroup
 
 
 class SVFModel(BaseTuner):
@@ -608,6 +608,7 @@ class SVFModel(BaseTuner):
         ]
         for layer in layers:  # all of them before the first one is changed
             layer.check_mergeable()
+        regroup(svf_layers(self.model))
         check_only_owner(self.model, layers, adapter_names)
         before = [(layer, len(layer.merged_adapters)) for layer in layers]
         for layer in layers:

@@ -12,6 +12,7 @@ from torch import nn
 
 from .base_check import refuse_base
 from .config import SVFConfig
+from .merge import Merge
 from .protocol import AdaptedLayer
 
 Layer = TypeVar("Layer", bound=AdaptedLayer)
@@ -35,19 +36,28 @@ def link(layers: Sequence[AdaptedLayer], adapter_name: str) -> None:
 
     With separate δ, merging one layer would change what the others compute, and none of them could undo it.
     """
+    regroup(layers)
+    first: dict[int, AdaptedLayer] = {}
+    for layer in layers:
+        if adapter_name in layer.svf_delta:
+            owner = first.setdefault(id(layer.merge_state), layer)
+            layer.svf_delta[adapter_name] = owner.svf_delta[adapter_name]
+
+
+def regroup(layers: Sequence[AdaptedLayer]) -> None:
+    """Let the layers share the state of a merge that have the same base weight now, as long as nothing is merged.
+
+    Casting separates views of one tensor, and loading may separate or tie weights.
+    """
     groups: dict[Hashable, list[AdaptedLayer]] = {}
     for layer in layers:
         groups.setdefault(_weight_key(layer), []).append(layer)
     for group in groups.values():
-        if len(group) == 1:
+        if any(layer.merged_adapters for layer in group) or group[0].merge_state.layers == group:
             continue
-        state = group[0].merge_state
-        state.layers = list(group)
-        owners = [layer for layer in group if adapter_name in layer.svf_delta]
-        for layer in group[1:]:
+        state = Merge(list(group))
+        for layer in group:
             layer.merge_state, layer.merged_adapters = state, state.names
-        for layer in owners[1:]:
-            layer.svf_delta[adapter_name] = owners[0].svf_delta[adapter_name]
 
 
 def first_owners(layers: Iterable[Layer]) -> list[Layer]:
