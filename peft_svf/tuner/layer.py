@@ -29,7 +29,7 @@ from .fold import Fold
 from .merge import Merge
 from .parameters import BASIS_NAME, Delta
 from .quantized import Original, dequantized, kept_fraction
-from .rows import RowDeltas
+from .rows import RowDeltas, row_deltas
 from .sharing import WholeModel, check_only_owner
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class SVFLayer(BaseTunerLayer):
         self.merge_state = Merge([self])
         self.whole_model = WholeModel()
         self.fold = Fold()
-        self.rows: RowDeltas | None = None  # set during a mixed batch
+        self.open_calls = 0  # mixed batches that run in any thread
 
         self._disable_adapters = False
         self.trainable_when_enabled: list[str] = []  # adapters that were trainable before all were disabled
@@ -97,6 +97,11 @@ class SVFLayer(BaseTunerLayer):
         delta = self.svf_delta[adapter_name]
         assert isinstance(delta, Delta)
         return delta
+
+    @property
+    def rows(self) -> RowDeltas | None:
+        """The δ of the batch rows, during a mixed batch of this thread."""
+        return row_deltas(self) if self.open_calls else None
 
     def delta_weights(self, adapter_names: Iterable[str]) -> list[torch.Tensor]:
         """Return the parameters δ of these adapters, to inspect. To compute with δ, use `summed_delta`."""
@@ -523,16 +528,17 @@ class Linear(nn.Module, SVFLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        if self.rows is None and not args and not kwargs and (folded := self.fold.ready(self)) is not None:
+        rows = row_deltas(self) if self.open_calls else None
+        if rows is None and not args and not kwargs and (folded := self.fold.ready(self)) is not None:
             return linear(x, folded, self._base_bias())
-        if self.rows is not None:
+        if rows is not None:
             if self.merged:
                 raise ValueError(f"{self.module_name} was merged during a mixed batch. Call `unmerge_adapter` first.")
-            names = self.rows.same
+            names = rows.same
             if names and not args and not kwargs and (folded := self.fold.find(self, names, x)) is not None:
-                self.rows.check(x)
+                rows.check(x)
                 return self._folded(x, folded, names)
-            delta = self.rows(x)
+            delta = rows(x)
             return self.base_layer(x, *args, **kwargs) if delta is None else self._gated(x, delta, *args, **kwargs)
         names = tuple(name for name in self.active_adapters if name in self.svf_delta)
         if self.merged:

@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .base_check import check_base
 from .bases import build_bases
+from .batch_layout import Layout
 from .config import SVFConfig
 from .entries import adapter_entries, check_loadable, foreign_biases, put_back, unmerged_entries, without_adapter_name
 from .fold import SMALLEST_FRACTION
@@ -36,14 +37,16 @@ from .quantized import is_coarse, keep_order, reorder
 from .rows import (
     BASE,
     Groups,
+    RowCall,
     RowDeltas,
     batch_size,
-    check_rows,
     checked_weights,
     expansion_of,
     group_of_each,
     names_and_index,
     names_hook,
+    open_call,
+    opened,
     wrong_length,
 )
 from .sharing import WholeModel, check_groups, check_no_other_tuner, check_only_owner, first_owners, link, regroup
@@ -210,17 +213,23 @@ class SVFModel(BaseTuner):
         PEFT enters this context around `forward` and `generate`.
         """
         adapter_names = kwargs.pop("adapter_names", None)
-        rows = batch_size(args, kwargs)
+        rows, mixture = batch_size(args, kwargs), open_call(self)
         expansion = expansion_of(kwargs, getattr(self.model, "generation_config", None))
         if adapter_names is None:
-            if self._mixture_rows is not None and rows is not None and rows != self._mixture_rows:
-                raise wrong_length("the mixture weights", self._mixture_rows, rows)
-            with self._expanding(expansion):
+            if mixture is None:
                 yield
+                return
+            if rows is not None and rows != mixture.rows:
+                raise wrong_length("the mixture weights", mixture.rows, rows)
+            mixture.expansion = expansion
+            try:
+                yield
+            finally:
+                mixture.expansion = 1
             return
         if isinstance(adapter_names, str) or not isinstance(adapter_names, Sequence):
             raise TypeError(f"`adapter_names` must be a list with one name for each row, got {adapter_names!r}.")
-        if self._mixture_rows is not None:
+        if mixture is not None:
             raise ValueError("Cannot pass `adapter_names` within `row_mixture`.")
         if unknown := sorted(set(adapter_names) - {*self.peft_config, BASE}, key=str):
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(map(str, unknown))}")
@@ -232,12 +241,13 @@ class SVFModel(BaseTuner):
         names, index = names_and_index(adapter_names)
 
         with ExitStack() as stack:
+            rows_in = self._rows("`adapter_names`", names, index, lambda _: index)
+            call = stack.enter_context(rows_in)
+            call.expansion = expansion
             for module in self.model.modules():
                 if isinstance(module, AuxiliaryTrainingWrapper):
-                    hook = module.register_forward_pre_hook(names_hook(adapter_names), with_kwargs=True)
+                    hook = module.register_forward_pre_hook(names_hook(call, adapter_names), with_kwargs=True)
                     stack.callback(hook.remove)
-            stack.enter_context(self._rows("`adapter_names`", names, len(adapter_names), lambda _: index))
-            stack.enter_context(self._expanding(expansion))
             yield
 
     @contextmanager
@@ -291,65 +301,46 @@ class SVFModel(BaseTuner):
         if group is not None:
             check_groups(layers, group)
         alpha = checked_weights(weights, len(names), count)
-        if self._mixture_rows is not None:
+        if open_call(self) is not None:
             raise ValueError("`row_mixture` cannot be nested.")
-        self._mixture_rows = len(alpha)
         plain = not (alpha.requires_grad or alpha.any())  # all rows use the base model
-        try:
-            with self._rows(
-                "the mixture weights",
-                [] if plain else names,
-                len(alpha),
-                lambda layer: alpha[..., 0 if group is None else group.get(layer.module_name, 0)],
-            ):
-                yield
-        finally:
-            self._mixture_rows = None
-
-    _mixture_rows: int | None = None
+        with self._rows(
+            "the mixture weights",
+            [] if plain else names,
+            alpha.detach(),
+            lambda layer: alpha[..., 0 if group is None else group.get(layer.module_name, 0)],
+        ):
+            yield
 
     @contextmanager
     def _rows(
-        self, what: str, names: Sequence[str], rows: int, weights: Callable[[SVFLayer], torch.Tensor]
-    ) -> Iterator[None]:
+        self, what: str, names: Sequence[str], of_rows: torch.Tensor, weights: Callable[[SVFLayer], torch.Tensor]
+    ) -> Iterator[RowCall]:
         layers = svf_layers(self.model)
         if self.training:
             raise ValueError(f"Cannot pass {what} when the model is in training mode.")
         if any(layer.merged for layer in layers):
             raise ValueError(f"Cannot pass {what} when there are merged adapters, please call `unmerge_adapter` first.")
-
-        tokens: set[int] = set()
+        if self._layout is None:
+            self._layout = Layout(self.model)
+        call = RowCall(self, what, of_rows, self._layout)
+        call.deltas = {layer: RowDeltas(call, layer, names, weights(layer)) for layer in layers}
 
         def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            # `generate` calls only the inner model
-            check_rows(what, [rows] if module is self else [rows, rows * self._expansion], args, kwargs)
-            tokens.clear()
-            tokens.update(t.shape[1] for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.ndim > 1)
+            if open_call(self) is call:  # not a call of another thread
+                # `generate` calls only the inner model
+                call.check_inputs(args, kwargs, expanded=module is not self)
 
         with ExitStack() as stack:
             # PEFT passes the inputs of `generate` to `_enable_peft_forward_hooks`, but not always those of `forward`.
             # These go through one of the two modules.
             for module in (self, self.model):
                 stack.callback(module.register_forward_pre_hook(check, with_kwargs=True).remove)
-            for layer in layers:
-                stack.callback(setattr, layer, "rows", None)
-                layer.rows = RowDeltas(layer, names, what, weights(layer), tokens)
-            yield
+            stack.enter_context(opened(call))
+            yield call
 
-    _expansion: int = 1
-
-    @contextmanager
-    def _expanding(self, expansion: int) -> Iterator[None]:
-        deltas = [layer.rows for layer in svf_layers(self.model) if layer.rows is not None]
-        try:
-            self._expansion = expansion
-            for each in deltas:
-                each.expansion = expansion
-            yield
-        finally:
-            self._expansion = 1
-            for each in deltas:
-                each.expansion = 1
+    open_calls = 0  # mixed batches that run in any thread
+    _layout: Layout | None = None
 
     def release_folded(self) -> None:
         """Free the folded weights of all layers (`SVFRuntimeConfig.fold`). Layers fold again when it pays off."""
