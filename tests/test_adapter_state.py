@@ -547,6 +547,20 @@ def test_deleting_an_adapter_leaves_the_next_one_frozen(tmp_path: Path) -> None:
     assert not _trainable(model)
 
 
+def test_all_layers_agree_on_the_adapter_that_is_active_after_a_deletion() -> None:
+    config = {"modules_to_save": ["lm_head"]}
+    model = get_peft_model(tiny_llama(), SVFConfig(target_modules=["q_proj", "v_proj"], **config), adapter_name="a")
+    model.add_adapter("b", SVFConfig(target_modules=["v_proj"], **config))
+    model.add_adapter("c", SVFConfig(target_modules=["q_proj"]))
+    model.delete_adapter("a")
+    assert model.active_adapters == ["b"]
+    assert all(layer.active_adapters == ["b"] for layer in svf_layers(model).values())
+    assert model.base_model.model.lm_head.active_adapters == ["b"]
+    model.delete_adapter("b")
+    model.delete_adapter("c")
+    assert not model.active_adapters
+
+
 def test_transformers_leaves_frozen_experts_frozen(tmp_path: Path) -> None:
     adapted().save_pretrained(tmp_path)
     model = tiny_llama()

@@ -548,7 +548,8 @@ class SVFModel(BaseTuner):
         super().delete_adapter(adapter_name)
         # PEFT lets each layer choose among its own adapters, and makes the new one trainable
         self.active_adapter = active or sorted(self.peft_config)[:1]
-        _set_adapter(self.model, self.active_adapter)  # of `modules_to_save`
+        if self.active_adapter:
+            _set_adapter(self.model, self.active_adapter)  # of `modules_to_save`
         for layer in svf_layers(self.model):
             layer.activate(list(self.active_adapter))
         _restore(trainable)
