@@ -534,7 +534,7 @@ def test_a_pack_takes_the_place_of_the_decomposition(
     assert found.keys() == expected.keys() == set(pack.modules)
     for name, layer in found.items():
         assert torch.equal(layer.basis, expected[name].basis), name
-        assert layer.base_fingerprint == expected[name].base_fingerprint
+        assert layer.fingerprint("default") == expected[name].fingerprint("default")
 
 
 def test_decomposing_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

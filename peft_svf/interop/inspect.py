@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from peft.utils.save_and_load import load_peft_weights
 
 from ..spectral.cache import BasisCache
-from ..spectral.fingerprint import fingerprint, fingerprint_difference
+from ..spectral.fingerprint import fingerprint, fingerprint_differences
 from ..tuner.config import load_svf_config
 from ..utils.progress import progress_bar
 from .sources import ModelTensors, linear_modules, meta_model, model_folder
@@ -117,17 +117,19 @@ def check_spectrum(
     Raises:
         ValueError: There is no SVF adapter, it records no spectrum, or the model cannot be read.
     """
-    expected = load_svf_config(path).expected_fingerprint
+    config = load_svf_config(path)
+    expected = config.expected_fingerprint
     if not expected:
         raise ValueError(f"{path} does not record the spectrum of its base model, so it cannot be checked.")
     source, cache = model_folder(base, revision), BasisCache(cache_dir)
-    tensors, modules, differences = ModelTensors(source), linear_modules(meta_model(source)), {}
+    tensors, modules = ModelTensors(source), linear_modules(meta_model(source))
+    differences, pairs = {}, {}
     for name, numbers in progress_bar(expected.items(), desc="Comparing", unit="weight"):
         if name not in modules or f"{name}.weight" not in tensors:
             differences[name] = "the model has no such weight"
             continue
         weight = tensors.read(f"{name}.weight", transposed=modules[name])
-        found = fingerprint(cache.load_or_compute(weight, name=name).spectrum)
-        if difference := fingerprint_difference(numbers, found, (weight.shape[0], weight.shape[1])):
-            differences[name] = difference
-    return differences
+        basis = cache.load_or_compute(weight, name=name)
+        found = fingerprint(basis.spectrum, basis.vectors[:, : config.r])
+        pairs[name] = (numbers, found, (weight.shape[0], weight.shape[1]))
+    return {**differences, **fingerprint_differences(pairs)}

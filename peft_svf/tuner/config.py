@@ -14,6 +14,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from ..reporting.cards import complete_card
+from ..spectral.fingerprint import LABELS, SAMPLES
 from .registration import SVF_PEFT_TYPE
 
 _CHOICES = {"base_check": ("error", "warn", "ignore"), "fold": ("auto", "always", "never")}
@@ -92,8 +93,10 @@ class SVFConfig(PeftConfig):
         init_weights (`bool`):
             `True` starts at δ = 0, which is exactly the base model. `False` draws random δ, for tests.
         base_fingerprint (`dict[str, list[float]]`, *optional*):
-            σ_1, σ_mid, σ_k and ‖W‖_F of each adapted weight. Filled in when the adapter is attached, saved with it, and
-            compared when it is attached again.
+            σ_1, σ_mid, σ_k and ‖W‖_F of each adapted weight, and 12 samples of its singular vectors. Filled in when
+            the adapter is attached, saved with it, and compared when it is attached again.
+        base_dtype (`str`, *optional*):
+            The dtype of these weights, such as `"float32"`. Filled in with `base_fingerprint`.
         runtime_config ([`SVFRuntimeConfig`] or `dict`):
             Settings of the current process; not saved.
     """
@@ -108,6 +111,7 @@ class SVFConfig(PeftConfig):
     bias: Literal["none", "all", "svf_only"] = "none"
     init_weights: bool = True
     base_fingerprint: Optional[dict[str, list[float]]] = field(default=None, repr=False)
+    base_dtype: Optional[str] = None
     runtime_config: SVFRuntimeConfig = field(default_factory=SVFRuntimeConfig)
 
     def __post_init__(self) -> None:
@@ -161,10 +165,13 @@ class SVFConfig(PeftConfig):
         if not all(isinstance(index, int) and not isinstance(index, bool) for index in indices):
             raise ValueError(f"`layers_to_transform` must be a layer index or a list of them, got {layers!r}.")
         if self.base_fingerprint is not None and not isinstance(self.base_fingerprint, dict):
-            raise ValueError(f"`base_fingerprint` must map modules to four numbers, got {self.base_fingerprint!r}.")
+            raise ValueError(f"`base_fingerprint` must map modules to numbers, got {self.base_fingerprint!r}.")
         for name, numbers in (self.base_fingerprint or {}).items():
-            if not (isinstance(numbers, (list, tuple)) and len(numbers) == 4 and all(map(_is_finite, numbers))):
-                raise ValueError(f"`base_fingerprint` must have four numbers for {name}, got {numbers!r}.")
+            lengths = (len(LABELS), len(LABELS) + SAMPLES)  # files of earlier versions have no samples
+            if not (isinstance(numbers, (list, tuple)) and len(numbers) in lengths and all(map(_is_finite, numbers))):
+                raise ValueError(
+                    f"`base_fingerprint` must have {lengths[0]} or {lengths[1]} numbers for {name}, got {numbers!r}."
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as a dictionary, without the runtime configuration."""

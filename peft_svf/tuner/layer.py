@@ -66,8 +66,8 @@ class SVFLayer(BaseTunerLayer):
         self.svf_config: dict[str, SVFConfig] = {}
         self.register_parameter(BASIS_NAME, None)
         self.basis_rank = 0  # stored, because ZeRO-3 leaves partitioned parameters without a shape
-        self.base_fingerprint: list[float] | None = None  # of the decomposed weight
-        self.base_spectrum: torch.Tensor | None = None  # its σ, [k], on the CPU
+        self.base_spectrum: torch.Tensor | None = None  # σ of the decomposed weight, [k], on the CPU
+        self._fingerprints: dict[int, list[float]] = {}  # by r
         self.merge_state = Merge([self])
         self.whole_model = WholeModel()
         self.fold = Fold()
@@ -262,13 +262,29 @@ class SVFLayer(BaseTunerLayer):
                     f"{source} has {found.vectors.shape[1]} singular vectors for {self.module_name}, but the adapter "
                     f"changes {r}. Make a wider pack (`peft-svf decompose --r`), or pass a smaller `r`."
                 )
-        self.base_fingerprint, self.base_spectrum = fingerprint(found.spectrum), found.spectrum
+        self.base_spectrum, self._fingerprints = found.spectrum, {}
         self._set_basis(found.leading(r).vectors)
 
     def _adopt_basis(self, other: SVFLayer) -> None:
         """Use the basis of a layer that has the same base weight."""
-        self.base_fingerprint, self.base_spectrum = other.base_fingerprint, other.base_spectrum
+        self.base_spectrum, self._fingerprints = other.base_spectrum, {}
         self._parameters[BASIS_NAME], self.basis_rank = other._parameters[BASIS_NAME], other.basis_rank
+
+    @torch.no_grad()
+    def fingerprint(self, adapter_name: str) -> list[float] | None:
+        """Return the numbers that identify the base weight for an adapter; `None` if it is not decomposed yet.
+
+        Without samples of Q if Q is sharded or offloaded.
+        """
+        if self.base_spectrum is None:
+            return None
+        r, Q = self.rank(adapter_name), self.basis
+        if r not in self._fingerprints:
+            sharded = type(Q) not in (torch.Tensor, nn.Parameter)
+            if Q is None or Q.is_meta or sharded or Q.shape != (min(self.shape), self.basis_rank):
+                return fingerprint(self.base_spectrum)
+            self._fingerprints[r] = fingerprint(self.base_spectrum, Q[:, :r])
+        return self._fingerprints[r]
 
     def _check_may_decompose(self) -> None:
         if any(config.runtime_config.decompose_quantized for config in self.svf_config.values()):

@@ -25,7 +25,7 @@ from peft.utils.other import _set_adapter
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .base_check import check_base
+from .base_check import check_base, record_base
 from .bases import build_bases
 from .batch_layout import Layout
 from .config import SVFConfig
@@ -410,11 +410,7 @@ class SVFModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
         # the config is saved next, and may have been attached to another model in the meantime
-        config.base_fingerprint = config.expected_fingerprint or {
-            layer.module_name: layer.base_fingerprint
-            for layer in svf_layers(model, adapter_name)
-            if layer.base_fingerprint is not None
-        }
+        record_base(config, adapter_name, svf_layers(model, adapter_name))
         put_back(model, adapter_name, state_dict, unwanted_adapter_names)
         unmerged_entries(model, state_dict)
         biases = cls._get_learnable_bias_state_dict(model, state_dict, config)
@@ -507,6 +503,7 @@ class SVFModel(BaseTuner):
             layers_to_transform=None,
             layers_pattern=None,
             base_fingerprint=None,
+            base_dtype=None,
             init_weights=True,
             inference_mode=True,
             runtime_config=replace(configs[0].runtime_config),

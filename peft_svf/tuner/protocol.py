@@ -33,7 +33,6 @@ class AdaptedLayer(Protocol):
     quantization_backend: QuantizationBackend | None
     svf_delta: nn.ModuleDict
     svf_config: dict[str, SVFConfig]
-    base_fingerprint: list[float] | None
     fan_in_fan_out: bool
     merge_state: Merge
     merged_adapters: list[str]
@@ -60,6 +59,8 @@ class AdaptedLayer(Protocol):
     def get_base_layer(self) -> Any: ...
 
     def build_basis(self, source: BasisCache | BasisPack | None = None) -> None: ...
+
+    def fingerprint(self, adapter_name: str) -> list[float] | None: ...
 
     def delta_weights(self, adapter_names: Iterable[str]) -> list[torch.Tensor]: ...
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -10,7 +11,6 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .base_check import refuse_base
 from .config import SVFConfig
 from .merge import Merge
 from .protocol import AdaptedLayer
@@ -162,16 +162,17 @@ def check_no_other_tuner(adapter_name: str, config: SVFConfig, model: nn.Module)
     Raises:
         ValueError: There is one that is active or merged, and `runtime_config.base_check` is `"error"`.
     """
-    for kind, names, _ in other_adapters(model) if config.expected_fingerprint else ():
-        refuse_base(
-            f"Adapter {adapter_name!r}",
-            [f"{kind} adapter {_quoted(names)} is active or merged in this model"],
-            len(config.expected_fingerprint),
-            base_model=config.base_model_name_or_path,
-            policy=config.runtime_config.base_check,
-            override='pass a config with `SVFRuntimeConfig(base_check="warn")`',
-        )
+    policy = config.runtime_config.base_check
+    kind, names, _ = next(other_adapters(model), ("", [], model))
+    if not names or not config.expected_fingerprint or policy == "ignore":
         return
+    message = (
+        f"Adapter {adapter_name!r} was made for the base model alone, but {kind} adapter {_quoted(names)} is active or "
+        f"merged in this model. Delete or unload {_quoted(names)} first."
+    )
+    if policy == "error":
+        raise ValueError(f'{message} To use both, pass a config with `SVFRuntimeConfig(base_check="warn")`.')
+    warnings.warn(message, stacklevel=3)
 
 
 def other_adapters(model: nn.Module) -> Iterator[tuple[str, list[str], nn.Module]]:
