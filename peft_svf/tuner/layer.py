@@ -26,9 +26,11 @@ from .base_check import check_base
 from .bases import build_bases
 from .config import SVFConfig
 from .fold import Fold
+from .merge import Merge
 from .parameters import BASIS_NAME, Delta
 from .quantized import Original, dequantized, kept_fraction
 from .rows import RowDeltas, row_deltas
+from .sharing import WholeModel, check_only_owner
 
 if TYPE_CHECKING:
     from peft.utils.quantization_utils import QuantizationBackend
@@ -66,14 +68,14 @@ class SVFLayer(BaseTunerLayer):
         self.basis_rank = 0  # stored, because ZeRO-3 leaves partitioned parameters without a shape
         self.base_spectrum: torch.Tensor | None = None  # σ of the decomposed weight, [k], on the CPU
         self._fingerprints: dict[int, list[float]] = {}  # by r
-        self._weight_before_merge: torch.Tensor | None = None
-        self._quantized_before_merge: Original | None = None
-        self.merged_fraction = 1.0  # of ΔW, in the merged weight
+        self.merge_state = Merge([self])
+        self.whole_model = WholeModel()
         self.fold = Fold()
         self.open_calls = 0  # mixed batches that run in any thread
 
         self._disable_adapters = False
-        self.merged_adapters: list[str] = []
+        self.trainable_when_enabled: list[str] = []  # adapters that were trainable before all were disabled
+        self.merged_adapters = self.merge_state.names
         self.cast_input_dtype_enabled = True
 
         self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
@@ -89,7 +91,7 @@ class SVFLayer(BaseTunerLayer):
         if not config.init_weights:
             nn.init.normal_(self._delta(adapter_name).weight, std=0.5)
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+        self.set_requires_grad(adapter_name, adapter_name in self.active_adapters and not inference_mode)
 
     def _delta(self, adapter_name: str) -> Delta:
         delta = self.svf_delta[adapter_name]
@@ -117,9 +119,43 @@ class SVFLayer(BaseTunerLayer):
         if device is not None and device.type != "meta" and not delta.weight.is_meta:
             delta.to(device)
 
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Activate adapters as PEFT does."""
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self.trainable_when_enabled = []  # enabling must not undo this choice
+
+    def activate(self, adapter_names: list[str]) -> None:
+        """Activate adapters without changing which are trainable."""
+        self._active_adapter = adapter_names
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Enable or disable all adapters. Frozen adapters stay frozen, while PEFT's version makes them trainable."""
+        if enabled:
+            self._disable_adapters = False
+            self.set_requires_grad(self.trainable_when_enabled)
+            self.trainable_when_enabled = []
+        elif not self._disable_adapters:
+            # layers that share δ have it frozen by the first of them
+            self.trainable_when_enabled = [name for name, delta in self._named_deltas() if delta.requires_grad]
+            super().enable_adapters(False)
+
+    def _named_deltas(self) -> list[tuple[str, torch.Tensor]]:
+        return list(zip(self.svf_delta, self.delta_weights(self.svf_delta), strict=True))
+
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter, and the basis with the last one."""
+        """Delete an adapter, and the basis with the last one.
+
+        Raises:
+            ValueError: The adapter is merged.
+        """
+        if adapter_name in self.merged_adapters:
+            raise ValueError(f"Adapter {adapter_name!r} is merged. Unmerge it before you delete it.")
+        before = [(parameter, parameter.requires_grad) for _, parameter in self._named_deltas()]
+        when_enabled = self.trainable_when_enabled
         super().delete_adapter(adapter_name)
+        for parameter, trainable in before:
+            parameter.requires_grad_(trainable)  # PEFT makes the adapter trainable that becomes active
+        self.trainable_when_enabled = when_enabled
         self.fold = Fold()  # the old one refers to the deleted δ
         if not self.svf_delta:
             self._set_basis(None)
@@ -199,6 +235,10 @@ class SVFLayer(BaseTunerLayer):
                 Or the pack has fewer columns than the widest adapter, or a quantized weight has no pack.
         """
         r, base_layer = self._widest(), self.get_base_layer()
+        for other in self.merge_state.layers:
+            if other is not self and other.basis_rank >= r and (other.is_on_meta or not other.needs_basis()):
+                self._adopt_basis(other)
+                return
         quantized = self.quantization_backend is not None
         with ExitStack() as stack:
             if not quantized:
@@ -224,6 +264,11 @@ class SVFLayer(BaseTunerLayer):
                 )
         self.base_spectrum, self._fingerprints = found.spectrum, {}
         self._set_basis(found.leading(r).vectors)
+
+    def _adopt_basis(self, other: SVFLayer) -> None:
+        """Use the basis of a layer that has the same base weight."""
+        self.base_spectrum, self._fingerprints = other.base_spectrum, {}
+        self._parameters[BASIS_NAME], self.basis_rank = other._parameters[BASIS_NAME], other.basis_rank
 
     @torch.no_grad()
     def fingerprint(self, adapter_name: str) -> list[float] | None:
@@ -329,10 +374,10 @@ class SVFLayer(BaseTunerLayer):
         return weight
 
     def _unmerged_weight(self) -> torch.Tensor:
-        if self._weight_before_merge is not None:
-            return self._weight_before_merge.to(self.get_base_layer().weight.device)
-        if self._quantized_before_merge is not None:
-            return self._quantized_before_merge.weight()
+        if self.merge_state.before is not None:
+            return self.merge_state.before.to(self.get_base_layer().weight.device)
+        if self.merge_state.quantized is not None:
+            return self.merge_state.quantized.weight()
         weight = self._stored_weight()
         if weight.numel() == 0:
             raise RuntimeError(
@@ -352,6 +397,8 @@ class SVFLayer(BaseTunerLayer):
         weight sync). Weights of 16 bits or less round small changes away. `merged_fraction` is the fraction of ΔW in
         the merged weight, and the model warns if it is below 98 %.
 
+        Layers with the same base weight are merged together, by the first call for one of them.
+
         Args:
             safe_merge (`bool`):
                 Check that the merged weight is finite before the base weight is overwritten.
@@ -360,46 +407,77 @@ class SVFLayer(BaseTunerLayer):
 
         Raises:
             TypeError: The base layer is quantized by a backend that cannot quantize a merged weight.
-            ValueError: `safe_merge` found NaN or Inf.
+            ValueError: `safe_merge` found NaN or Inf. Another module uses the same weight, or another PEFT method is
+                active on it or merged into it. Or the merged weight was changed since an earlier merge.
         """
+        state = self.merge_state
+        wanted = self.active_adapters if adapter_names is None else adapter_names
+        if self.merged and self is not state.layers[0] and set(wanted) <= {*self.merged_adapters}:
+            return  # merged together with the first layer of this weight
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.svf_delta]
         if not names:
             return
         self.check_mergeable()
+        if not state.checked and (model := self.whole_model()) is not None:
+            check_only_owner(model, [self], names)
+        self._check_intact()
         backend = self.quantization_backend
         with align_module_device(self):  # PEFT's onload_layer leaves out the layer's own parameters
             together = (*self.merged_adapters, *names)
             delta = self.summed_delta(together)
             folded = self.fold.peek(self, together)
             merged = self.effective_weight(delta) if folded is None else folded
-            self.merged_fraction = self._merged_fraction(delta)
-            self.fold.release()  # to make room for the copy of the original weight
+            fraction = self._merged_fraction(delta)
+            for layer in state.layers:
+                layer.fold.release()  # to make room for the copy of the original weight
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(
                 f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken: "
                 f"{self.module_name} would hold values that are not finite."
             )
+        state.fraction = fraction
         if backend is None:
-            weight = self.get_base_layer().weight
             if not self.merged:
-                self._weight_before_merge = weight.detach().clone()
-            # in place: under FSDP2, assigning `weight.data` silently does nothing
-            weight.data.copy_(self.as_out_in(merged))
+                state.before = self.get_base_layer().weight.detach().clone()
+            self._write(self.as_out_in(merged))
+            state.wrote(self.get_base_layer().weight)
         else:
             self._merge_quantized(backend, merged)
         self.merged_adapters.extend(names)
 
     def _merge_quantized(self, backend: QuantizationBackend, merged: torch.Tensor) -> None:
-        original = self._quantized_before_merge or Original(backend, self.get_base_layer())
+        original = self.merge_state.quantized or Original(backend, self.get_base_layer())
         try:
             original.replace(self, merged)
-            self.merged_fraction = kept_fraction(original.weight(), merged, self._stored_weight())
+            self.merge_state.fraction = kept_fraction(original.weight(), merged, self._stored_weight())
         except BaseException:
             original.put_back(self)
-            self._quantized_before_merge = None
-            self.merged_adapters.clear()
+            self.merge_state.clear()
             raise
-        self._quantized_before_merge = original
+        self.merge_state.quantized = original
+
+    def _write(self, weight: torch.Tensor | None) -> None:
+        """Overwrite the base weight. Casting can have separated the tensors of layers that share it."""
+        parameters = (layer.get_base_layer().weight for layer in self.merge_state.layers)
+        for parameter in {id(parameter): parameter for parameter in parameters}.values():
+            # in place: under FSDP2, assigning `weight.data` silently does nothing
+            parameter.data.copy_(weight)
+
+    @property
+    def merged_fraction(self) -> float:
+        """The fraction of ΔW in the merged weight; 1 if nothing is merged."""
+        return self.merge_state.fraction
+
+    def _check_intact(self) -> None:
+        weights = [layer.get_base_layer().weight for layer in self.merge_state.layers]
+        if self.merge_state.before is not None and not all(
+            self.merge_state.is_intact(weight) for weight in {id(weight): weight for weight in weights}.values()
+        ):
+            raise ValueError(
+                f"The base weight of {self.module_name} was changed while {', '.join(self.merged_adapters)} was merged "
+                "into it, so the original weight is out of date. Load the base model again, and unmerge before "
+                "anything else writes its weights."
+            )
 
     def check_mergeable(self) -> None:
         """Check that the base layer can hold a merged weight.
@@ -416,18 +494,20 @@ class SVFLayer(BaseTunerLayer):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Restore the base weight from before the first `merge`."""
+        """Restore the base weight from before the first `merge`.
+
+        Raises:
+            ValueError: The merged weight was changed since, by another adapter, an optimizer or `load_state_dict`.
+        """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        if self._quantized_before_merge is not None:
-            self._quantized_before_merge.put_back(self)
-            self._quantized_before_merge = None
+        self._check_intact()
+        if self.merge_state.quantized is not None:
+            self.merge_state.quantized.put_back(self)
         else:
-            self.get_base_layer().weight.data.copy_(self._weight_before_merge)
-        self._weight_before_merge = None
-        self.merged_fraction = 1.0
-        self.merged_adapters.clear()
+            self._write(self.merge_state.before)
+        self.merge_state.clear()
 
     def _merged_fraction(self, delta: torch.Tensor) -> float:
         if self.quantization_backend is not None:
@@ -443,6 +523,7 @@ class Linear(nn.Module, SVFLayer):
 
     if TYPE_CHECKING:  # declared for mypy, which sees `nn.Module.__getattr__` in place of PEFT's untyped mixin
         active_adapters: list[str]
+        get_base_layer: Callable[[], Any]
         _cast_input_dtype: Callable[[torch.Tensor, torch.dtype], torch.Tensor]
 
     def __init__(
@@ -456,7 +537,7 @@ class Linear(nn.Module, SVFLayer):
     ) -> None:
         super().__init__()
         SVFLayer.__init__(self, base_layer, name=name, quantization_backend=quantization_backend)
-        self._active_adapter = adapter_name
+        self._active_adapter = [adapter_name]
         self.update_layer(adapter_name, config=config)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -481,9 +562,12 @@ class Linear(nn.Module, SVFLayer):
                 return self._folded(x, folded, names)
             delta = rows(x)
             return self.base_layer(x, *args, **kwargs) if delta is None else self._gated(x, delta, *args, **kwargs)
-        if self.merged:
-            return self.base_layer(x, *args, **kwargs)
         names = tuple(name for name in self.active_adapters if name in self.svf_delta)
+        if self.merged:
+            if set(names) <= {*self.merged_adapters}:
+                return self.base_layer(x, *args, **kwargs)
+            names = tuple(dict.fromkeys([*self.merged_adapters, *names]))  # some are active and not merged
+            return self._gated(x, self.summed_delta(names), *args, **kwargs)
         if not names:
             self.fold.release()
             return self.base_layer(x, *args, **kwargs)
@@ -498,10 +582,17 @@ class Linear(nn.Module, SVFLayer):
 
     def _gated(self, x: torch.Tensor, delta: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.side == "input":
-            return self.base_layer(x + self._correction(x, delta), *args, **kwargs)
-        result = self.base_layer(x, *args, **kwargs)
+            return self._base(x + self._correction(x, delta), *args, **kwargs)
+        result = self._base(x, *args, **kwargs)
         h = result if self.bias is None else result - self.bias.to(result.dtype)  # they differ under autocast
         return result + self._correction(h, delta)
+
+    def _base(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Apply the unmerged base layer."""
+        if not self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        bias = self._base_bias()
+        return linear(x, self.weight_out_in().to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     def _correction(self, h: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
         basis = self.basis_columns(delta.shape[-1])
@@ -523,7 +614,12 @@ class Linear(nn.Module, SVFLayer):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         self.fold.release()  # it would stay on the old device
-        return super()._apply(fn, recurse)
+        if self.merge_state.before is None:
+            return super()._apply(fn, recurse)
+        intact = self.merge_state.is_intact(self.get_base_layer().weight)
+        module = super()._apply(fn, recurse)
+        self.merge_state.converted(fn, self.get_base_layer().weight, intact)
+        return module
 
     def __repr__(self) -> str:
         return "svf." + super().__repr__()

@@ -12,14 +12,16 @@ from statistics import median
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, delete_adapter
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, delete_adapter, onload_layer
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     AuxiliaryTrainingWrapper,
+    ModulesToSaveWrapper,
     get_quantization_kwargs,
     resolve_quantization_backend,
 )
 from peft.utils.integrations import _skip_init_on_device
+from peft.utils.other import _set_adapter
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -29,10 +31,11 @@ from .batch_layout import Layout
 from .checkpoint import Checkpoint
 from .config import SVFConfig
 from .embeddings import forget_replaced_bases, with_resized_embeddings
+from .entries import adapter_entries, check_loadable, foreign_biases, put_back, unmerged_entries, without_adapter_name
 from .fold import SMALLEST_FRACTION
 from .layer import Linear, SVFLayer, svf_layers
 from .loading import check_before_attaching, check_checkpoint, current_key
-from .parameters import BASIS_NAME
+from .names import check_adapter_name
 from .quantized import is_coarse, keep_order, reorder
 from .renames import current_names
 from .rows import (
@@ -50,6 +53,7 @@ from .rows import (
     opened,
     wrong_length,
 )
+from .sharing import WholeModel, check_groups, check_no_other_tuner, check_only_owner, first_owners, link, regroup
 from .transformers_loading import being_loaded
 
 
@@ -87,6 +91,12 @@ class SVFModel(BaseTuner):
         If any step fails, the adapter is removed and the model is unchanged.
         """
         with self._undone_on_error(model, adapter_name):
+            check_adapter_name(adapter_name)
+            check_no_other_tuner(adapter_name, self.peft_config[adapter_name], model)
+            had_adapters = any(isinstance(module, BaseTunerLayer) for module in model.modules())
+            trainable = _trainable(model) if had_adapters else []
+            when_enabled = [(layer, layer.trainable_when_enabled) for layer in svf_layers(model)]
+            in_wrappers = self._trainable_in_wrappers
             self._kept_order = [*self._kept_order, *keep_order(model)]
             config = self.peft_config[adapter_name]
             checkpoint = being_loaded() or config.checkpoint  # before PEFT resolves `target_modules`
@@ -94,7 +104,15 @@ class SVFModel(BaseTuner):
             if checkpoint is not None:
                 check_before_attaching(model, adapter_name, checkpoint, config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            _restore(trainable)  # PEFT does, except for modules that are called like the adapter
+            self._trainable_in_wrappers = in_wrappers
+            for layer, kept in when_enabled:
+                layer.trainable_when_enabled = kept
+            for layer in svf_layers(model):
+                layer.whole_model = WholeModel(model)
+            link(svf_layers(model), adapter_name)
             layers = svf_layers(model, adapter_name)
+            build_bases(first_owners(layer for layer in layers if layer.needs_basis()))
             build_bases([layer for layer in layers if layer.needs_basis()])
             if checkpoint is not None:
                 forget_replaced_bases(layers, checkpoint)
@@ -158,7 +176,7 @@ class SVFModel(BaseTuner):
 
     @contextmanager
     def _undone_on_error(self, model: nn.Module, adapter_name: str) -> Iterator[None]:
-        trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        trainable = _trainable(model)
         active = [(layer, layer.active_adapters) for layer in svf_layers(model)]
         try:
             yield
@@ -169,8 +187,7 @@ class SVFModel(BaseTuner):
                 layer.set_adapter(names)
             if not active:
                 self._let_reorder()
-            for parameter, requires_grad in trainable:
-                parameter.requires_grad_(requires_grad)
+            _restore(trainable)
             raise
 
     def _let_reorder(self) -> None:
@@ -191,19 +208,15 @@ class SVFModel(BaseTuner):
         setattr(parent, child_name, new_module)
 
     def _take_out(self, model: nn.Module, adapter_name: str) -> None:
-        if len(self.peft_config) <= 1:
-            for name, module in list(model.named_modules()):
-                if isinstance(module, AuxiliaryTrainingWrapper):  # PEFT would leave its copy of the module
-                    model.set_submodule(name, module.original_module)
-            self._unload_and_optionally_merge(merge=False)
-            if getattr(model, "_hf_peft_config_loaded", False):
-                setattr(model, "_hf_peft_config_loaded", False)  # noqa: B010  # transformers sets it before attaching
-            return
         self.peft_config.pop(adapter_name, None)
         delete_adapter(model, adapter_name=adapter_name, prefix=self.prefix, layer_cls=SVFLayer)
         for name, module in list(model.named_modules()):
             if isinstance(module, SVFLayer) and not module.svf_delta:
                 model.set_submodule(name, module.base_layer)
+            elif isinstance(module, ModulesToSaveWrapper) and not module.modules_to_save:
+                model.set_submodule(name, module.original_module)
+        if not self.peft_config and getattr(model, "_hf_peft_config_loaded", False):
+            setattr(model, "_hf_peft_config_loaded", False)  # noqa: B010  # transformers sets it before attaching
 
     # ------------------------------------------------------------------------------------------------ mixed batches
 
@@ -299,6 +312,8 @@ class SVFModel(BaseTuner):
         layers = [layer for layer in svf_layers(self.model) if any(name in layer.svf_delta for name in names)]
         group = None if groups is None else group_of_each(groups, [layer.module_name for layer in layers])
         count = None if group is None else max(group.values()) + 1
+        if group is not None:
+            check_groups(layers, group)
         alpha = checked_weights(weights, len(names), count)
         if open_call(self) is not None:
             raise ValueError("`row_mixture` cannot be nested.")
@@ -325,8 +340,9 @@ class SVFModel(BaseTuner):
         call = RowCall(self, what, of_rows, self._layout)
         call.deltas = {layer: RowDeltas(call, layer, names, weights(layer)) for layer in layers}
 
-        def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if open_call(self) is call:  # not a call of another thread
+        def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+            # other threads call it, too: without `kwargs` while it is being removed
+            if kwargs is not None and open_call(self) is call:
                 # `generate` calls only the inner model
                 call.check_inputs(args, kwargs, expanded=module is not self)
 
@@ -368,6 +384,19 @@ class SVFModel(BaseTuner):
         super().train(mode)
         return self
 
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        # PEFT's version makes the active copies of `modules_to_save` trainable, frozen ones too
+        wrappers = [module for module in self.model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+        if not enabled and self._trainable_in_wrappers is None:
+            self._trainable_in_wrappers = _trainable(*wrappers)
+        now = _trainable(*wrappers) if self._trainable_in_wrappers is None else self._trainable_in_wrappers
+        super()._enable_adapter_layers(enabled)
+        if enabled:
+            _restore(now)
+            self._trainable_in_wrappers = None
+
+    _trainable_in_wrappers: list[tuple[nn.Parameter, bool]] | None = None
+
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)
         for layer in svf_layers(model):
@@ -397,10 +426,17 @@ class SVFModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         # the config is saved next, and may have been attached to another model in the meantime
         record_base(config, adapter_name, svf_layers(model, adapter_name))
-        # PEFT selects everything on a tuner layer except its base layer, but the basis belongs to the base model
-        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        selected = {key: value for key, value in selected.items() if key.rpartition(".")[-1] != BASIS_NAME}
+        put_back(model, adapter_name, state_dict, unwanted_adapter_names)
+        unmerged_entries(model, state_dict)
+        biases = cls._get_learnable_bias_state_dict(model, state_dict, config)
+        in_checkpoint = {key: plain for plain, key in foreign_biases(model, adapter_name).items()}
+        biases = {in_checkpoint.get(key, key): value for key, value in biases.items()}
+        selected = {**adapter_entries(model, adapter_name, state_dict), **biases}
         return with_resized_embeddings(model, config, state_dict, selected)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return without_adapter_name(key, adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -415,6 +451,11 @@ class SVFModel(BaseTuner):
         remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
+        for plain, key in foreign_biases(model, adapter_name).items():
+            for saved in (plain, f"base_model.model.{plain}"):
+                if saved in remapped:
+                    remapped[key] = remapped.pop(saved)
+        check_loadable(model, adapter_name, remapped)
         return remapped
 
     # ------------------------------------------------------------------------------------------------ arithmetic
@@ -433,9 +474,10 @@ class SVFModel(BaseTuner):
             adapter_name (`str`): Name of the new adapter.
 
         Raises:
-            ValueError: A name is unknown or already used, the lengths differ, a weight is not finite, or an adapter has
-                more than δ (`modules_to_save` or `bias`).
+            ValueError: A name is unknown, not allowed or already used, the lengths differ, or a weight is not finite.
+                Or an adapter has more than δ (`modules_to_save` or `bias`).
         """
+        check_adapter_name(adapter_name)
         adapters, weights = list(adapters), [float(weight) for weight in weights]
         if adapter_name in self.peft_config:
             raise ValueError(f"Adapter {adapter_name!r} already exists. Delete it first, or choose another name.")
@@ -491,17 +533,51 @@ class SVFModel(BaseTuner):
             ValueError: There is no adapter of this name.
         """
         self._check_known(adapter_name)
+        self._trainable_in_wrappers = None  # enabling must not undo this choice
         super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter as PEFT does. If it was the only active one, another one becomes active, on all layers.
+
+        Raises:
+            ValueError: There is no adapter of this name, or it is merged.
+        """
+        active = [name for name in self.active_adapters if name != adapter_name]
+        trainable = _trainable(self.model)
+        super().delete_adapter(adapter_name)
+        # PEFT lets each layer choose among its own adapters, and makes the new one trainable
+        self.active_adapter = active or sorted(self.peft_config)[:1]
+        if self.active_adapter:
+            _set_adapter(self.model, self.active_adapter)  # of `modules_to_save`
+        for layer in svf_layers(self.model):
+            layer.activate(list(self.active_adapter))
+        _restore(trainable)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters as PEFT does, and warn if 16-bit weights lose too much of the change.
 
+        Adapters of other PEFT methods are left alone.
+
         Raises:
-            ValueError: There is no adapter of this name.
+            ValueError: There is no adapter of this name. Or merging would change more than these layers: another module
+                uses a weight, or another PEFT method is active on one.
             TypeError: A layer is quantized by a backend that cannot quantize a merged weight.
         """
         with self._merging(adapter_names):
-            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+            self._check_merge_allowed()
+            for layer in first_owners(svf_layers(self.model)):
+                with onload_layer(layer):
+                    layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Restore the base weights.
+
+        Raises:
+            ValueError: A merged weight was changed since.
+        """
+        for layer in first_owners(svf_layers(self.model)):
+            with onload_layer(layer):
+                layer.unmerge()
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
@@ -516,12 +592,23 @@ class SVFModel(BaseTuner):
     @contextmanager
     def _merging(self, adapter_names: Sequence[str] | None) -> Iterator[None]:
         self._check_known(adapter_names or [])
-        layers = svf_layers(self.model)
+        layers = [
+            layer
+            for layer in svf_layers(self.model)
+            if any(name in layer.svf_delta for name in adapter_names or layer.active_adapters)
+        ]
         for layer in layers:  # all of them before the first one is changed
-            if any(name in layer.svf_delta for name in adapter_names or layer.active_adapters):
-                layer.check_mergeable()
+            layer.check_mergeable()
+        regroup(svf_layers(self.model))
+        check_only_owner(self.model, layers, adapter_names)
         before = [(layer, len(layer.merged_adapters)) for layer in layers]
-        yield
+        for layer in layers:
+            layer.merge_state.checked = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.merge_state.checked = False
         changed = [layer for layer, merged in before if len(layer.merged_adapters) > merged]
         lossy = sorted(
             (layer.merged_fraction, layer.module_name) for layer in changed if layer.merged_fraction < SMALLEST_FRACTION
@@ -543,3 +630,12 @@ class SVFModel(BaseTuner):
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             if name not in self.peft_config:
                 raise ValueError(f"Adapter {name!r} not found; there are {', '.join(self.peft_config) or 'none'}.")
+
+
+def _trainable(*modules: nn.Module) -> list[tuple[nn.Parameter, bool]]:
+    return [(parameter, parameter.requires_grad) for module in modules for parameter in module.parameters()]
+
+
+def _restore(trainable: Sequence[tuple[nn.Parameter, bool]]) -> None:
+    for parameter, requires_grad in trainable:
+        parameter.requires_grad_(requires_grad)

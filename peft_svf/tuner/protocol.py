@@ -16,6 +16,7 @@ from ..spectral.basis import Side
 from ..spectral.cache import BasisCache
 from ..spectral.pack import BasisPack
 from .config import SVFConfig
+from .merge import Merge
 
 if TYPE_CHECKING:
     from peft.utils.quantization_utils import QuantizationBackend
@@ -32,6 +33,9 @@ class AdaptedLayer(Protocol):
     quantization_backend: QuantizationBackend | None
     svf_delta: nn.ModuleDict
     svf_config: dict[str, SVFConfig]
+    fan_in_fan_out: bool
+    merge_state: Merge
+    merged_adapters: list[str]
     rows: Any
     # of torch: looking an attribute up in these costs a fraction of `nn.Module.__getattr__`
     _modules: dict[str, Any]

@@ -304,8 +304,9 @@ def expansion_of(kwargs: Mapping[str, Any], default: Any) -> int:
 def names_hook(call: RowCall, adapter_names: Sequence[str]) -> Callable[..., tuple[Any, Any] | None]:
     """Return a forward pre-hook that passes the adapter of each row to PEFT's own wrappers (`modules_to_save`)."""
 
-    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        if open_call(call.model) is not call:  # a call of another thread
+    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> tuple[Any, Any] | None:
+        # other threads call it, too: without `kwargs` while it is being removed
+        if kwargs is None or open_call(call.model) is not call:
             return None
         rows = batch_size(args, kwargs) or len(adapter_names)
         repeats = rows // len(adapter_names) if rows % len(adapter_names) == 0 else 1
