@@ -410,7 +410,7 @@ def test_a_saved_expert_is_refused_by_a_base_with_another_adapter(tmp_path: Path
     with pytest.raises(ValueError, match="adapters already"):
         AdaptiveMixture.from_pretrained(base, {"a": tmp_path})
     with pytest.warns(UserWarning, match="'low' is active"):
-        get_peft_model(base, _config(tmp_path, SVFRuntimeConfig(base_check="warn")))
+        get_peft_model(base.get_base_model(), _config(tmp_path, SVFRuntimeConfig(base_check="warn")))
 
 
 # --------------------------------------------------------------------------------------------------------- while merged

@@ -341,17 +341,15 @@ def test_a_cast_of_equal_singular_values_is_refused_at_every_door(tmp_path: Path
 
 def test_a_module_under_another_name_is_one_difference(tmp_path: Path) -> None:
     adapted(target_modules=["q_proj", "v_proj"]).save_pretrained(tmp_path)
-    path = tmp_path / "adapter_config.json"
-    config = json.loads(path.read_text())
-    config["base_fingerprint"] = {n.replace("q_proj", "query"): x for n, x in config["base_fingerprint"].items()}
-    path.write_text(json.dumps(config))
+    recorded = json.loads((tmp_path / "adapter_config.json").read_text())["base_fingerprint"]
+    renamed = {name.replace("q_proj", "query"): numbers for name, numbers in recorded.items()}
     first = "model.layers.0.self_attn"
     message = (
         rf"2 of 4 weights differ, the first is {first}.q_proj: the adapter has no module of this name, but has "
         rf"{first}.query, which is not adapted here\."
     )
     with pytest.raises(ValueError, match=message):
-        PeftModel.from_pretrained(tiny_llama(), tmp_path)
+        get_peft_model(tiny_llama(), SVFConfig(target_modules=["q_proj", "v_proj"], base_fingerprint=renamed))
 
 
 def test_more_and_fewer_modules_count_once(tmp_path: Path) -> None:

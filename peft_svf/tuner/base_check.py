@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 
-from ..spectral.fingerprint import fingerprint_differences
+from ..spectral.fingerprint import LABELS, fingerprint_differences
 from .config import SVFConfig
 from .protocol import AdaptedLayer
 
@@ -32,6 +32,8 @@ def check_base(adapter_name: str, layers: Sequence[AdaptedLayer], *, whole_model
     if not expected:
         record_base(config, adapter_name, layers, keep=not whole_model)
         return
+    if config.r != config.expected_r:  # the samples are of the leading r singular vectors
+        expected = {name: numbers[: len(LABELS)] for name, numbers in expected.items()}
     found = {layer.module_name: (layer.fingerprint(adapter_name), layer.shape) for layer in layers}
     differences, count = base_differences(expected, found, whole_model=whole_model)
     if differences:
@@ -85,6 +87,7 @@ def record_base(config: SVFConfig, adapter_name: str, layers: Sequence[AdaptedLa
         keep: Whether to keep the record of other layers, because these are not all.
     """
     if config.expected_fingerprint:
+        config.base_fingerprint = dict(config.expected_fingerprint)  # the config may have been attached elsewhere
         return
     found = {layer.module_name: layer.fingerprint(adapter_name) for layer in layers}
     config.base_fingerprint = {

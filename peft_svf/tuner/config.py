@@ -128,7 +128,7 @@ class SVFConfig(PeftConfig):
         self._check_types()
         # A copy: one config object may be attached to several models in turn, which overwrites `base_fingerprint`.
         # Only the fingerprint that came with the config is compared.
-        self.expected_fingerprint = dict(self.base_fingerprint or {})
+        self.expected_fingerprint, self.expected_r = dict(self.base_fingerprint or {}), self.r
         self._checkpoint: Checkpoint | None = None
         self._choice_of_checkpoint: list[Any] = []
         if isinstance(self.target_modules, list):
