@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from statistics import median
@@ -42,6 +42,13 @@ from .rows import (
     names_and_index,
     names_hook,
     wrong_length,
+)
+from .targets import (
+    adapted_fraction,
+    leave_out_of_all_linear,
+    linear_weights,
+    unusable_modules,
+    warn_about_experts,
 )
 
 
@@ -80,12 +87,19 @@ class SVFModel(BaseTuner):
         """
         with self._undone_on_error(model, adapter_name):
             self._kept_order = [*self._kept_order, *keep_order(model)]
+            config, self._unusable = self.peft_config[adapter_name], unusable_modules(model)
+            if all_linear := str(config.target_modules).lower() == "all-linear":
+                leave_out_of_all_linear(config, model, self._unusable)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             layers = svf_layers(model, adapter_name)
             build_bases([layer for layer in layers if layer.needs_basis()])
             check_base(adapter_name, layers)
+            if not config.expected_fingerprint:  # a new adapter, not a loaded one
+                names = {layer.module_name for layer in layers}
+                warn_about_experts(config, model, names, all_linear=all_linear)
 
     _kept_order: Sequence[Any] = ()
+    _unusable: Mapping[str, str] = {}
 
     def _create_and_replace(
         self,
@@ -99,6 +113,11 @@ class SVFModel(BaseTuner):
     ) -> None:
         if current_key is None:
             raise ValueError("Current Key shouldn't be `None`")
+        if reason := self._unusable.get(current_key):
+            raise ValueError(
+                f"Target module {current_key} cannot be adapted: {reason}. Remove it from `target_modules`, or pass "
+                '`target_modules="all-linear"`, which leaves it out.'
+            )
 
         if isinstance(target, SVFLayer):
             target.update_layer(adapter_name, config=svf_config)
@@ -359,6 +378,14 @@ class SVFModel(BaseTuner):
                 )
         super().train(mode)
         return self
+
+    def adapted_fraction(self, adapter_name: str | None = None) -> float:
+        """Return which fraction of the linear weights an adapter changes; any of the adapters if `None`.
+
+        MoE experts count as linear weights, the output layer does not.
+        """
+        adapted = {layer.module_name for layer in svf_layers(self.model, adapter_name)}
+        return adapted_fraction(linear_weights(self.model), adapted)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)
