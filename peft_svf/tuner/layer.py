@@ -26,6 +26,7 @@ from .base_check import check_base
 from .bases import build_bases
 from .config import SVFConfig
 from .fold import Fold
+from .frozen import watch_training
 from .parameters import BASIS_NAME, Delta
 from .quantized import Original, dequantized, kept_fraction
 from .rows import RowDeltas
@@ -496,6 +497,13 @@ class Linear(nn.Module, SVFLayer):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         self.fold.release()  # it would stay on the old device
         return super()._apply(fn, recurse)
+
+    def train(self, mode: bool = True) -> Linear:
+        """Set the training mode. An optimizer that could not train the layer is refused from then on."""
+        if mode:
+            watch_training(self)
+        super().train(mode)
+        return self
 
     def __repr__(self) -> str:
         return "svf." + super().__repr__()

@@ -27,6 +27,7 @@ from .base_check import check_base
 from .bases import build_bases
 from .config import SVFConfig
 from .fold import SMALLEST_FRACTION
+from .frozen import frozen_message
 from .layer import Linear, SVFLayer, svf_layers
 from .parameters import BASIS_NAME
 from .quantized import is_coarse, keep_order, reorder
@@ -215,6 +216,8 @@ class SVFModel(BaseTuner):
         adapter_names = kwargs.pop("adapter_names", None)
         rows = batch_size(args, kwargs)
         expansion = expansion_of(kwargs, getattr(self.model, "generation_config", None))
+        if self._frozen and torch.is_grad_enabled():
+            self._refuse_frozen(args, kwargs)
         if adapter_names is None:
             if self._mixture_rows is not None and rows is not None and rows != self._mixture_rows:
                 raise wrong_length("the mixture weights", self._mixture_rows, rows)
@@ -377,7 +380,23 @@ class SVFModel(BaseTuner):
                     stacklevel=2,
                 )
         super().train(mode)
+        deltas = [delta for layer in svf_layers(self.model) for delta in layer.delta_weights(layer.svf_delta)]
+        self._frozen = mode and not any(p.requires_grad for ps in (deltas, self.model.parameters()) for p in ps)
         return self
+
+    _frozen: bool = False  # whether the model was put into training mode without a trainable parameter
+
+    def _refuse_frozen(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Raise for a training loss without a trainable parameter, and warn if only the loss is unknown."""
+        self._frozen = not any(parameter.requires_grad for parameter in self.model.parameters())
+        inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        if not self._frozen or any(value.requires_grad for value in inputs):
+            return
+        message = frozen_message(svf_layers(self.model))
+        if kwargs.get("labels") is not None:
+            raise ValueError(message)
+        self._frozen = False  # once is enough
+        warnings.warn(message, stacklevel=4)
 
     def adapted_fraction(self, adapter_name: str | None = None) -> float:
         """Return which fraction of the linear weights an adapter changes; any of the adapters if `None`.
