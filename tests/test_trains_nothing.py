@@ -1,4 +1,4 @@
-"""A training that would change nothing is an error: frozen experts, optimizers without δ, modules without a gradient."""
+"""Trainings that would change nothing are errors: frozen experts, optimizers without δ, modules without a gradient."""
 
 from __future__ import annotations
 

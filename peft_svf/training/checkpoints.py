@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
+from ..utils.files import read_text
+
 _PREFIX = "checkpoint-"
 _WEIGHTS = ("*.safetensors", "pytorch_model_fsdp*", "global_step*")  # of a single process, FSDP, DeepSpeed
 
@@ -22,7 +24,7 @@ def is_complete(folder: str | Path) -> bool:
     """Return whether a checkpoint of transformers' Trainer is complete. `trainer_state.json` is its last file."""
     folder = Path(folder)
     try:
-        json.loads((folder / TRAINER_STATE_NAME).read_text())
+        json.loads(read_text(folder / TRAINER_STATE_NAME))
         if not any(next(folder.glob(pattern), None) for pattern in _WEIGHTS):
             return False
         for path in folder.glob("*.safetensors"):

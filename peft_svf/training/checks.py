@@ -28,9 +28,7 @@ class DeltaIsTrained(TrainerCallback):
         self._waiting: dict[str, torch.Tensor] = {}
         self._steps = 0
 
-    def on_train_begin(
-        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """
         Check the model and the optimizer.
 
@@ -45,7 +43,7 @@ class DeltaIsTrained(TrainerCallback):
             return
         deltas = [(layer.module_name, delta) for layer in layers for delta in layer.delta_weights(layer.svf_delta)]
         self._waiting = {name: delta for name, delta in deltas if delta.requires_grad}
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        held = {id(parameter) for group in kwargs["optimizer"].param_groups for parameter in group["params"]}
         if missing := [name for name, delta in self._waiting.items() if id(delta) not in held]:
             raise ValueError(
                 f"{adapters_of(layers)} would not be trained: the optimizer lacks {len(missing)} of "

@@ -12,6 +12,7 @@ import yaml
 from trl import DatasetMixtureConfig, TrlParser
 
 from ..scoring.rewards import checked, find_reward
+from ..utils.files import read_text
 from .arguments import OBJECTIVES, AdapterArguments, TrainArguments, check_given, defaults
 from .tasks import ClassificationTask, Task, find_task
 
@@ -96,7 +97,7 @@ def load_rewards(script: TrainArguments, task: Task | None) -> list[Any]:
 
 
 def _read_recipe(path: str) -> dict[str, Any]:
-    content = yaml.safe_load(Path(path).read_text())
+    content = yaml.safe_load(read_text(path))
     if not isinstance(content, dict):
         raise ValueError(f"The recipe {path} must be a YAML mapping of options, got {type(content).__name__}.")
     return content

@@ -124,7 +124,23 @@ def _reads_of(method: FunctionType) -> Iterator[tuple[str, tuple[CodeType, ...]]
             continue
         if isinstance(user, ast.Call) and ast.unparse(user.func) in ("isinstance", "hasattr"):
             continue
-        yield path.removeprefix("self."), tuple(_guards(node, parents))
+        if not _needs_an_option(node, parents):
+            yield path.removeprefix("self."), tuple(_guards(node, parents))
+
+
+def _needs_an_option(node: ast.AST, parents: Mapping[ast.AST, ast.AST]) -> bool:
+    """Whether a node only runs if an argument is not None, as in DeBERTa's decoder, which its models do not use."""
+    while (parent := parents.get(node)) is not None:
+        if (
+            isinstance(parent, ast.If)
+            and isinstance(parent.test, ast.Compare)
+            and isinstance(parent.test.left, ast.Name)
+        ):
+            test = ast.unparse(parent.test).removeprefix(parent.test.left.id)
+            if (test, node in parent.body) in ((" is None", False), (" is not None", True)):
+                return True
+        node = parent
+    return False
 
 
 def _guards(node: ast.AST, parents: Mapping[ast.AST, ast.AST]) -> Iterator[CodeType]:
