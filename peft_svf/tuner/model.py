@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from accelerate.utils import has_offloaded_params
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, delete_adapter
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
@@ -186,12 +187,15 @@ class SVFModel(BaseTuner):
         return found
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT moves the new layer to the device of bitsandbytes' int8 weights, which fails for δ on the meta device
+        # PEFT moves the new layer to the device of the base weight: the meta device if accelerate offloads it, where δ
+        # loses its values. Of bitsandbytes' int8 weights it moves all of it, which fails for δ on the meta device.
         state, delta = getattr(child, "state", None), getattr(new_module, "svf_delta", None)
-        if state is None or delta is None or not any(p.is_meta for p in delta.parameters()):
-            super()._replace_module(parent, child_name, new_module, child)
+        is_meta = delta is not None and any(parameter.is_meta for parameter in delta.parameters())
+        base_layer = child.get_base_layer() if isinstance(child, BaseTunerLayer) else child
+        if has_offloaded_params(base_layer) or (state is not None and is_meta):
+            setattr(parent, child_name, new_module)
             return
-        setattr(parent, child_name, new_module)
+        super()._replace_module(parent, child_name, new_module, child)
 
     def _take_out(self, model: nn.Module, adapter_name: str) -> None:
         if len(self.peft_config) <= 1:
