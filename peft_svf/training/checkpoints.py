@@ -127,6 +127,7 @@ def save_whole(trainer: Any, output_dir: str | Path) -> None:
     if not trainer.accelerator.is_main_process:
         return
     (scratch / "training_args.bin").unlink(missing_ok=True)  # a pickle, unsafe to load
+    shutil.rmtree(scratch / "ref", ignore_errors=True)  # TRL's copy of the adapter that the training continued
     for path in sorted(scratch.iterdir(), key=lambda path: path.suffix == ".safetensors"):
         if path.is_dir():
             shutil.rmtree(output_dir / path.name, ignore_errors=True)

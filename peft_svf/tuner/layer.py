@@ -111,7 +111,7 @@ class SVFLayer(BaseTunerLayer):
         delta, base_layer = self._delta(adapter_name), self.get_base_layer()
         device = device or self._get_base_layer_device_and_dtype(base_layer)[0]
         if has_offloaded_params(base_layer):  # its weight is on the meta device until it is called
-            device = torch.device(base_layer._hf_hook.execution_device)
+            device = torch.device(cast(Any, base_layer._hf_hook).execution_device)
         if device is not None and device.type != "meta" and not delta.weight.is_meta:
             delta.to(device)
 
@@ -419,6 +419,7 @@ class Linear(nn.Module, SVFLayer):
 
     if TYPE_CHECKING:  # declared for mypy, which sees `nn.Module.__getattr__` in place of PEFT's untyped mixin
         active_adapters: list[str]
+        get_base_layer: Callable[[], Any]
         _cast_input_dtype: Callable[[torch.Tensor, torch.dtype], torch.Tensor]
 
     def __init__(
