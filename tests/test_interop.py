@@ -534,7 +534,7 @@ def test_a_pack_takes_the_place_of_the_decomposition(
     assert found.keys() == expected.keys() == set(pack.modules)
     for name, layer in found.items():
         assert torch.equal(layer.basis, expected[name].basis), name
-        assert layer.base_fingerprint == expected[name].base_fingerprint
+        assert layer.fingerprint("default") == expected[name].fingerprint("default")
 
 
 def test_decomposing_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -701,7 +701,7 @@ def test_values_that_are_no_numbers_are_not_passed_on(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"δ of {name} in default holds NaN or Inf"):
         to_lora(model)
     model.save_pretrained(tmp_path / "expert")
-    with pytest.raises(ValueError, match=rf"δ of {name} in .* holds NaN or Inf"):
+    with pytest.raises(ValueError, match=rf"expert has NaN or Inf in 1 of 14 tensors, the first is {name}"):
         merge_to_folder(tmp_path / "expert", tmp_path / "merged")
     summary, _ = inspect_adapter(tmp_path / "expert")
     assert summary.broken == [name]

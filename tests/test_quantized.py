@@ -344,7 +344,7 @@ def test_a_merged_model_saves_the_adapter_and_holds_nothing_else(folder: Path, k
     saved, expected = (load_file(where / "adapter_model.safetensors") for where in (tmp_path, folder / "expert"))
     assert saved.keys() == expected.keys()
     assert all(torch.equal(saved[key], expected[key]) for key in saved)
-    old = [weakref.ref(layer._quantized_before_merge._weight) for layer in svf_layers(model)]
+    old = [weakref.ref(layer.merge_state.quantized._weight) for layer in svf_layers(model)]
     merged = model.merge_and_unload()
     del model
     gc.collect()

@@ -821,7 +821,8 @@ def test_the_config_survives_json(tmp_path: Path) -> None:
     for name, numbers in written["base_fingerprint"].items():
         S = torch.linalg.svdvals(layers(model)[name].get_base_layer().weight.detach().double())
         expected = [S[0].item(), S[(len(S) - 1) // 2].item(), S[-1].item(), S.norm().item()]
-        assert numbers == pytest.approx(expected, rel=1e-6)
+        assert numbers[:4] == pytest.approx(expected, rel=1e-6)
+        assert len(numbers) == 16
 
     read = PeftConfig.from_pretrained(str(tmp_path / "second"))
     assert type(read) is SVFConfig

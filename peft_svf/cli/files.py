@@ -74,6 +74,10 @@ def inspect_command(
         table.add_row("spectrum", words if different else f"equal to that of {model_name_or_path}")
     if summary.broken:
         table.add_row("NaN or Inf in", ", ".join(summary.broken))
+    if summary.missing:
+        table.add_row("no δ for", ", ".join(summary.missing))
+    if summary.problem:
+        table.add_row("does not load", summary.problem)
     if summary.more:
         table.add_row("other tensors", ", ".join(summary.more))
     Console().print(table)

@@ -13,19 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import CONFIG_NAME
 from torch import nn
 
 from ..tuner.config import SVFConfig
 from ..tuner.layer import SVFLayer, svf_layers
 from ..utils.progress import progress_bar
+from .adapters import Changes, changes_of_folder, changes_of_model
+from .attaching import attached
 from .sources import ModelTensors
-
-# methods whose whole change is the ΔW that their layers return
-ADDITIVE = ("LORA", "VERA", "LOHA", "LOKR", "FOURIERFT", "RANDLORA")
-
-Change = Callable[[str, torch.Tensor], "torch.Tensor | None"]
 
 
 @dataclass(frozen=True)
@@ -34,8 +32,9 @@ class Explained:
     The fraction of a change that an expert can express.
 
     Attributes:
-        modules: Explained fraction of `‖ΔW‖²` of each adapted module, 1 if ΔW is 0.
-        overall: Explained fraction over all adapted modules.
+        modules: Explained fraction of `‖ΔW‖²` of each adapted module, 1 if ΔW is 0. Also 0 for each module that a LoRA
+            or another adapter changes and the expert does not adapt.
+        overall: Explained fraction over these modules.
     """
 
     modules: dict[str, float]
@@ -55,43 +54,43 @@ def from_weights(
 
     Args:
         finetuned (`torch.nn.Module` or path): The fine-tuned model, or its folder of safetensors files, read one matrix
-            at a time. Or a `PeftModel` of LoRA or another method in `ADDITIVE`, or the folder of one.
-        base (`torch.nn.Module`): The base model of the fine-tuning, which gets the adapter.
+            at a time. Or a `PeftModel` of LoRA, VeRA, LoHa, LoKr, FourierFT or RandLora, or the folder of one.
+        base (`torch.nn.Module`): The base model of the fine-tuning, which gets the adapter. Its weights stay as they
+            are.
         config ([`SVFConfig`], *optional*): The modules to adapt; all linear layers in full by default.
         adapter_name (`str`): Name of the expert.
 
     Raises:
-        ValueError: The fine-tuned model lacks a weight, or has one of another shape. Its adapter changes more than
-            weights. Or the base model has adapters.
+        ValueError: The fine-tuned model lacks a weight, or has a quantized one or one of another shape. Its adapter may
+            change more than the weights of linear layers, or is incomplete. Or the base model has adapters.
     """
     if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
         raise ValueError("The base model has adapters. Load it again, or `unload()` them first.")
     config = config or SVFConfig(target_modules="all-linear", task_type="CAUSAL_LM")
-    change = _changes(finetuned, base)
-    model: PeftModel = get_peft_model(base, config, adapter_name=adapter_name)
-    try:
-        explained, whole = _fitted(model, change, adapter_name)
-    except BaseException:
-        model.unload()  # restore the base model
-        raise
+    changes = _changes(finetuned, base)
+    with attached(base, config, adapter_name) as model:
+        explained, whole = _fitted(model, changes, adapter_name)
     total = sum(whole.values())
     fractions = {name: min(1.0, explained[name] / whole[name]) if whole[name] else 1.0 for name in whole}
     return model.eval(), Explained(fractions, min(1.0, sum(explained.values()) / total) if total else 1.0)
 
 
-def _fitted(model: PeftModel, change: Change, adapter_name: str) -> tuple[dict[str, float], dict[str, float]]:
+def _fitted(model: PeftModel, changes: Changes, adapter_name: str) -> tuple[dict[str, float], dict[str, float]]:
     """Set δ. Return the squared norms of the explained and of the whole change of each module."""
     explained: dict[str, float] = {}
     whole: dict[str, float] = {}
     for layer in progress_bar(svf_layers(model), desc="Projecting", unit="layer"):
         weight = layer.weight_out_in()
-        changed = change(layer.module_name, layer.as_out_in(weight))
+        changed = changes.of(layer.module_name, layer.as_out_in(weight))
         if changed is None:
             explained[layer.module_name] = whole[layer.module_name] = 0.0
             continue
         delta, found = _projection(layer, weight, layer.as_out_in(changed.to(weight.device)), adapter_name)
         layer.svf_delta[adapter_name].weight.copy_(delta)
         explained[layer.module_name], whole[layer.module_name] = found
+    for name in set(changes.modules) - whole.keys():
+        left_out = changes.of(name, model.base_model.model.get_submodule(name).weight)
+        explained[name], whole[name] = 0.0, 0.0 if left_out is None else float(left_out.square().sum())
     return explained, whole
 
 
@@ -114,22 +113,27 @@ def _projection(
 # ---------------------------------------------------------------------------------------------------- changes
 
 
-def _changes(finetuned: Any, base: nn.Module) -> Change:
-    """Return a function from a module's name and base weight to its ΔW; `None` if it is unchanged."""
+def _changes(finetuned: Any, base: nn.Module) -> Changes:
     if isinstance(finetuned, (str, os.PathLike)):
         folder = Path(finetuned)
-        if (folder / "adapter_config.json").exists():
-            return _of_adapter_folder(folder, base)
+        if (folder / CONFIG_NAME).exists():
+            if model_weights := [file.name for file in folder.glob("model*.safetensors")]:
+                raise ValueError(
+                    f"{folder} holds both an adapter and {model_weights[0]}. Pass a folder that holds one of them."
+                )
+            return changes_of_folder(folder, base)
         tensors = ModelTensors(folder)
         return _of_tensors(lambda name: tensors.read(name) if name in tensors else None, str(folder))
     if isinstance(finetuned, PeftModel):
-        for name in finetuned.active_adapters:
-            _check_method(finetuned.peft_config[name], f"The adapter {name!r}")
-        return _of_layers(finetuned.base_model.model)
+        return changes_of_model(finetuned, base)
+    if any(isinstance(module, BaseTunerLayer) for module in finetuned.modules()):
+        raise ValueError(
+            "The fine-tuned model has adapters, but is not a `PeftModel`. Save them and pass their folder."
+        )
     return _of_tensors(finetuned.state_dict().get, "the fine-tuned model")
 
 
-def _of_tensors(read: Callable[[str], torch.Tensor | None], where: str) -> Change:
+def _of_tensors(read: Callable[[str], torch.Tensor | None], where: str) -> Changes:
     def change(name: str, weight: torch.Tensor) -> torch.Tensor:
         found = read(f"{name}.weight")
         if found is None:
@@ -138,48 +142,11 @@ def _of_tensors(read: Callable[[str], torch.Tensor | None], where: str) -> Chang
             raise ValueError(
                 f"{name}.weight has shape {tuple(found.shape)} in {where} and {tuple(weight.shape)} in the base model."
             )
+        if not found.is_floating_point() or found.dtype.itemsize < 2:
+            raise ValueError(
+                f"{name}.weight is quantized ({found.dtype}) in {where}, so it is not the weight itself. Pass the "
+                "full-precision model."
+            )
         return found.to(device=weight.device, dtype=torch.float64) - weight.double()
 
-    return change
-
-
-def _of_adapter_folder(folder: Path, base: nn.Module) -> Change:
-    config = PeftConfig.from_pretrained(str(folder))
-    _check_method(config, str(folder))
-    loaded = PeftModel.from_pretrained(base, str(folder))
-    change = _of_layers(loaded.base_model.model)
-    loaded.unload()  # `change` keeps the layers
-    return change
-
-
-def _check_method(config: Any, where: str) -> None:
-    """Check that the ΔW of an adapter's layers is its whole change.
-
-    Raises:
-        ValueError: The adapter changes something else as well.
-    """
-    if config.peft_type == "SVF":
-        raise ValueError(f"{where} is an SVF adapter already. Load it with `PeftModel.from_pretrained`.")
-    kind = str(getattr(config.peft_type, "value", config.peft_type))
-    more = [name for name in ("modules_to_save", "use_dora") if getattr(config, name, None)]
-    more += ["bias"] if getattr(config, "bias", "none") not in ("none", None) else []
-    if kind not in ADDITIVE or more:
-        what = f"`{more[0]}`" if more else f"the method {kind}"
-        raise ValueError(
-            f"{where} has {what}, which changes more than single weights. Merge it first and pass the merged model: "
-            "`from_weights(peft_model.merge_and_unload(), base)`."
-        )
-
-
-def _of_layers(model: nn.Module) -> Change:
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
-
-    def change(name: str, weight: torch.Tensor) -> torch.Tensor | None:
-        layer: Any = layers.get(name)
-        if layer is None:
-            return None
-        kept = [adapter for adapter in layer.active_adapters if adapter in getattr(layer, layer.adapter_layer_names[0])]
-        parts = [layer.get_delta_weight(adapter).double() for adapter in kept]
-        return sum(parts[1:], parts[0]) if parts else None
-
-    return change
+    return Changes(change)

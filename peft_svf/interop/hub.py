@@ -8,8 +8,10 @@ import tempfile
 from pathlib import Path
 
 from huggingface_hub import HfApi
+from peft.utils.save_and_load import load_peft_weights
 
 from ..reporting.cards import publish_card
+from ..tuner.checkpoint import Checkpoint
 from ..tuner.config import load_svf_config
 
 # trainer checkpoints and logs
@@ -42,9 +44,12 @@ def push_expert(
         `str`: The URL of the commit.
 
     Raises:
-        ValueError: There is no SVF adapter in the folder.
+        ValueError: There is no SVF adapter in the folder, or it is incomplete or damaged.
     """
     config = load_svf_config(folder)
+    if config.checkpoint is None:
+        raise ValueError(f"{folder} holds the config of an adapter, but not its file. Save the adapter again.")
+    config.check_checkpoint(folder, Checkpoint.of_tensors(load_peft_weights(str(folder), device="cpu")))
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None:

@@ -15,8 +15,9 @@ from peft.utils.save_and_load import load_peft_weights
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..spectral.cache import BasisCache
-from ..spectral.fingerprint import fingerprint, fingerprint_difference
-from ..tuner.config import load_svf_config
+from ..spectral.fingerprint import fingerprint, fingerprint_differences
+from ..tuner.checkpoint import Checkpoint
+from ..tuner.config import SVFConfig, load_svf_config
 from ..tuner.targets import adapted_fraction, linear_weights
 from ..utils.progress import progress_bar
 from .sources import ModelTensors, linear_modules, meta_model, model_folder
@@ -41,6 +42,8 @@ class AdapterSummary:
         fingerprinted: Number of weights whose spectrum is recorded.
         broken: Modules whose δ holds NaN or Inf. They are left out of the other statistics.
         more: Names of other parameters, such as biases.
+        missing: Modules whose spectrum is recorded and whose δ is missing.
+        problem: Why the adapter does not load, as far as its files show; `None` if it is whole.
     """
 
     path: str
@@ -54,6 +57,8 @@ class AdapterSummary:
     fingerprinted: int
     broken: list[str]
     more: list[str]
+    missing: list[str]
+    problem: str | None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the summary as a JSON-serialisable dictionary."""
@@ -82,22 +87,32 @@ def inspect_adapter(
     }
     whole = {name: delta for name, delta in deltas.items() if np.isfinite(delta).all()}
     sizes = {name: float(np.sqrt(np.mean(np.square(delta)))) for name, delta in whole.items()}
-    numbers = sum(len(delta) for delta in whole.values())
+    numbers = sum(delta.size for delta in whole.values())
     squares = sum(float(np.square(delta.astype(np.float64)).sum()) for delta in whole.values())
     summary = AdapterSummary(
         path=Path(path).as_posix(),
         base_model=config.base_model_name_or_path,
         revision=config.revision,
         modules=len(deltas),
-        numbers=sum(len(delta) for delta in deltas.values()),
+        numbers=sum(delta.size for delta in deltas.values()),
         r=config.r,
         rms=float(np.sqrt(squares / numbers)) if numbers else 0.0,
         largest=dict(sorted(sizes.items(), key=lambda pair: -pair[1])[:count]),
         fingerprinted=len(config.expected_fingerprint),
         broken=sorted(deltas.keys() - whole.keys()),
         more=sorted(key for key in weights if not key.endswith(_SUFFIX)),
+        missing=sorted(config.expected_fingerprint.keys() - deltas.keys()),
+        problem=_problem(path, config, Checkpoint.of_tensors(weights)),
     )
     return summary, deltas
+
+
+def _problem(path: str | os.PathLike[str], config: SVFConfig, checkpoint: Checkpoint) -> str | None:
+    try:
+        config.check_checkpoint(path, checkpoint)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def adapted_part(
@@ -134,6 +149,7 @@ def check_spectrum(
     """
     Return how the weights of a model differ from those that an adapter was made for, by module; empty if they agree.
 
+    A δ that is too long or too short for its weight counts as a difference.
     The weights are read one at a time, and decomposed unless the cache holds their singular bases.
 
     Args:
@@ -145,17 +161,22 @@ def check_spectrum(
     Raises:
         ValueError: There is no SVF adapter, it records no spectrum, or the model cannot be read.
     """
-    expected = load_svf_config(path).expected_fingerprint
+    config = load_svf_config(path)
+    expected, deltas = config.expected_fingerprint, config.checkpoint.deltas if config.checkpoint else {}
     if not expected:
         raise ValueError(f"{path} does not record the spectrum of its base model, so it cannot be checked.")
     source, cache = model_folder(base, revision), BasisCache(cache_dir)
-    tensors, modules, differences = ModelTensors(source), linear_modules(meta_model(source)), {}
+    tensors, modules = ModelTensors(source), linear_modules(meta_model(source))
+    differences, pairs = {}, {}
     for name, numbers in progress_bar(expected.items(), desc="Comparing", unit="weight"):
         if name not in modules or f"{name}.weight" not in tensors:
             differences[name] = "the model has no such weight"
             continue
         weight = tensors.read(f"{name}.weight", transposed=modules[name])
-        found = fingerprint(cache.load_or_compute(weight, name=name).spectrum)
-        if difference := fingerprint_difference(numbers, found, (weight.shape[0], weight.shape[1])):
-            differences[name] = difference
-    return differences
+        basis = cache.load_or_compute(weight, name=name)
+        if name in deltas and deltas[name] != (length := config.length(weight.shape),):
+            differences[name] = f"δ has shape {list(deltas[name])}, expected [{length}]"
+            continue
+        found = fingerprint(basis.spectrum, basis.vectors[:, : config.r])
+        pairs[name] = (numbers, found, (weight.shape[0], weight.shape[1]))
+    return {**differences, **fingerprint_differences(pairs)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME
 from safetensors.torch import save
 
@@ -86,7 +88,7 @@ def to_lora(
 
     Raises:
         ValueError: Both `rank` and `energy` are given, or one is out of range. Or an adapter is unknown, is not an SVF
-            adapter, or has more than δ (`bias` or `modules_to_save`).
+            adapter, or has more than δ (`bias` or `modules_to_save`). Or the model has adapters of another method.
     """
     if rank is not None and energy is not None:
         raise ValueError("Pass `rank` or `energy`, not both.")
@@ -95,6 +97,12 @@ def to_lora(
     if energy is not None and not 0 < energy <= 1:
         raise ValueError(f"`energy` must be a fraction above 0 and at most 1, got {energy}.")
     names = _names(model, adapter_name)
+    for name, module in model.base_model.model.named_modules():
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, SVFLayer):
+            raise ValueError(
+                f"The model has another adapter ({type(module).__name__} on {name.replace('.base_layer', '')}), which "
+                "the export would leave out. Merge it into the base model before training the expert."
+            )
     layers = {
         layer.module_name: layer
         for layer in svf_layers(model.base_model.model)
@@ -185,13 +193,18 @@ def _config(model: Any, names: Sequence[str], layers: dict[str, SVFLayer], ranks
     source = model.peft_config[names[0]]
     largest = max(ranks.values())
     fewer = {name: rank for name, rank in ranks.items() if rank < largest}
+    modules = {name.replace(".base_layer", "") for name, _ in model.base_model.model.named_modules()}
+    # the names that PEFT would also find at the end of others
+    ends = {name: [other for other in modules if other.endswith(f".{name}")] for name in layers}
+    pattern = {f"^{name}" if ends[name] else name: rank for name, rank in fewer.items()}
+    exact = all(other in layers for others in ends.values() for other in others)
     transposed = {layer.fan_in_fan_out for layer in layers.values()}
     return LoraConfig(
         r=largest,
         lora_alpha=largest,
-        target_modules=list(layers),
-        rank_pattern=dict(fewer),
-        alpha_pattern=dict(fewer),
+        target_modules=list(layers) if exact else "|".join(re.escape(name) for name in layers),
+        rank_pattern=dict(pattern),
+        alpha_pattern=dict(pattern),
         lora_dropout=0.0,
         bias="none",
         fan_in_fan_out=transposed == {True},

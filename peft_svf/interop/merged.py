@@ -5,6 +5,7 @@ The result is that of `merge_and_unload` and `save_pretrained`, but only one fil
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import warnings
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from peft.utils import CONFIG_NAME
 from peft.utils.save_and_load import load_peft_weights
 from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
@@ -23,12 +25,13 @@ from ..spectral.arithmetic import effective_weight
 from ..spectral.cache import BasisCache
 from ..spectral.fingerprint import fingerprint
 from ..spectral.rounding import surviving_fraction
-from ..tuner.base_check import base_difference, refuse_base
+from ..tuner.base_check import base_differences, refuse_base
+from ..tuner.checkpoint import Checkpoint
 from ..tuner.config import SVFConfig, load_svf_config
 from ..tuner.fold import SMALLEST_FRACTION
-from ..utils.files import write_whole
+from ..utils.files import read_text, write_whole
 from ..utils.progress import progress_bar
-from .sources import OTHER_WEIGHTS, meta_model, model_files, model_folder, opened
+from .sources import INDEX, OTHER_WEIGHTS, meta_model, model_files, model_folder, opened
 
 _PREFIX, _SUFFIX = "base_model.model.", ".svf_delta.weight"
 
@@ -73,17 +76,19 @@ def merge_to_folder(
         cache_dir (*optional*): Folder of the cached singular bases.
 
     Raises:
-        ValueError: The adapter is not an SVF adapter, has more than δ, or was made for another base model. The base
-            model has no safetensors files or lacks a weight. Or the folder is not empty.
+        ValueError: The adapter is not an SVF adapter, is incomplete or damaged, has more than δ, or was made for
+            another base model. The base model has no safetensors files, lacks a weight, or holds an adapter of another
+            method. Or the folder is not empty.
     """
     config = load_svf_config(adapter)
-    deltas = _deltas(adapter)
+    deltas, stored = _content(adapter, config)
     target = Path(save_directory).resolve()
     made = not target.exists()
     if not made and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists and is not an empty folder. Merge into a new folder.")
     source = model_folder(base or config.base_model_name_or_path, revision or (None if base else config.revision))
-    transposed = _transposed(source, deltas)
+    _check_no_other_adapter(source)
+    transposed = _transposed(source, adapter, config, deltas)
     files = model_files(source)
     lacking = [name for name in deltas if f"{name}.weight" not in {key for keys in files.values() for key in keys}]
     if lacking:
@@ -94,16 +99,16 @@ def merge_to_folder(
     shares: dict[str, float] = {}
     unfinished = target / ".unfinished"
     unfinished.mkdir(parents=True)
+    moved: list[Path] = []
     try:
-        differences = _write_weights(
-            source, unfinished, files, transposed, deltas, config, BasisCache(cache_dir), shares
-        )
+        found = _write_weights(source, unfinished, files, transposed, deltas, stored, BasisCache(cache_dir), shares)
+        differences, count = base_differences(config.expected_fingerprint, found)
         if differences:
             refuse_base(
                 str(adapter),
                 differences,
-                len(deltas),
-                base_model=config.base_model_name_or_path,
+                count,
+                config,
                 policy=base_check,
                 override='pass `base_check="warn"`',
             )
@@ -113,9 +118,12 @@ def merge_to_folder(
         # the config last: without it nothing loads
         for path in sorted(unfinished.iterdir(), key=lambda path: path.name == "config.json"):
             os.replace(path, target / path.name)
+            moved.append(target / path.name)
         unfinished.rmdir()
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
+        for path in moved:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         if made:
             target.rmdir()
         raise
@@ -135,53 +143,67 @@ def _write_weights(
     files: Mapping[str, list[str]],
     transposed: Mapping[str, bool],
     deltas: Mapping[str, torch.Tensor],
-    config: SVFConfig,
+    stored: Mapping[str, torch.Tensor],
     cache: BasisCache,
     shares: dict[str, float],
-) -> list[str]:
-    """Write each file with the merged weights. Return the differences to the base model of the adapter."""
-    differences = []
+) -> dict[str, tuple[list[float], tuple[int, int]]]:
+    """Write each file with the merged weights. Return the fingerprint and the shape of each weight before."""
+    found = {}
     with progress_bar(desc="Merging", total=len(deltas), unit="layer") as bar:
         for file, keys in files.items():
             tensors = {}
             with opened(source / file) as content:
                 for key in keys:
                     tensor, name = content.get_tensor(key), key.removesuffix(".weight")
+                    if key in stored and not _same(stored[key], tensor):
+                        raise ValueError(
+                            f"The adapter holds another {key} than {source}, such as one with new tokens. Load it with "
+                            "its base model and use `merge_and_unload`."
+                        )
                     if key.endswith(".weight") and name in deltas:
                         weight = tensor.mT if transposed[name] else tensor
-                        merged, shares[name], difference = _merged(weight, deltas[name], name, config, cache)
-                        differences += [f"{name}: {difference}"] if difference else []
+                        merged, shares[name], numbers = _merged(weight, deltas[name], name, cache)
+                        found[name] = (numbers, (weight.shape[0], weight.shape[1]))
                         tensor = (merged.mT if transposed[name] else merged).contiguous()
                         bar.update()
                     tensors[key] = tensor
             save_file(tensors, target / file, metadata={"format": "pt"})
-    return differences
+    return found
 
 
-def _deltas(adapter: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
-    deltas = {}
-    for key, value in load_peft_weights(str(adapter), device="cpu").items():
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a.to(b.dtype), b)
+
+
+def _content(
+    adapter: str | os.PathLike[str], config: SVFConfig
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Return δ by module, and the base weights in the file: PEFT saves that of an adapted output layer."""
+    tensors = load_peft_weights(str(adapter), device="cpu")
+    config.check_checkpoint(adapter, Checkpoint.of_tensors(tensors))
+    deltas, stored = {}, {}
+    for key, value in tensors.items():
         if key.endswith(".base_layer.weight"):
-            continue  # PEFT saves the weight of an adapted output layer with the adapter
+            stored[key.removeprefix(_PREFIX).replace(".base_layer.", ".")] = value
+            continue
         if not (key.startswith(_PREFIX) and key.endswith(_SUFFIX)):
             raise ValueError(
                 f"{adapter} has more than δ ({key}). Load it with its base model and use `merge_and_unload`."
             )
-        name = key[len(_PREFIX) : -len(_SUFFIX)]
-        if not torch.isfinite(value).all():
-            raise ValueError(f"δ of {name} in {adapter} holds NaN or Inf.")
-        deltas[name] = value
-    if not deltas:
-        raise ValueError(f"{adapter} holds no δ.")
-    return deltas
+        deltas[key[len(_PREFIX) : -len(_SUFFIX)]] = value
+    return deltas, stored
 
 
-def _transposed(source: Path, deltas: Mapping[str, Any]) -> dict[str, bool]:
-    """Return whether each module stores its weight as `[in, out]`."""
+def _transposed(
+    source: Path, adapter: str | os.PathLike[str], config: SVFConfig, deltas: Mapping[str, torch.Tensor]
+) -> dict[str, bool]:
+    """Check that δ fits the model. Return whether each module stores its weight as `[in, out]`."""
     modules = dict(meta_model(source).named_modules())
     if unknown := [name for name in deltas if name not in modules]:
         raise ValueError(f"The model in {source} has no module {unknown[0]}, which the adapter changes.")
     weights: dict[str, Any] = {name: modules[name].weight for name in deltas}
+    lengths = {name: config.length(weight.shape) for name, weight in weights.items()}
+    Checkpoint({name: tuple(delta.shape) for name, delta in deltas.items()}).check(str(adapter), lengths)
     for name, module in modules.items():
         for adapted, weight in weights.items():
             if name != adapted and getattr(module, "weight", None) is weight:
@@ -193,24 +215,36 @@ def _transposed(source: Path, deltas: Mapping[str, Any]) -> dict[str, bool]:
 
 
 def _merged(
-    weight: torch.Tensor, delta: torch.Tensor, name: str, config: SVFConfig, cache: BasisCache
-) -> tuple[torch.Tensor, float, str | None]:
-    """Return `W(z)`, the fraction of ΔW in it, and the difference to the weight that the adapter was made for."""
+    weight: torch.Tensor, delta: torch.Tensor, name: str, cache: BasisCache
+) -> tuple[torch.Tensor, float, list[float]]:
+    """Return `W(z)`, the fraction of ΔW in it, and the fingerprint of W."""
     basis = cache.load_or_compute(weight, name=name)
-    if len(delta) > basis.vectors.shape[1]:
-        raise ValueError(f"δ of {name} has {len(delta)} entries, too many for a weight of shape {tuple(weight.shape)}.")
-    shape, found = (weight.shape[0], weight.shape[1]), fingerprint(basis.spectrum)
-    difference = base_difference(config.expected_fingerprint, name, found, shape)
     vectors = basis.leading(len(delta)).vectors
     fraction = surviving_fraction(weight, vectors, delta, weight.dtype) if weight.dtype.itemsize <= 2 else 1.0
-    return effective_weight(weight, vectors, delta), fraction, difference
+    return effective_weight(weight, vectors, delta), fraction, fingerprint(basis.spectrum, vectors)
+
+
+def _check_no_other_adapter(source: Path) -> None:
+    """Check that the folder of a base model is not also that of a LoRA, which transformers would load with it.
+
+    Raises:
+        ValueError: It is.
+    """
+    if not (source / CONFIG_NAME).exists():
+        return
+    kind = json.loads(read_text(source / CONFIG_NAME)).get("peft_type")
+    if kind != "SVF":
+        raise ValueError(
+            f"The base model in {source} comes with an adapter of type {kind}, which the merged model would lack. "
+            f"Merge that adapter first, or remove {CONFIG_NAME} and the adapter's weights."
+        )
 
 
 def _copy_rest(source: Path, target: Path) -> None:
-    """Copy config, tokenizer and code, but not the card of the base model nor other weights."""
+    """Copy config, tokenizer and code, but not the card of the base model, adapters or other weights."""
     left_out = shutil.ignore_patterns(
-        "*.safetensors", *OTHER_WEIGHTS, "*.bin.index.json", "README.md", ".*", "original"
+        "*.safetensors", *OTHER_WEIGHTS, "*.index.json", "README.md", CONFIG_NAME, ".*", "original"
     )
     shutil.copytree(source, target, dirs_exist_ok=True, ignore=left_out)
-    if (target / "model.safetensors").exists():
-        (target / "model.safetensors.index.json").unlink(missing_ok=True)  # stale
+    if not (target / "model.safetensors").exists():  # or the index is stale
+        shutil.copy(source / INDEX, target / INDEX)

@@ -21,12 +21,13 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 
 from ..tuner.config import SVFConfig
 from ..tuner.layer import SVFLayer, svf_layers
+from .attaching import attached
 
 Parametrization = Literal["sigmoid", "raw", "offset"]
 
@@ -134,6 +135,12 @@ def _of_names(found: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Ten
         raise ValueError(
             f"{path} has a vector for {unknown[0]!r}, which the model does not have. Pass the expert's base model."
         )
+    kinds = {_LAYER.sub(".*.", name) for name in found}
+    if missing := [name for name in weights if name not in found and _LAYER.sub(".*.", name) in kinds]:
+        raise ValueError(
+            f"{path} has no vector for {missing[0]}, but for the same matrix of other layers. It is incomplete: "
+            "download it again."
+        )
     return dict(found)
 
 
@@ -237,15 +244,11 @@ def _adapted(
     if not chosen:
         raise ValueError(f"{path} has nothing to import besides the modules in `skip`.")
     config = SVFConfig(target_modules=list(chosen), task_type="CAUSAL_LM")
-    model: PeftModel = get_peft_model(base, config, adapter_name=adapter_name)
-    try:
+    with attached(base, config, adapter_name) as model:
         for layer in svf_layers(model):
             mask = chosen[layer.module_name]
             scale = _scale(layer, mask) if normalize else 1.0
             layer.svf_delta[adapter_name].weight.copy_(mask * scale - 1)  # type: ignore[operator]
-    except BaseException:
-        model.unload()  # restore the base model
-        raise
     return model.eval()
 
 

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..utils.files import read_text
 
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # weights in other formats, which are never read
 OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.ckpt", "*.tflite")
 
@@ -72,16 +72,16 @@ def model_files(source: Path) -> dict[str, list[str]]:
     if (source / _SINGLE).exists():
         with opened(source / _SINGLE) as file:
             return {_SINGLE: list(file.keys())}
-    if not (source / _INDEX).exists():
-        raise ValueError(f"{source} has neither {_SINGLE} nor {_INDEX}. Save the model as safetensors first.")
+    if not (source / INDEX).exists():
+        raise ValueError(f"{source} has neither {_SINGLE} nor {INDEX}. Save the model as safetensors first.")
     try:
-        places = dict(json.loads(read_text(source / _INDEX))["weight_map"])
+        places = dict(json.loads(read_text(source / INDEX))["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{source / _INDEX} is damaged: {error!r}.") from error
+        raise ValueError(f"{source / INDEX} is damaged: {error!r}.") from error
     files: dict[str, list[str]] = {}
     for key, name in places.items():
         if not isinstance(name, str) or Path(name).name != name:
-            raise ValueError(f"{source / _INDEX} names {name!r}, which is not a file next to it.")
+            raise ValueError(f"{source / INDEX} names {name!r}, which is not a file next to it.")
         files.setdefault(name, []).append(key)
     return files
 

@@ -30,6 +30,8 @@ from ..search.validation import hold_out, split_examples
 from ..tuner.config import SVFRuntimeConfig
 from ..tuner.layer import SVFLayer, svf_layers
 from ..tuner.model import SVFModel
+from ..tuner.names import check_adapter_name
+from ..tuner.sharing import check_groups
 from .experts import expert_config
 from .result import MixtureResult
 from .space import UNIFORM, Granularity, WeightSpace
@@ -213,6 +215,8 @@ class AdaptiveMixture:
             wanted = f"{len(self.experts)}{f' × {groups}' if groups > 1 else ''}"
             raise ValueError(f"Expected {wanted} finite weights, got {alpha.tolist()}.")
         self._check_present()
+        if group_of is not None:
+            check_groups(self._layers(), group_of)
         if any(layer.merged for layer in self._layers()):
             raise ValueError("The model is merged, so other weights have no effect. Call `unmerge_adapter()` first.")
         self._alpha, self._group_of = by_group, group_of
@@ -468,9 +472,7 @@ def _check_names(experts: Sequence[str], adapter_name: str) -> None:
         raise ValueError(f"An expert and the mixture are both called {adapter_name!r}. Pass another `adapter_name`.")
     reserved = (BASE, UNIFORM, SEARCHED, IN_CONTEXT)
     for name in (*experts, adapter_name):
-        if not isinstance(name, str) or not name or "." in name or name in reserved:
-            what = "The mixture" if name == adapter_name else "An expert"
-            raise ValueError(
-                f"{what} cannot be called {name!r}: PEFT's adapter names have no dots, and results use "
-                f"{', '.join(map(repr, reserved))}."
-            )
+        what = "The mixture" if name == adapter_name else "An expert"
+        check_adapter_name(name, what)
+        if name in reserved:
+            raise ValueError(f"{what} cannot be called {name!r}: results use {', '.join(map(repr, reserved))}.")

@@ -17,7 +17,7 @@ import torch
 
 from .examples import check_examples
 from .prefix import Prefix, common_prefix, generates_from_prefix
-from .rewards import RewardFunc, check_rewards
+from .rewards import RewardFunc, checked
 from .tokens import (
     answer_logps,
     continuation_ids,
@@ -272,7 +272,7 @@ class RewardObjective(Objective):
         columns = {key: [row[key] for row in rows] for key in self.examples[0] if key not in ("prompt", "completion")}
         totals = [0.0] * len(rows)
         for function, weight in zip(self.reward_funcs, self.reward_weights, strict=True):
-            rewards = function(
+            rewards: Any = checked(function)(
                 prompts=prompts,
                 completions=completions,
                 completion_ids=completion_ids,
@@ -281,7 +281,7 @@ class RewardObjective(Objective):
             )
             if inspect.isawaitable(rewards):
                 rewards = _result_of(rewards)
-            for i, reward in enumerate(check_rewards(rewards, function, prompts, completions)):
+            for i, reward in enumerate(rewards):
                 totals[i] += weight * (reward or 0.0)
         return totals
 

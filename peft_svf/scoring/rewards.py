@@ -249,12 +249,12 @@ def checked(function: RewardFunc, timeout: float | None = None) -> RewardFunc:
         completion, `RuntimeError` if the function raised, and `TimeoutError`.
     """
     name = reward_name(function)
-    if inspect.iscoroutinefunction(function):
+    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
 
         @functools.wraps(function)
         async def wrapped_coroutine(**columns: Any) -> list[Any]:
             try:
-                rewards = await function(**columns)
+                rewards = await function(**columns)  # type: ignore[misc]
             except Exception as error:
                 raise RuntimeError(_failed(name, error, "")) from error
             return check_rewards(rewards, function, columns["prompts"], columns["completions"])

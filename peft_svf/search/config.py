@@ -130,6 +130,8 @@ class SearchConfig:
         for name in ("generation_kwargs", "optimizer_kwargs"):
             if not isinstance(getattr(self, name), Mapping):
                 raise ValueError(f"`{name}` must be a dict, got {getattr(self, name)!r}.")
+        if "max_new_tokens" in self.generation_kwargs:
+            raise ValueError("Pass `max_new_tokens` itself, not in `generation_kwargs`.")
         if self.optimizer_kwargs and self.method == "auto":
             raise ValueError("`optimizer_kwargs` belong to one method. Name it, such as method='gradient'.")
         if doubled := [name for name in OF_SEARCH if name in self.optimizer_kwargs]:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
 from peft.config import PeftConfig
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
+from peft.utils import CONFIG_NAME
 
 from ..reporting.cards import complete_card
+from ..spectral.fingerprint import LABELS, SAMPLES
+from .checkpoint import Checkpoint, read_checkpoint
 from .registration import SVF_PEFT_TYPE
 
 _CHOICES = {"base_check": ("error", "warn", "ignore"), "fold": ("auto", "always", "never")}
@@ -92,8 +94,10 @@ class SVFConfig(PeftConfig):
         init_weights (`bool`):
             `True` starts at δ = 0, which is exactly the base model. `False` draws random δ, for tests.
         base_fingerprint (`dict[str, list[float]]`, *optional*):
-            σ_1, σ_mid, σ_k and ‖W‖_F of each adapted weight. Filled in when the adapter is attached, saved with it, and
-            compared when it is attached again.
+            σ_1, σ_mid, σ_k and ‖W‖_F of each adapted weight, and 12 samples of its singular vectors. Filled in when
+            the adapter is attached, saved with it, and compared when it is attached again.
+        base_dtype (`str`, *optional*):
+            The dtype of these weights, such as `"float32"`. Filled in with `base_fingerprint`.
         runtime_config ([`SVFRuntimeConfig`] or `dict`):
             Settings of the current process; not saved.
     """
@@ -108,6 +112,7 @@ class SVFConfig(PeftConfig):
     bias: Literal["none", "all", "svf_only"] = "none"
     init_weights: bool = True
     base_fingerprint: Optional[dict[str, list[float]]] = field(default=None, repr=False)
+    base_dtype: Optional[str] = None
     runtime_config: SVFRuntimeConfig = field(default_factory=SVFRuntimeConfig)
 
     def __post_init__(self) -> None:
@@ -124,6 +129,8 @@ class SVFConfig(PeftConfig):
         # A copy: one config object may be attached to several models in turn, which overwrites `base_fingerprint`.
         # Only the fingerprint that came with the config is compared.
         self.expected_fingerprint = dict(self.base_fingerprint or {})
+        self._checkpoint: Checkpoint | None = None
+        self._choice_of_checkpoint: list[Any] = []
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
@@ -161,10 +168,13 @@ class SVFConfig(PeftConfig):
         if not all(isinstance(index, int) and not isinstance(index, bool) for index in indices):
             raise ValueError(f"`layers_to_transform` must be a layer index or a list of them, got {layers!r}.")
         if self.base_fingerprint is not None and not isinstance(self.base_fingerprint, dict):
-            raise ValueError(f"`base_fingerprint` must map modules to four numbers, got {self.base_fingerprint!r}.")
+            raise ValueError(f"`base_fingerprint` must map modules to numbers, got {self.base_fingerprint!r}.")
         for name, numbers in (self.base_fingerprint or {}).items():
-            if not (isinstance(numbers, (list, tuple)) and len(numbers) == 4 and all(map(_is_finite, numbers))):
-                raise ValueError(f"`base_fingerprint` must have four numbers for {name}, got {numbers!r}.")
+            lengths = (len(LABELS), len(LABELS) + SAMPLES)  # files of earlier versions have no samples
+            if not (isinstance(numbers, (list, tuple)) and len(numbers) in lengths and all(map(_is_finite, numbers))):
+                raise ValueError(
+                    f"`base_fingerprint` must have {lengths[0]} or {lengths[1]} numbers for {name}, got {numbers!r}."
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as a dictionary, without the runtime configuration."""
@@ -198,16 +208,40 @@ class SVFConfig(PeftConfig):
                 raise
             kind = TypeError if isinstance(error, TypeError) else ValueError  # the types that PEFT raises
             raise kind(f"{where} cannot be read: {type(error).__name__}: {error}") from error
-        file = where.with_name(SAFETENSORS_WEIGHTS_NAME)
-        if file.is_file():
-            try:
-                with safe_open(file, framework="pt"):
-                    pass
-            except SafetensorError as error:
-                raise ValueError(
-                    f"{file} is damaged or cut short ({error}). Save or download the adapter again."
-                ) from error
+        if where.is_file() and isinstance(config, SVFConfig):
+            config._checkpoint, config._choice_of_checkpoint = read_checkpoint(where.parent), config._choice()
         return config
+
+    def _choice(self) -> list[Any]:
+        """Return the settings on which the shape of an adapter depends."""
+        chosen = (self.r, self.target_modules, self.exclude_modules, self.layers_to_transform, self.layers_pattern)
+        return [sorted(each, key=str) if isinstance(each, set) else each for each in chosen]
+
+    @property
+    def checkpoint(self) -> Checkpoint | None:
+        """The adapter file that this config was read with; `None` if the config was changed since."""
+        return self._checkpoint if self._choice() == self._choice_of_checkpoint else None
+
+    def length(self, shape: Sequence[int]) -> int:
+        """Return the length of δ for a weight of this shape."""
+        return min(shape) if self.r is None else min(self.r, *shape)
+
+    def rename_modules(self, names: Mapping[str, str]) -> None:
+        """Replace old module names by new ones, given pairs of both."""
+        self.expected_fingerprint = {names.get(name, name): each for name, each in self.expected_fingerprint.items()}
+        if names and isinstance(self.target_modules, set):
+            self.target_modules = {names.get(name, name) for name in self.target_modules}
+
+    def check_checkpoint(self, path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
+        """Check a saved adapter without its base model: one healthy δ for each module that the config records.
+
+        Raises:
+            ValueError: The adapter is incomplete or damaged.
+        """
+        wanted = dict.fromkeys(self.expected_fingerprint or checkpoint.deltas)
+        if not wanted:
+            raise ValueError(f"{path} holds no δ. Save or download the adapter again.")
+        checkpoint.check(str(path), wanted, at_most=self.r)
 
 
 def load_svf_config(path: str | os.PathLike[str]) -> SVFConfig:

@@ -87,8 +87,41 @@ class Snapshot:
         return not self._doubted
 
 
+class _Folding:
+    """The folded weight for one value of δ of these adapters, and what folding it depends on.
+
+    All of it is replaced at once. So another thread that uses other adapters never sees a weight under wrong names.
+    """
+
+    def __init__(self, layer: AdaptedLayer, names: tuple[str, ...], dtype: torch.dtype, spent_before: int) -> None:
+        self.weight: torch.Tensor | None = None  # W(z), `[out, in]`
+        self.names, self.dtype, self.snapshot = names, dtype, Snapshot(layer, names)
+        self.active = copy(layer.active_adapter) if layer.rows is None else None  # None for a mixed batch
+        modules = [layer.get_base_layer(), *(layer.svf_delta[name] for name in names)]
+        # with a hook, calling the base layer is more than a multiplication
+        self.hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self.spent = 0  # cost of the gate for this value of δ, had it been used for all tokens
+        self.spent_before = spent_before  # the same for the value before this one
+        self.exact_enough: bool | None = None
+
+    def is_current(self, names: tuple[str, ...], dtype: torch.dtype) -> bool:
+        return self.names == names and self.dtype == dtype and self.snapshot.holds()
+
+    def is_exact_enough(self, layer: AdaptedLayer) -> bool:
+        """Whether enough of ΔW survives rounding to the compute dtype."""
+        if self.exact_enough is None:
+            self.exact_enough = (
+                self.dtype.itemsize > 2
+                or layer.surviving_fraction(layer.summed_delta(self.names), self.dtype) >= SMALLEST_FRACTION
+            )
+        return self.exact_enough
+
+
 class Fold:
-    """The folded weight of one layer and its bookkeeping. Copies and pickles are empty."""
+    """The folded weight of one layer and its bookkeeping. Copies and pickles are empty.
+
+    Several threads may use it at once. Each reads the present state once and changes only that.
+    """
 
     def __init__(self) -> None:
         self.forget()
@@ -98,116 +131,108 @@ class Fold:
 
     def forget(self) -> None:
         """Reset to the state of a new layer: free the folded weight and all bookkeeping."""
-        self.weight: torch.Tensor | None = None  # W(z), `[out, in]`
-        self._names: tuple[str, ...] = ()
-        self._active: list[str] | str | None = None  # the layer's active adapters; None for a mixed batch
-        self._hooks: list[dict[int, Any]] = []  # with a hook, calling the base layer is more than a multiplication
-        self._dtype: torch.dtype | None = None
-        self._snapshot: Snapshot | None = None  # of the tensors that the other attributes refer to
-        self._spent = 0  # cost of the gate since the snapshot, had it been used for all tokens
-        self._spent_before = 0  # the same for the snapshot before this one
-        self._exact_enough: bool | None = None
+        self._state: _Folding | None = None
         self._changed_in_place: bool | None = None  # whether the model overwrites the layer's output; None: unknown
         self._decisions: dict[tuple[tuple[str, ...], bool], tuple[torch.dtype, Snapshot, bool]] = {}
 
+    @property
+    def weight(self) -> torch.Tensor | None:
+        """W(z), `[out, in]`, possibly out of date; `None` if the layer is not folded."""
+        return None if self._state is None else self._state.weight
+
     def release(self) -> None:
         """Free the folded weight and restart the count of its cost."""
-        self.weight, self._snapshot, self._spent, self._spent_before = None, None, 0, 0
+        self._state = None
 
     def peek(self, layer: AdaptedLayer, names: tuple[str, ...]) -> torch.Tensor | None:
         """Return the folded weight for these adapters in the dtype of the base weight, if it is up to date."""
-        if self.weight is None or self._snapshot is None or self.weight.dtype != layer.get_base_layer().weight.dtype:
+        state = self._state
+        if state is None or state.weight is None or state.weight.dtype != layer.get_base_layer().weight.dtype:
             return None
-        self._snapshot.doubt()
-        return self.weight if can_fold(layer, names) and self._is_current(layer, names, self.weight.dtype) else None
+        state.snapshot.doubt()
+        return state.weight if can_fold(layer, names) and state.is_current(names, state.weight.dtype) else None
 
     def ready(self, layer: AdaptedLayer) -> torch.Tensor | None:
         """Return what `find` would return if there is a folded weight and no gradient is needed, else `None`.
 
         Decoding calls it for every layer and token, so it must take a fraction of the time of `find`.
         """
+        state = self._state
         if (
-            self.weight is None
-            or self._snapshot is None
+            state is None
+            or (weight := state.weight) is None
             or torch.is_grad_enabled()
-            or layer.active_adapter != self._active
-            or any(self._hooks)
+            or layer.active_adapter != state.active
+            or any(state.hooks)
             or not _is_eager()
-            or not self._snapshot.is_of(layer)
-            or not self._snapshot.holds()
-            or _policy(layer, self._names) == "never"
-            or _compute_dtype(self._snapshot.dtype, self._snapshot.device_type) != self._dtype
+            or not state.snapshot.is_of(layer)
+            or not state.snapshot.holds()
+            or _policy(layer, state.names) == "never"
+            or _compute_dtype(state.snapshot.dtype, state.snapshot.device_type) != state.dtype
         ):
             return None
-        return self.weight
+        return weight
 
     def find(self, layer: AdaptedLayer, names: tuple[str, ...], x: torch.Tensor) -> torch.Tensor | None:
         """Return the folded weight of a layer for these adapters if this input should use it, else `None`."""
         policy = _policy(layer, names)
         if policy == "never" or not can_fold(layer, names):
-            if self._snapshot is not None:
-                self.release()
+            self.release()
             return None
         weight = layer.get_base_layer().weight
         dtype = _compute_dtype(weight.dtype, weight.device.type)
-        if not self._is_current(layer, names, dtype):
-            self._restart(layer, names, dtype)
+        state = self._state
+        if state is None or not state.is_current(names, dtype):
+            state = self._restart(layer, names, dtype)
 
         k, tokens = min(layer.shape), x.numel() // layer.in_features
         deltas = layer.delta_weights(names)
         r = max(len(delta) for delta in deltas)
         training = torch.is_grad_enabled() and any(delta.requires_grad for delta in deltas)
-        self._spent += gate_cost(k, r, tokens)
+        state.spent += gate_cost(k, r, tokens)
         if training:  # backward uses the gate, too, and computes the gradient of δ on the way
-            self._spent += max(0, gate_cost(k, r, tokens) - products_cost(k, r, tokens, dtype))
+            state.spent += max(0, gate_cost(k, r, tokens) - products_cost(k, r, tokens, dtype))
         cost = 0 if policy == "always" else fold_cost(*layer.shape, r)
         if training or (torch.is_grad_enabled() and x.requires_grad):
-            if not self._decided(layer, cost, training):
+            state, fold = self._decided(layer, state, cost, training)
+            if not fold:
                 if training:
-                    self.weight = None  # out of date after the next step, and training is short of memory
+                    state.weight = None  # out of date after the next step, and training is short of memory
                 return None
-        elif self._spent < cost or not self._is_exact_enough(layer):
+        elif state.spent < cost or not state.is_exact_enough(layer):
             return None
-        if self.weight is None:
+        folded = state.weight
+        if folded is None:
             with torch.inference_mode(False), torch.no_grad():  # training cannot use a tensor made in inference mode
-                self.weight = layer.effective_weight(layer.summed_delta(names)).to(dtype)
-        return self.weight
+                folded = state.weight = layer.effective_weight(layer.summed_delta(names)).to(dtype)
+        return folded
 
-    def _is_current(self, layer: AdaptedLayer, names: tuple[str, ...], dtype: torch.dtype) -> bool:
-        known = self._snapshot
-        return known is not None and self._names == names and self._dtype == dtype and known.holds()
+    def _restart(self, layer: AdaptedLayer, names: tuple[str, ...], dtype: torch.dtype) -> _Folding:
+        self._state = state = _Folding(layer, names, dtype, 0 if self._state is None else self._state.spent)
+        return state
 
-    def _restart(self, layer: AdaptedLayer, names: tuple[str, ...], dtype: torch.dtype) -> None:
-        self.weight, self._names, self._dtype, self._snapshot = None, names, dtype, Snapshot(layer, names)
-        self._active = copy(layer.active_adapter) if layer.rows is None else None
-        modules = [layer.get_base_layer(), *(layer.svf_delta[name] for name in names)]
-        self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-        self._spent, self._spent_before = 0, self._spent
-        self._exact_enough = None
-
-    def _decided(self, layer: AdaptedLayer, cost: int, training: bool) -> bool:
-        """Whether to fold if a backward follows, in which δ gets a gradient (`training`) or only the input does.
+    def _decided(self, layer: AdaptedLayer, state: _Folding, cost: int, training: bool) -> tuple[_Folding, bool]:
+        """Return the present state, and whether to fold if a backward follows, in which δ gets a gradient (`training`)
+        or only the input does.
 
         Decided at the first such call for a value of δ and kept for all others. A later decision could make the
         recomputation of an activation checkpoint differ from the first computation. The use of the previous value of δ
         predicts the use of this one.
         """
-        assert self._snapshot is not None
-        assert self._dtype is not None
-        dtype, snapshot, fold = self._decisions.get((self._names, training), (None, None, False))
-        if snapshot is None or dtype != self._dtype or not (snapshot is self._snapshot or snapshot.holds()):
-            self._snapshot.doubt()
-            if not self._snapshot.holds():
-                self._restart(layer, self._names, self._dtype)
-            snapshot = self._snapshot
-            worth = self.weight is not None or max(self._spent, self._spent_before) >= cost
-            fold = worth and self._is_exact_enough(layer)
+        dtype, snapshot, fold = self._decisions.get((state.names, training), (None, None, False))
+        if snapshot is None or dtype != state.dtype or not (snapshot is state.snapshot or snapshot.holds()):
+            state.snapshot.doubt()
+            if not state.snapshot.holds():
+                state = self._restart(layer, state.names, state.dtype)
+            snapshot = state.snapshot
+            worth = state.weight is not None or max(state.spent, state.spent_before) >= cost
+            fold = worth and state.is_exact_enough(layer)
             if training:
-                fold = fold and self._may_keep_output(layer) and invertible(layer.summed_delta(self._names))
-            self._decisions[self._names, training] = self._dtype, snapshot, fold
+                fold = fold and self._may_keep_output(layer) and invertible(layer.summed_delta(state.names))
+            self._decisions[state.names, training] = state.dtype, snapshot, fold
         snapshot.doubt()
-        self._snapshot.doubt()
-        return fold
+        state.snapshot.doubt()
+        return state, fold
 
     def _may_keep_output(self, layer: AdaptedLayer) -> bool:
         return layer.side == "input" or self._changed_in_place is False
@@ -217,7 +242,7 @@ class Fold:
 
         If so, a layer with its gate on the output cannot fold in training, as its backward needs the output.
         """
-        if self._changed_in_place is not None or self._snapshot is None or not output.requires_grad:
+        if self._changed_in_place is not None or self._state is None or not output.requires_grad:
             return
         same, version = output.detach(), output._version  # shares the version counter
         same.data = same.new_empty(0)  # but no longer the memory
@@ -226,16 +251,6 @@ class Fold:
             self._changed_in_place = bool(self._changed_in_place) or same._version != version
 
         output.register_hook(look)
-
-    def _is_exact_enough(self, layer: AdaptedLayer) -> bool:
-        """Whether enough of ΔW survives rounding to the compute dtype."""
-        assert self._dtype is not None
-        if self._exact_enough is None:
-            self._exact_enough = (
-                self._dtype.itemsize > 2
-                or layer.surviving_fraction(layer.summed_delta(self._names), self._dtype) >= SMALLEST_FRACTION
-            )
-        return self._exact_enough
 
 
 def _policy(layer: AdaptedLayer, names: tuple[str, ...]) -> str:

@@ -27,9 +27,11 @@ from .bases import build_bases
 from .config import SVFConfig
 from .fold import Fold
 from .frozen import watch_training
+from .merge import Merge
 from .parameters import BASIS_NAME, Delta
 from .quantized import Original, dequantized, kept_fraction
-from .rows import RowDeltas
+from .rows import RowDeltas, row_deltas
+from .sharing import WholeModel, check_only_owner
 
 if TYPE_CHECKING:
     from peft.utils.quantization_utils import QuantizationBackend
@@ -65,16 +67,16 @@ class SVFLayer(BaseTunerLayer):
         self.svf_config: dict[str, SVFConfig] = {}
         self.register_parameter(BASIS_NAME, None)
         self.basis_rank = 0  # stored, because ZeRO-3 leaves partitioned parameters without a shape
-        self.base_fingerprint: list[float] | None = None  # of the decomposed weight
-        self.base_spectrum: torch.Tensor | None = None  # its σ, [k], on the CPU
-        self._weight_before_merge: torch.Tensor | None = None
-        self._quantized_before_merge: Original | None = None
-        self.merged_fraction = 1.0  # of ΔW, in the merged weight
+        self.base_spectrum: torch.Tensor | None = None  # σ of the decomposed weight, [k], on the CPU
+        self._fingerprints: dict[int, list[float]] = {}  # by r
+        self.merge_state = Merge([self])
+        self.whole_model = WholeModel()
         self.fold = Fold()
-        self.rows: RowDeltas | None = None  # set during a mixed batch
+        self.open_calls = 0  # mixed batches that run in any thread
 
         self._disable_adapters = False
-        self.merged_adapters: list[str] = []
+        self.trainable_when_enabled: list[str] = []  # adapters that were trainable before all were disabled
+        self.merged_adapters = self.merge_state.names
         self.cast_input_dtype_enabled = True
 
         self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
@@ -90,12 +92,17 @@ class SVFLayer(BaseTunerLayer):
         if not config.init_weights:
             nn.init.normal_(self._delta(adapter_name).weight, std=0.5)
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+        self.set_requires_grad(adapter_name, adapter_name in self.active_adapters and not inference_mode)
 
     def _delta(self, adapter_name: str) -> Delta:
         delta = self.svf_delta[adapter_name]
         assert isinstance(delta, Delta)
         return delta
+
+    @property
+    def rows(self) -> RowDeltas | None:
+        """The δ of the batch rows, during a mixed batch of this thread."""
+        return row_deltas(self) if self.open_calls else None
 
     def delta_weights(self, adapter_names: Iterable[str]) -> list[torch.Tensor]:
         """Return the parameters δ of these adapters, to inspect. To compute with δ, use `summed_delta`."""
@@ -115,9 +122,43 @@ class SVFLayer(BaseTunerLayer):
         if device is not None and device.type != "meta" and not delta.weight.is_meta:
             delta.to(device)
 
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Activate adapters as PEFT does."""
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self.trainable_when_enabled = []  # enabling must not undo this choice
+
+    def activate(self, adapter_names: list[str]) -> None:
+        """Activate adapters without changing which are trainable."""
+        self._active_adapter = adapter_names
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Enable or disable all adapters. Frozen adapters stay frozen, while PEFT's version makes them trainable."""
+        if enabled:
+            self._disable_adapters = False
+            self.set_requires_grad(self.trainable_when_enabled)
+            self.trainable_when_enabled = []
+        elif not self._disable_adapters:
+            # layers that share δ have it frozen by the first of them
+            self.trainable_when_enabled = [name for name, delta in self._named_deltas() if delta.requires_grad]
+            super().enable_adapters(False)
+
+    def _named_deltas(self) -> list[tuple[str, torch.Tensor]]:
+        return list(zip(self.svf_delta, self.delta_weights(self.svf_delta), strict=True))
+
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter, and the basis with the last one."""
+        """Delete an adapter, and the basis with the last one.
+
+        Raises:
+            ValueError: The adapter is merged.
+        """
+        if adapter_name in self.merged_adapters:
+            raise ValueError(f"Adapter {adapter_name!r} is merged. Unmerge it before you delete it.")
+        before = [(parameter, parameter.requires_grad) for _, parameter in self._named_deltas()]
+        when_enabled = self.trainable_when_enabled
         super().delete_adapter(adapter_name)
+        for parameter, trainable in before:
+            parameter.requires_grad_(trainable)  # PEFT makes the adapter trainable that becomes active
+        self.trainable_when_enabled = when_enabled
         self.fold = Fold()  # the old one refers to the deleted δ
         if not self.svf_delta:
             self._set_basis(None)
@@ -197,6 +238,10 @@ class SVFLayer(BaseTunerLayer):
                 Or the pack has fewer columns than the widest adapter, or a quantized weight has no pack.
         """
         r, base_layer = self._widest(), self.get_base_layer()
+        for other in self.merge_state.layers:
+            if other is not self and other.basis_rank >= r and (other.is_on_meta or not other.needs_basis()):
+                self._adopt_basis(other)
+                return
         quantized = self.quantization_backend is not None
         with ExitStack() as stack:
             if not quantized:
@@ -220,8 +265,29 @@ class SVFLayer(BaseTunerLayer):
                     f"{source} has {found.vectors.shape[1]} singular vectors for {self.module_name}, but the adapter "
                     f"changes {r}. Make a wider pack (`peft-svf decompose --r`), or pass a smaller `r`."
                 )
-        self.base_fingerprint, self.base_spectrum = fingerprint(found.spectrum), found.spectrum
+        self.base_spectrum, self._fingerprints = found.spectrum, {}
         self._set_basis(found.leading(r).vectors)
+
+    def _adopt_basis(self, other: SVFLayer) -> None:
+        """Use the basis of a layer that has the same base weight."""
+        self.base_spectrum, self._fingerprints = other.base_spectrum, {}
+        self._parameters[BASIS_NAME], self.basis_rank = other._parameters[BASIS_NAME], other.basis_rank
+
+    @torch.no_grad()
+    def fingerprint(self, adapter_name: str) -> list[float] | None:
+        """Return the numbers that identify the base weight for an adapter; `None` if it is not decomposed yet.
+
+        Without samples of Q if Q is sharded or offloaded.
+        """
+        if self.base_spectrum is None:
+            return None
+        r, Q = self.rank(adapter_name), self.basis
+        if r not in self._fingerprints:
+            sharded = type(Q) not in (torch.Tensor, nn.Parameter)
+            if Q is None or Q.is_meta or sharded or Q.shape != (min(self.shape), self.basis_rank):
+                return fingerprint(self.base_spectrum)
+            self._fingerprints[r] = fingerprint(self.base_spectrum, Q[:, :r])
+        return self._fingerprints[r]
 
     def _check_may_decompose(self) -> None:
         if any(config.runtime_config.decompose_quantized for config in self.svf_config.values()):
@@ -239,6 +305,12 @@ class SVFLayer(BaseTunerLayer):
         # not by assignment, which PEFT's low_cpu_mem_usage patches to put every new parameter on the meta device
         self._parameters[BASIS_NAME] = parameter
         self.basis_rank = 0 if vectors is None else vectors.shape[1]
+
+    def forget_basis(self) -> None:
+        """Drop the basis before the base weight changes. It is built and checked again when it is needed."""
+        self._set_basis(None)
+        self.base_fingerprint = self.base_spectrum = None
+        self.fold = Fold()
 
     def _widest(self) -> int:
         return max(self.rank(adapter_name) for adapter_name in self.svf_delta)
@@ -305,10 +377,10 @@ class SVFLayer(BaseTunerLayer):
         return weight
 
     def _unmerged_weight(self) -> torch.Tensor:
-        if self._weight_before_merge is not None:
-            return self._weight_before_merge.to(self.get_base_layer().weight.device)
-        if self._quantized_before_merge is not None:
-            return self._quantized_before_merge.weight()
+        if self.merge_state.before is not None:
+            return self.merge_state.before.to(self.get_base_layer().weight.device)
+        if self.merge_state.quantized is not None:
+            return self.merge_state.quantized.weight()
         weight = self._stored_weight()
         if weight.numel() == 0:
             raise RuntimeError(
@@ -328,6 +400,8 @@ class SVFLayer(BaseTunerLayer):
         weight sync). Weights of 16 bits or less round small changes away. `merged_fraction` is the fraction of ΔW in
         the merged weight, and the model warns if it is below 98 %.
 
+        Layers with the same base weight are merged together, by the first call for one of them.
+
         Args:
             safe_merge (`bool`):
                 Check that the merged weight is finite before the base weight is overwritten.
@@ -336,46 +410,77 @@ class SVFLayer(BaseTunerLayer):
 
         Raises:
             TypeError: The base layer is quantized by a backend that cannot quantize a merged weight.
-            ValueError: `safe_merge` found NaN or Inf.
+            ValueError: `safe_merge` found NaN or Inf. Another module uses the same weight, or another PEFT method is
+                active on it or merged into it. Or the merged weight was changed since an earlier merge.
         """
+        state = self.merge_state
+        wanted = self.active_adapters if adapter_names is None else adapter_names
+        if self.merged and self is not state.layers[0] and set(wanted) <= {*self.merged_adapters}:
+            return  # merged together with the first layer of this weight
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.svf_delta]
         if not names:
             return
         self.check_mergeable()
+        if not state.checked and (model := self.whole_model()) is not None:
+            check_only_owner(model, [self], names)
+        self._check_intact()
         backend = self.quantization_backend
         with align_module_device(self):  # PEFT's onload_layer leaves out the layer's own parameters
             together = (*self.merged_adapters, *names)
             delta = self.summed_delta(together)
             folded = self.fold.peek(self, together)
             merged = self.effective_weight(delta) if folded is None else folded
-            self.merged_fraction = self._merged_fraction(delta)
-            self.fold.release()  # to make room for the copy of the original weight
+            fraction = self._merged_fraction(delta)
+            for layer in state.layers:
+                layer.fold.release()  # to make room for the copy of the original weight
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(
                 f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken: "
                 f"{self.module_name} would hold values that are not finite."
             )
+        state.fraction = fraction
         if backend is None:
-            weight = self.get_base_layer().weight
             if not self.merged:
-                self._weight_before_merge = weight.detach().clone()
-            # in place: under FSDP2, assigning `weight.data` silently does nothing
-            weight.data.copy_(self.as_out_in(merged))
+                state.before = self.get_base_layer().weight.detach().clone()
+            self._write(self.as_out_in(merged))
+            state.wrote(self.get_base_layer().weight)
         else:
             self._merge_quantized(backend, merged)
         self.merged_adapters.extend(names)
 
     def _merge_quantized(self, backend: QuantizationBackend, merged: torch.Tensor) -> None:
-        original = self._quantized_before_merge or Original(backend, self.get_base_layer())
+        original = self.merge_state.quantized or Original(backend, self.get_base_layer())
         try:
             original.replace(self, merged)
-            self.merged_fraction = kept_fraction(original.weight(), merged, self._stored_weight())
+            self.merge_state.fraction = kept_fraction(original.weight(), merged, self._stored_weight())
         except BaseException:
             original.put_back(self)
-            self._quantized_before_merge = None
-            self.merged_adapters.clear()
+            self.merge_state.clear()
             raise
-        self._quantized_before_merge = original
+        self.merge_state.quantized = original
+
+    def _write(self, weight: torch.Tensor | None) -> None:
+        """Overwrite the base weight. Casting can have separated the tensors of layers that share it."""
+        parameters = (layer.get_base_layer().weight for layer in self.merge_state.layers)
+        for parameter in {id(parameter): parameter for parameter in parameters}.values():
+            # in place: under FSDP2, assigning `weight.data` silently does nothing
+            parameter.data.copy_(weight)
+
+    @property
+    def merged_fraction(self) -> float:
+        """The fraction of ΔW in the merged weight; 1 if nothing is merged."""
+        return self.merge_state.fraction
+
+    def _check_intact(self) -> None:
+        weights = [layer.get_base_layer().weight for layer in self.merge_state.layers]
+        if self.merge_state.before is not None and not all(
+            self.merge_state.is_intact(weight) for weight in {id(weight): weight for weight in weights}.values()
+        ):
+            raise ValueError(
+                f"The base weight of {self.module_name} was changed while {', '.join(self.merged_adapters)} was merged "
+                "into it, so the original weight is out of date. Load the base model again, and unmerge before "
+                "anything else writes its weights."
+            )
 
     def check_mergeable(self) -> None:
         """Check that the base layer can hold a merged weight.
@@ -392,18 +497,20 @@ class SVFLayer(BaseTunerLayer):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Restore the base weight from before the first `merge`."""
+        """Restore the base weight from before the first `merge`.
+
+        Raises:
+            ValueError: The merged weight was changed since, by another adapter, an optimizer or `load_state_dict`.
+        """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        if self._quantized_before_merge is not None:
-            self._quantized_before_merge.put_back(self)
-            self._quantized_before_merge = None
+        self._check_intact()
+        if self.merge_state.quantized is not None:
+            self.merge_state.quantized.put_back(self)
         else:
-            self.get_base_layer().weight.data.copy_(self._weight_before_merge)
-        self._weight_before_merge = None
-        self.merged_fraction = 1.0
-        self.merged_adapters.clear()
+            self._write(self.merge_state.before)
+        self.merge_state.clear()
 
     def _merged_fraction(self, delta: torch.Tensor) -> float:
         if self.quantization_backend is not None:
@@ -433,7 +540,7 @@ class Linear(nn.Module, SVFLayer):
     ) -> None:
         super().__init__()
         SVFLayer.__init__(self, base_layer, name=name, quantization_backend=quantization_backend)
-        self._active_adapter = adapter_name
+        self._active_adapter = [adapter_name]
         self.update_layer(adapter_name, config=config)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -447,20 +554,24 @@ class Linear(nn.Module, SVFLayer):
                 with onload_layer(self):  # an offloaded weight can only be changed while it is here
                     self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        if self.rows is None and not args and not kwargs and (folded := self.fold.ready(self)) is not None:
+        rows = row_deltas(self) if self.open_calls else None
+        if rows is None and not args and not kwargs and (folded := self.fold.ready(self)) is not None:
             return linear(x, folded, self._base_bias())
-        if self.rows is not None:
+        if rows is not None:
             if self.merged:
                 raise ValueError(f"{self.module_name} was merged during a mixed batch. Call `unmerge_adapter` first.")
-            names = self.rows.same
+            names = rows.same
             if names and not args and not kwargs and (folded := self.fold.find(self, names, x)) is not None:
-                self.rows.check(x)
+                rows.check(x)
                 return self._folded(x, folded, names)
-            delta = self.rows(x)
+            delta = rows(x)
             return self.base_layer(x, *args, **kwargs) if delta is None else self._gated(x, delta, *args, **kwargs)
-        if self.merged:
-            return self.base_layer(x, *args, **kwargs)
         names = tuple(name for name in self.active_adapters if name in self.svf_delta)
+        if self.merged:
+            if set(names) <= {*self.merged_adapters}:
+                return self.base_layer(x, *args, **kwargs)
+            names = tuple(dict.fromkeys([*self.merged_adapters, *names]))  # some are active and not merged
+            return self._gated(x, self.summed_delta(names), *args, **kwargs)
         if not names:
             self.fold.release()
             return self.base_layer(x, *args, **kwargs)
@@ -475,13 +586,20 @@ class Linear(nn.Module, SVFLayer):
 
     def _gated(self, x: torch.Tensor, delta: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.side == "input":
-            return self.base_layer(x + self._correction(x, delta), *args, **kwargs)
-        result = self.base_layer(x, *args, **kwargs)
+            return self._base(x + self._correction(x, delta), *args, **kwargs)
+        result = self._base(x, *args, **kwargs)
         bias = self.bias
         if bias is not None and bias.is_meta and has_offloaded_params(base_layer := self.get_base_layer()):
             bias = base_layer._hf_hook.weights_map["bias"].to(result.device)
         h = result if bias is None else result - bias.to(result.dtype)  # they differ under autocast
         return result + self._correction(h, delta)
+
+    def _base(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Apply the unmerged base layer."""
+        if not self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        bias = self._base_bias()
+        return linear(x, self.weight_out_in().to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     def _correction(self, h: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
         basis = self.basis_columns(delta.shape[-1])
@@ -503,7 +621,12 @@ class Linear(nn.Module, SVFLayer):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         self.fold.release()  # it would stay on the old device
-        return super()._apply(fn, recurse)
+        if self.merge_state.before is None:
+            return super()._apply(fn, recurse)
+        intact = self.merge_state.is_intact(self.get_base_layer().weight)
+        module = super()._apply(fn, recurse)
+        self.merge_state.converted(fn, self.get_base_layer().weight, intact)
+        return module
 
     def train(self, mode: bool = True) -> Linear:
         """Set the training mode. An optimizer that could not train the layer is refused from then on."""

@@ -13,38 +13,49 @@ from typing import Any
 
 import torch
 from accelerate.utils import has_offloaded_params
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, delete_adapter
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, delete_adapter, onload_layer
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     AuxiliaryTrainingWrapper,
+    ModulesToSaveWrapper,
     get_quantization_kwargs,
     resolve_quantization_backend,
 )
 from peft.utils.integrations import _skip_init_on_device
+from peft.utils.other import _set_adapter
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .base_check import check_base
+from .base_check import check_base, record_base
 from .bases import build_bases
+from .batch_layout import Layout
+from .checkpoint import Checkpoint
 from .config import SVFConfig
+from .embeddings import forget_replaced_bases, with_resized_embeddings
+from .entries import adapter_entries, check_loadable, foreign_biases, put_back, unmerged_entries, without_adapter_name
 from .fold import SMALLEST_FRACTION
 from .frozen import frozen_message
 from .layer import Linear, SVFLayer, svf_layers
-from .parameters import BASIS_NAME
+from .loading import check_before_attaching, check_checkpoint, current_key
+from .names import check_adapter_name
 from .quantized import is_coarse, keep_order, reorder
+from .renames import current_names
 from .rows import (
     BASE,
     Groups,
+    RowCall,
     RowDeltas,
     batch_size,
-    check_rows,
     checked_weights,
     expansion_of,
     group_of_each,
     names_and_index,
     names_hook,
+    open_call,
+    opened,
     wrong_length,
 )
+from .sharing import WholeModel, check_groups, check_no_other_tuner, check_only_owner, first_owners, link, regroup
 from .targets import (
     adapted_fraction,
     leave_out_of_all_linear,
@@ -52,6 +63,7 @@ from .targets import (
     unusable_modules,
     warn_about_experts,
 )
+from .transformers_loading import being_loaded
 
 
 class SVFModel(BaseTuner):
@@ -88,14 +100,36 @@ class SVFModel(BaseTuner):
         If any step fails, the adapter is removed and the model is unchanged.
         """
         with self._undone_on_error(model, adapter_name):
+            check_adapter_name(adapter_name)
+            check_no_other_tuner(adapter_name, self.peft_config[adapter_name], model)
+            had_adapters = any(isinstance(module, BaseTunerLayer) for module in model.modules())
+            trainable = _trainable(model) if had_adapters else []
+            when_enabled = [(layer, layer.trainable_when_enabled) for layer in svf_layers(model)]
+            in_wrappers = self._trainable_in_wrappers
             self._kept_order = [*self._kept_order, *keep_order(model)]
             config, self._unusable = self.peft_config[adapter_name], unusable_modules(model)
+            checkpoint = being_loaded() or config.checkpoint  # before PEFT resolves `target_modules`
+            config.rename_modules(current_names(model, config.expected_fingerprint))
+            if checkpoint is not None:
+                check_before_attaching(model, adapter_name, checkpoint, config)
             if all_linear := str(config.target_modules).lower() == "all-linear":
                 leave_out_of_all_linear(config, model, self._unusable)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            _restore(trainable)  # PEFT does, except for modules that are called like the adapter
+            self._trainable_in_wrappers = in_wrappers
+            for layer, kept in when_enabled:
+                layer.trainable_when_enabled = kept
+            for layer in svf_layers(model):
+                layer.whole_model = WholeModel(model)
+            link(svf_layers(model), adapter_name)
             layers = svf_layers(model, adapter_name)
+            build_bases(first_owners(layer for layer in layers if layer.needs_basis()))
             build_bases([layer for layer in layers if layer.needs_basis()])
+            if checkpoint is not None:
+                forget_replaced_bases(layers, checkpoint)
             check_base(adapter_name, layers)
+            if checkpoint is not None:
+                check_checkpoint(model, adapter_name, checkpoint)
             if not config.expected_fingerprint:  # a new adapter, not a loaded one
                 names = {layer.module_name for layer in layers}
                 warn_about_experts(config, model, names, all_linear=all_linear)
@@ -162,7 +196,7 @@ class SVFModel(BaseTuner):
 
     @contextmanager
     def _undone_on_error(self, model: nn.Module, adapter_name: str) -> Iterator[None]:
-        trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        trainable = _trainable(model)
         active = [(layer, layer.active_adapters) for layer in svf_layers(model)]
         try:
             yield
@@ -173,8 +207,7 @@ class SVFModel(BaseTuner):
                 layer.set_adapter(names)
             if not active:
                 self._let_reorder()
-            for parameter, requires_grad in trainable:
-                parameter.requires_grad_(requires_grad)
+            _restore(trainable)
             raise
 
     def _let_reorder(self) -> None:
@@ -198,16 +231,15 @@ class SVFModel(BaseTuner):
         super()._replace_module(parent, child_name, new_module, child)
 
     def _take_out(self, model: nn.Module, adapter_name: str) -> None:
-        if len(self.peft_config) <= 1:
-            self._unload_and_optionally_merge(merge=False)
-            if getattr(model, "_hf_peft_config_loaded", False):
-                setattr(model, "_hf_peft_config_loaded", False)  # noqa: B010  # transformers sets it before attaching
-            return
         self.peft_config.pop(adapter_name, None)
         delete_adapter(model, adapter_name=adapter_name, prefix=self.prefix, layer_cls=SVFLayer)
         for name, module in list(model.named_modules()):
             if isinstance(module, SVFLayer) and not module.svf_delta:
                 model.set_submodule(name, module.base_layer)
+            elif isinstance(module, ModulesToSaveWrapper) and not module.modules_to_save:
+                model.set_submodule(name, module.original_module)
+        if not self.peft_config and getattr(model, "_hf_peft_config_loaded", False):
+            setattr(model, "_hf_peft_config_loaded", False)  # noqa: B010  # transformers sets it before attaching
 
     # ------------------------------------------------------------------------------------------------ mixed batches
 
@@ -218,19 +250,25 @@ class SVFModel(BaseTuner):
         PEFT enters this context around `forward` and `generate`.
         """
         adapter_names = kwargs.pop("adapter_names", None)
-        rows = batch_size(args, kwargs)
+        rows, mixture = batch_size(args, kwargs), open_call(self)
         expansion = expansion_of(kwargs, getattr(self.model, "generation_config", None))
         if self._frozen and torch.is_grad_enabled():
             self._refuse_frozen(args, kwargs)
         if adapter_names is None:
-            if self._mixture_rows is not None and rows is not None and rows != self._mixture_rows:
-                raise wrong_length("the mixture weights", self._mixture_rows, rows)
-            with self._expanding(expansion):
+            if mixture is None:
                 yield
+                return
+            if rows is not None and rows != mixture.rows:
+                raise wrong_length("the mixture weights", mixture.rows, rows)
+            mixture.expansion = expansion
+            try:
+                yield
+            finally:
+                mixture.expansion = 1
             return
         if isinstance(adapter_names, str) or not isinstance(adapter_names, Sequence):
             raise TypeError(f"`adapter_names` must be a list with one name for each row, got {adapter_names!r}.")
-        if self._mixture_rows is not None:
+        if mixture is not None:
             raise ValueError("Cannot pass `adapter_names` within `row_mixture`.")
         if unknown := sorted(set(adapter_names) - {*self.peft_config, BASE}, key=str):
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(map(str, unknown))}")
@@ -242,12 +280,13 @@ class SVFModel(BaseTuner):
         names, index = names_and_index(adapter_names)
 
         with ExitStack() as stack:
+            rows_in = self._rows("`adapter_names`", names, index, lambda _: index)
+            call = stack.enter_context(rows_in)
+            call.expansion = expansion
             for module in self.model.modules():
                 if isinstance(module, AuxiliaryTrainingWrapper):
-                    hook = module.register_forward_pre_hook(names_hook(adapter_names), with_kwargs=True)
+                    hook = module.register_forward_pre_hook(names_hook(call, adapter_names), with_kwargs=True)
                     stack.callback(hook.remove)
-            stack.enter_context(self._rows("`adapter_names`", names, len(adapter_names), lambda _: index))
-            stack.enter_context(self._expanding(expansion))
             yield
 
     @contextmanager
@@ -298,66 +337,50 @@ class SVFModel(BaseTuner):
         layers = [layer for layer in svf_layers(self.model) if any(name in layer.svf_delta for name in names)]
         group = None if groups is None else group_of_each(groups, [layer.module_name for layer in layers])
         count = None if group is None else max(group.values()) + 1
+        if group is not None:
+            check_groups(layers, group)
         alpha = checked_weights(weights, len(names), count)
-        if self._mixture_rows is not None:
+        if open_call(self) is not None:
             raise ValueError("`row_mixture` cannot be nested.")
-        self._mixture_rows = len(alpha)
         plain = not (alpha.requires_grad or alpha.any())  # all rows use the base model
-        try:
-            with self._rows(
-                "the mixture weights",
-                [] if plain else names,
-                len(alpha),
-                lambda layer: alpha[..., 0 if group is None else group.get(layer.module_name, 0)],
-            ):
-                yield
-        finally:
-            self._mixture_rows = None
-
-    _mixture_rows: int | None = None
+        with self._rows(
+            "the mixture weights",
+            [] if plain else names,
+            alpha.detach(),
+            lambda layer: alpha[..., 0 if group is None else group.get(layer.module_name, 0)],
+        ):
+            yield
 
     @contextmanager
     def _rows(
-        self, what: str, names: Sequence[str], rows: int, weights: Callable[[SVFLayer], torch.Tensor]
-    ) -> Iterator[None]:
+        self, what: str, names: Sequence[str], of_rows: torch.Tensor, weights: Callable[[SVFLayer], torch.Tensor]
+    ) -> Iterator[RowCall]:
         layers = svf_layers(self.model)
         if self.training:
             raise ValueError(f"Cannot pass {what} when the model is in training mode.")
         if any(layer.merged for layer in layers):
             raise ValueError(f"Cannot pass {what} when there are merged adapters, please call `unmerge_adapter` first.")
+        if self._layout is None:
+            self._layout = Layout(self.model)
+        call = RowCall(self, what, of_rows, self._layout)
+        call.deltas = {layer: RowDeltas(call, layer, names, weights(layer)) for layer in layers}
 
-        tokens: set[int] = set()
-
-        def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            # `generate` calls only the inner model
-            check_rows(what, [rows] if module is self else [rows, rows * self._expansion], args, kwargs)
-            tokens.clear()
-            tokens.update(t.shape[1] for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.ndim > 1)
+        def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+            # other threads call it, too: without `kwargs` while it is being removed
+            if kwargs is not None and open_call(self) is call:
+                # `generate` calls only the inner model
+                call.check_inputs(args, kwargs, expanded=module is not self)
 
         with ExitStack() as stack:
             # PEFT passes the inputs of `generate` to `_enable_peft_forward_hooks`, but not always those of `forward`.
             # These go through one of the two modules.
             for module in (self, self.model):
                 stack.callback(module.register_forward_pre_hook(check, with_kwargs=True).remove)
-            for layer in layers:
-                stack.callback(setattr, layer, "rows", None)
-                layer.rows = RowDeltas(layer, names, what, weights(layer), tokens)
-            yield
+            stack.enter_context(opened(call))
+            yield call
 
-    _expansion: int = 1
-
-    @contextmanager
-    def _expanding(self, expansion: int) -> Iterator[None]:
-        deltas = [layer.rows for layer in svf_layers(self.model) if layer.rows is not None]
-        try:
-            self._expansion = expansion
-            for each in deltas:
-                each.expansion = expansion
-            yield
-        finally:
-            self._expansion = 1
-            for each in deltas:
-                each.expansion = 1
+    open_calls = 0  # mixed batches that run in any thread
+    _layout: Layout | None = None
 
     def release_folded(self) -> None:
         """Free the folded weights of all layers (`SVFRuntimeConfig.fold`). Layers fold again when it pays off."""
@@ -410,6 +433,19 @@ class SVFModel(BaseTuner):
         adapted = {layer.module_name for layer in svf_layers(self.model, adapter_name)}
         return adapted_fraction(linear_weights(self.model), adapted)
 
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        # PEFT's version makes the active copies of `modules_to_save` trainable, frozen ones too
+        wrappers = [module for module in self.model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+        if not enabled and self._trainable_in_wrappers is None:
+            self._trainable_in_wrappers = _trainable(*wrappers)
+        now = _trainable(*wrappers) if self._trainable_in_wrappers is None else self._trainable_in_wrappers
+        super()._enable_adapter_layers(enabled)
+        if enabled:
+            _restore(now)
+            self._trainable_in_wrappers = None
+
+    _trainable_in_wrappers: list[tuple[nn.Parameter, bool]] | None = None
+
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)
         for layer in svf_layers(model):
@@ -438,42 +474,37 @@ class SVFModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
         # the config is saved next, and may have been attached to another model in the meantime
-        config.base_fingerprint = config.expected_fingerprint or {
-            layer.module_name: layer.base_fingerprint
-            for layer in svf_layers(model, adapter_name)
-            if layer.base_fingerprint is not None
-        }
-        # PEFT selects everything on a tuner layer except its base layer, but the basis belongs to the base model
-        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        return {key: value for key, value in selected.items() if key.rpartition(".")[-1] != BASIS_NAME}
+        record_base(config, adapter_name, svf_layers(model, adapter_name))
+        put_back(model, adapter_name, state_dict, unwanted_adapter_names)
+        unmerged_entries(model, state_dict)
+        biases = cls._get_learnable_bias_state_dict(model, state_dict, config)
+        in_checkpoint = {key: plain for plain, key in foreign_biases(model, adapter_name).items()}
+        biases = {in_checkpoint.get(key, key): value for key, value in biases.items()}
+        selected = {**adapter_entries(model, adapter_name, state_dict), **biases}
+        return with_resized_embeddings(model, config, state_dict, selected)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return without_adapter_name(key, adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: SVFConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
+        # PEFT would only warn of missing values, and use δ = 0 for them
+        state_dict = {current_key(key, {}, adapter_name): value for key, value in state_dict.items()}
+        checkpoint = Checkpoint.of_tensors(state_dict)
+        names = check_checkpoint(model, adapter_name, checkpoint)
+        forget_replaced_bases(svf_layers(model, adapter_name), checkpoint)
+        state_dict = {current_key(key, names, adapter_name): value for key, value in state_dict.items()}
         remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
-        wanted = {
-            f"{name}.svf_delta.{adapter_name}.weight"
-            for name, module in model.named_modules()
-            if isinstance(module, SVFLayer) and adapter_name in module.svf_delta
-        }
-        # PEFT would only warn, and use δ = 0 for them
-        if missing := sorted(wanted - remapped.keys()):
-            found = sorted(key for key in state_dict if ".svf_delta" in key)
-            raise KeyError(
-                f"The checkpoint of adapter {adapter_name!r} has no values for {len(missing)} of {len(wanted)} adapted "
-                f"modules, the first is {missing[0]!r}. It holds {len(found)} δ vectors"
-                + (f", such as {found[0]!r}" if found else "")
-                + ". It is incomplete or was saved for other modules. Load it with the config that it was saved with."
-            )
-        broken = sorted(key for key in wanted if not remapped[key].is_meta and not torch.isfinite(remapped[key]).all())
-        if broken:
-            raise ValueError(
-                f"The checkpoint of adapter {adapter_name!r} has NaN or Inf in {len(broken)} of {len(wanted)} δ "
-                f"vectors, the first is {broken[0]!r}. The file is damaged, or the training diverged."
-            )
+        for plain, key in foreign_biases(model, adapter_name).items():
+            for saved in (plain, f"base_model.model.{plain}"):
+                if saved in remapped:
+                    remapped[key] = remapped.pop(saved)
+        check_loadable(model, adapter_name, remapped)
         return remapped
 
     # ------------------------------------------------------------------------------------------------ arithmetic
@@ -492,9 +523,10 @@ class SVFModel(BaseTuner):
             adapter_name (`str`): Name of the new adapter.
 
         Raises:
-            ValueError: A name is unknown or already used, the lengths differ, a weight is not finite, or an adapter has
-                more than δ (`modules_to_save` or `bias`).
+            ValueError: A name is unknown, not allowed or already used, the lengths differ, or a weight is not finite.
+                Or an adapter has more than δ (`modules_to_save` or `bias`).
         """
+        check_adapter_name(adapter_name)
         adapters, weights = list(adapters), [float(weight) for weight in weights]
         if adapter_name in self.peft_config:
             raise ValueError(f"Adapter {adapter_name!r} already exists. Delete it first, or choose another name.")
@@ -522,6 +554,7 @@ class SVFModel(BaseTuner):
             layers_to_transform=None,
             layers_pattern=None,
             base_fingerprint=None,
+            base_dtype=None,
             init_weights=True,
             inference_mode=True,
             runtime_config=replace(configs[0].runtime_config),
@@ -549,17 +582,51 @@ class SVFModel(BaseTuner):
             ValueError: There is no adapter of this name.
         """
         self._check_known(adapter_name)
+        self._trainable_in_wrappers = None  # enabling must not undo this choice
         super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter as PEFT does. If it was the only active one, another one becomes active, on all layers.
+
+        Raises:
+            ValueError: There is no adapter of this name, or it is merged.
+        """
+        active = [name for name in self.active_adapters if name != adapter_name]
+        trainable = _trainable(self.model)
+        super().delete_adapter(adapter_name)
+        # PEFT lets each layer choose among its own adapters, and makes the new one trainable
+        self.active_adapter = active or sorted(self.peft_config)[:1]
+        if self.active_adapter:
+            _set_adapter(self.model, self.active_adapter)  # of `modules_to_save`
+        for layer in svf_layers(self.model):
+            layer.activate(list(self.active_adapter))
+        _restore(trainable)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters as PEFT does, and warn if 16-bit weights lose too much of the change.
 
+        Adapters of other PEFT methods are left alone.
+
         Raises:
-            ValueError: There is no adapter of this name.
+            ValueError: There is no adapter of this name. Or merging would change more than these layers: another module
+                uses a weight, or another PEFT method is active on one.
             TypeError: A layer is quantized by a backend that cannot quantize a merged weight.
         """
         with self._merging(adapter_names):
-            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+            self._check_merge_allowed()
+            for layer in first_owners(svf_layers(self.model)):
+                with onload_layer(layer):
+                    layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Restore the base weights.
+
+        Raises:
+            ValueError: A merged weight was changed since.
+        """
+        for layer in first_owners(svf_layers(self.model)):
+            with onload_layer(layer):
+                layer.unmerge()
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
@@ -574,12 +641,23 @@ class SVFModel(BaseTuner):
     @contextmanager
     def _merging(self, adapter_names: Sequence[str] | None) -> Iterator[None]:
         self._check_known(adapter_names or [])
-        layers = svf_layers(self.model)
+        layers = [
+            layer
+            for layer in svf_layers(self.model)
+            if any(name in layer.svf_delta for name in adapter_names or layer.active_adapters)
+        ]
         for layer in layers:  # all of them before the first one is changed
-            if any(name in layer.svf_delta for name in adapter_names or layer.active_adapters):
-                layer.check_mergeable()
+            layer.check_mergeable()
+        regroup(svf_layers(self.model))
+        check_only_owner(self.model, layers, adapter_names)
         before = [(layer, len(layer.merged_adapters)) for layer in layers]
-        yield
+        for layer in layers:
+            layer.merge_state.checked = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.merge_state.checked = False
         changed = [layer for layer, merged in before if len(layer.merged_adapters) > merged]
         lossy = sorted(
             (layer.merged_fraction, layer.module_name) for layer in changed if layer.merged_fraction < SMALLEST_FRACTION
@@ -601,3 +679,12 @@ class SVFModel(BaseTuner):
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             if name not in self.peft_config:
                 raise ValueError(f"Adapter {name!r} not found; there are {', '.join(self.peft_config) or 'none'}.")
+
+
+def _trainable(*modules: nn.Module) -> list[tuple[nn.Parameter, bool]]:
+    return [(parameter, parameter.requires_grad) for module in modules for parameter in module.parameters()]
+
+
+def _restore(trainable: Sequence[tuple[nn.Parameter, bool]]) -> None:
+    for parameter, requires_grad in trainable:
+        parameter.requires_grad_(requires_grad)

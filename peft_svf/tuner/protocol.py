@@ -16,6 +16,7 @@ from ..spectral.basis import Side
 from ..spectral.cache import BasisCache
 from ..spectral.pack import BasisPack
 from .config import SVFConfig
+from .merge import Merge
 
 if TYPE_CHECKING:
     from peft.utils.quantization_utils import QuantizationBackend
@@ -32,7 +33,9 @@ class AdaptedLayer(Protocol):
     quantization_backend: QuantizationBackend | None
     svf_delta: nn.ModuleDict
     svf_config: dict[str, SVFConfig]
-    base_fingerprint: list[float] | None
+    fan_in_fan_out: bool
+    merge_state: Merge
+    merged_adapters: list[str]
     rows: Any
     training: bool
     # of torch: looking an attribute up in these costs a fraction of `nn.Module.__getattr__`
@@ -62,6 +65,8 @@ class AdaptedLayer(Protocol):
     def parameters(self) -> Iterable[nn.Parameter]: ...
 
     def build_basis(self, source: BasisCache | BasisPack | None = None) -> None: ...
+
+    def fingerprint(self, adapter_name: str) -> list[float] | None: ...
 
     def delta_weights(self, adapter_names: Iterable[str]) -> list[torch.Tensor]: ...
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any, Literal, Union
 
 import torch
 from torch.nn.functional import pad
 
+from .batch_layout import Layout
 from .fold import Snapshot, can_fold
 from .protocol import AdaptedLayer
 
@@ -17,28 +22,140 @@ BASE = "__base__"  # PEFT's name for the base model in `adapter_names`
 Groups = Union[Literal["module", "layer"], Mapping[str, int]]
 
 
+@dataclass
+class RowCall:
+    """
+    A mixed batch of one call of a model. It belongs to the thread that makes the call, so others do not see it.
+
+    Attributes:
+        model: The [`SVFModel`].
+        what (`str`): Name of the argument that the rows were given by, for messages.
+        weights (`torch.Tensor`): `[rows, ...]`, what δ the rows have; of equal rows it does not matter which is which.
+        layout ([`Layout`]): Where the rows are in the inputs of the layers.
+        expansion (`int`): How many rows `generate` makes of one, for beams or returned sequences.
+        tokens (`set[int]`): Lengths of the model's current inputs.
+        deltas: The δ of the rows in each layer.
+    """
+
+    model: Any
+    what: str
+    weights: torch.Tensor
+    layout: Layout
+    expansion: int = 1
+    tokens: set[int] = field(default_factory=set)
+    deltas: dict[Any, RowDeltas] = field(default_factory=dict)
+    _token_ids: torch.Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return len(self.weights)
+
+    def check_inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any], *, expanded: bool) -> None:
+        """Compare the number of rows with that of a model's inputs, which may have unknown names.
+
+        Args:
+            args: The inputs.
+            kwargs: More inputs.
+            expanded (`bool`): Whether `generate` may have repeated the rows.
+
+        Raises:
+            ValueError: No input has an allowed number of rows.
+        """
+        rows = batch_size(args, kwargs)
+        found = list(_lengths(kwargs.values())) if rows is None else [rows]
+        if found and not set(found) & {self.rows, self.rows * (self.expansion if expanded else 1)}:
+            raise wrong_length(self.what, self.rows, found[0])
+        inputs = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.ndim > 1]
+        self.tokens = {t.shape[1] for t in inputs}
+        given = kwargs.get("input_ids", args[0] if args else None)
+        is_ids = isinstance(given, torch.Tensor) and given.ndim == 2 and not given.is_floating_point()
+        self._token_ids = given if is_ids else None
+
+    def check_layer(self, module_name: str, shape: Sequence[int]) -> int:
+        """Return the number of rows of the input of a layer.
+
+        Raises:
+            ValueError: The number is another one, or the rows could be something else.
+        """
+        found, allowed = (1 if len(shape) == 1 else shape[0]), (self.rows, self.rows * self.expansion)
+        of_text = self.layout.is_of_text(module_name)
+        if found not in allowed:
+            flattened = len(shape) == 2 and any(found in (n * t for n in allowed) for t in self.tokens)
+            if self.rows == 0 or not (flattened and of_text):
+                raise wrong_length(self.what, self.rows, found)
+        elif len(shape) > 2 and shape[1] in allowed and not (self.layout.has_rows_first(module_name) or self._alike()):
+            raise ValueError(
+                f"{module_name} got an input of shape {list(shape)}, where {self.what} could belong to the first or to "
+                "the second dimension. Use another number of rows, or pad the inputs to another length."
+            )
+        if not of_text and not (self.layout.has_equal_rows(self._token_ids) or self._alike()):
+            raise ValueError(
+                f"{module_name} works on images or audio, of which each row must have the same number for {self.what}. "
+                "Pass rows with the same adapter, or leave the module out of `target_modules`."
+            )
+        return found
+
+    def _alike(self) -> bool:
+        return bool((self.weights == self.weights[:1]).all())
+
+
+_calls: ContextVar[tuple[RowCall, ...]] = ContextVar("peft_svf_row_calls", default=())
+_opening = Lock()
+
+
+@contextmanager
+def opened(call: RowCall) -> Iterator[None]:
+    """Run the layers of a call with the δ of its rows, in this thread only."""
+    modules = [call.model, *call.deltas]
+    token = _calls.set((call, *_calls.get()))
+    try:
+        with _opening:
+            for module in modules:
+                module.open_calls += 1
+        yield
+    finally:
+        _calls.reset(token)
+        with _opening:
+            for module in modules:
+                module.open_calls -= 1
+
+
+def open_call(model: Any) -> RowCall | None:
+    """Return the mixed batch that this thread runs in a model, if any."""
+    if not model.open_calls:  # torch.compile cannot trace a context variable
+        return None
+    return next((call for call in _calls.get() if call.model is model), None)
+
+
+def row_deltas(layer: Any) -> RowDeltas | None:
+    """Return the δ of the rows in a layer, if this thread runs a mixed batch in it. Slow if no thread does.
+
+    Raises:
+        RuntimeError: The layer is a replica of `nn.DataParallel`, which splits the batch between threads.
+    """
+    if "_is_replica" in layer.__dict__:
+        raise RuntimeError(f"{layer.module_name} is in an `nn.DataParallel`, which cannot run mixed batches.")
+    return next((call.deltas[layer] for call in _calls.get() if layer in call.deltas), None)
+
+
 class RowDeltas:
     """δ of every batch row in one layer: `Σ_k α_k δ_k`.
 
     Args:
+        call ([`RowCall`]): The mixed batch.
         layer ([`AdaptedLayer`]): The layer.
         names (`list[str]`): The experts.
-        what (`str`): Name of the argument that the rows were given by, for messages.
         weights (`torch.Tensor`): α, `[rows, experts]`. Or the integer index of one expert per row, `[rows]`, where the
             number of experts stands for the base model.
-        tokens (`Collection[int]`): Lengths of the model's current inputs.
 
     Attributes:
-        expansion (`int`): How many rows `generate` makes of one, for beams or returned sequences.
         same (`tuple[str, ...]`): The expert if all rows use the same one and the layer has it, so that the layer may
             fold; otherwise empty.
     """
 
-    def __init__(
-        self, layer: AdaptedLayer, names: Sequence[str], what: str, weights: torch.Tensor, tokens: Collection[int]
-    ) -> None:
-        self.expansion = 1
-        self._layer, self._names, self._what, self._weights, self._tokens = layer, names, what, weights, tokens
+    def __init__(self, call: RowCall, layer: AdaptedLayer, names: Sequence[str], weights: torch.Tensor) -> None:
+        self._call, self._layer, self._names, self._weights = call, layer, names, weights
         one = len(names) == 1 and names[0] in layer.svf_delta and not weights.is_floating_point() and not weights.any()
         self.same = tuple(names) if one else ()
         self._last: torch.Tensor | None = None  # δ of the last call, which decoding repeats
@@ -51,9 +168,9 @@ class RowDeltas:
         may be a batch with its tokens flattened.
 
         Raises:
-            ValueError: The input has another number of rows.
+            ValueError: The input has another number of rows, or its rows could be something else.
         """
-        rows, given = self.check(x), len(self._weights)
+        rows, given = self.check(x), self._call.rows
         present = tuple(name for name in self._names if name in self._layer.svf_delta)
         if not present:
             return None
@@ -67,15 +184,9 @@ class RowDeltas:
         """Return the number of rows of an input.
 
         Raises:
-            ValueError: The number differs from that of the weights.
+            ValueError: The number differs from that of the weights, or its rows could be something else.
         """
-        rows, given = (1 if x.ndim == 1 else len(x)), len(self._weights)
-        allowed = [given, given * self.expansion]
-        if x.ndim == 2:
-            allowed += [n * tokens for n in allowed for tokens in self._tokens]
-        if given == 0 or rows not in allowed:
-            raise wrong_length(self._what, given, rows)
-        return rows
+        return self._call.check_layer(self._layer.module_name, x.shape)
 
     def _deltas(self, repeats: int) -> torch.Tensor:
         choices = not self._weights.is_floating_point()
@@ -176,18 +287,6 @@ def batch_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
     return next(_lengths([*args[:1], *(kwargs.get(key) for key in _BATCHED)]), None)
 
 
-def check_rows(what: str, allowed: Sequence[int], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Compare the number of rows with that of a model's inputs, which may have unknown names.
-
-    Raises:
-        ValueError: No input has an allowed number of rows.
-    """
-    rows = batch_size(args, kwargs)
-    found = list(_lengths(kwargs.values())) if rows is None else [rows]
-    if found and not set(found) & set(allowed):
-        raise wrong_length(what, allowed[0], found[0])
-
-
 def _lengths(values: Iterable[Any]) -> Iterator[int]:
     return (len(value) for value in values if isinstance(value, torch.Tensor) and value.ndim)
 
@@ -202,10 +301,13 @@ def expansion_of(kwargs: Mapping[str, Any], default: Any) -> int:
     return max(number("num_beams"), number("num_return_sequences"))
 
 
-def names_hook(adapter_names: Sequence[str]) -> Callable[..., tuple[Any, Any]]:
+def names_hook(call: RowCall, adapter_names: Sequence[str]) -> Callable[..., tuple[Any, Any] | None]:
     """Return a forward pre-hook that passes the adapter of each row to PEFT's own wrappers (`modules_to_save`)."""
 
-    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> tuple[Any, Any] | None:
+        # other threads call it, too: without `kwargs` while it is being removed
+        if kwargs is None or open_call(call.model) is not call:
+            return None
         rows = batch_size(args, kwargs) or len(adapter_names)
         repeats = rows // len(adapter_names) if rows % len(adapter_names) == 0 else 1
         known = [name if name in module._adapters else BASE for name in adapter_names]

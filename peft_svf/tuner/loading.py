@@ -1,0 +1,76 @@
+"""Check an adapter's tensors against the model that loads them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .checkpoint import Checkpoint
+from .config import SVFConfig
+from .embeddings import check_embedding_sizes
+from .layer import svf_layers
+from .renames import current_names
+
+_DELTA = ".svf_delta."
+
+
+def check_checkpoint(model: nn.Module, adapter_name: str, checkpoint: Checkpoint) -> dict[str, str]:
+    """Check that a checkpoint holds one healthy δ for each adapted module, and nothing that the model has no place for.
+
+    Returns:
+        `dict[str, str]`: The current names of modules that the checkpoint names as an older transformers does.
+
+    Raises:
+        ValueError: It does not, or two of its names belong to one module.
+    """
+    base: Any = getattr(model, "get_base_model", lambda: model)()
+    wanted = {layer.module_name: layer.rank(adapter_name) for layer in svf_layers(base, adapter_name)}
+    names = current_names(base, checkpoint.deltas) if wanted.keys() != checkpoint.deltas.keys() else {}
+    subject = _subject(adapter_name, checkpoint)
+    strangers = _without_place(base, checkpoint.others) if checkpoint.others else []
+    checkpoint.renamed(names).check(subject, wanted, strangers=strangers)
+    check_embedding_sizes(base, subject, checkpoint)
+    return names
+
+
+def check_before_attaching(model: nn.Module, adapter_name: str, checkpoint: Checkpoint, config: SVFConfig) -> None:
+    """Check what can be checked before anything is attached: the modules that the config records, and added tokens.
+
+    Raises:
+        ValueError: δ is missing, left over, or holds NaN or Inf. Or the model has another number of tokens.
+    """
+    subject = _subject(adapter_name, checkpoint)
+    if config.expected_fingerprint:  # otherwise it was never saved
+        names = current_names(model, checkpoint.deltas)
+        checkpoint.renamed(names).check(subject, dict.fromkeys(config.expected_fingerprint), at_most=config.r)
+    check_embedding_sizes(model, subject, checkpoint)
+
+
+def _subject(adapter_name: str, checkpoint: Checkpoint) -> str:
+    return f"The checkpoint of adapter {adapter_name!r}" + (f" ({checkpoint.where})" if checkpoint.where else "")
+
+
+def _without_place(base: nn.Module, keys: Iterable[str]) -> list[str]:
+    """Return the keys of tensors that the model does not have."""
+    modules = dict(base.named_modules())
+
+    def has_place(key: str) -> bool:
+        path, _, name = key.rpartition(".")
+        parents = [modules.get(path.rsplit(".", count)[0]) for count in range(path.count(".") + 1)]
+        # copies of `modules_to_save` have other keys than the file
+        return hasattr(parents[0], name) or any(isinstance(parent, AuxiliaryTrainingWrapper) for parent in parents)
+
+    return [key for key in keys if not has_place(key)]
+
+
+def current_key(key: str, names: Mapping[str, str], adapter_name: str) -> str:
+    """Return the key of a δ under the current name of its module, and without the adapter's name."""
+    head, found, tail = key.partition(_DELTA)
+    if not found:
+        return key
+    prefix = "base_model.model." if head.startswith("base_model.model.") else ""
+    name = head.removeprefix(prefix)
+    return f"{prefix}{names.get(name, name)}{found}{tail.removeprefix(f'{adapter_name}.')}"
