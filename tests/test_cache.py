@@ -37,6 +37,7 @@ from peft_svf.spectral import (
     singular_basis,
     weight_key,
 )
+from peft_svf.spectral import lock as lock_module
 
 
 @pytest.fixture
@@ -398,7 +399,7 @@ def test_threads_that_fail_together_warn_once(monkeypatch: pytest.MonkeyPatch) -
             barrier.wait(60)
             raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(cache, "FileLock", NoLocks)
+    monkeypatch.setattr(lock_module, "FileLock", NoLocks)
     weights = [torch.randn(3, 5) for _ in range(count)]
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
@@ -464,7 +465,7 @@ def test_two_processes_decompose_each_weight_once_and_a_killed_one_leaves_no_loc
             waiting.set()
             return super().acquire(*args, **kwargs)
 
-    monkeypatch.setattr(cache, "FileLock", Lock)
+    monkeypatch.setattr(lock_module, "FileLock", Lock)
     weights, bases = [torch.randn(20 + i, 30) for i in range(9)], BasisCache()
     torch.save(weights, tmp_path / "weights.pt")
     worker = Worker(tmp_path / "weights.pt")

@@ -296,9 +296,10 @@ def _show(result: Evaluation, console: Console) -> None:
 
 def _prompts(path: str) -> list[Any]:
     from ..scoring.datasets import load_examples
+    from ..utils.files import read_text
 
     if Path(path).suffix == ".txt":
-        return [line for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
+        return [line for line in read_text(path).split("\n") if line.strip()]
     return [example["prompt"] for example in load_examples(path)]
 
 

@@ -46,21 +46,24 @@ def inspect_command(
     peft-svf inspect experts/math --plot math.png --model_name_or_path MODEL
     """
     with in_a_line():
-        from ..interop.inspect import check_spectrum, inspect_adapter
+        from ..interop.inspect import adapted_part, check_spectrum, inspect_adapter
 
         summary, deltas = inspect_adapter(adapter, count=count)
+        fraction = adapted_part(model_name_or_path or summary.base_model, deltas, revision=summary.revision)
         different = None if model_name_or_path is None else check_spectrum(adapter, model_name_or_path)
         if plot is not None:
             from ..reporting.plots import plot_deltas
 
             plot_deltas(deltas, plot, title=Path(adapter).name)
     if as_json:
-        print(json.dumps({**summary.to_dict(), "different": different}, indent=1))
+        print(json.dumps({**summary.to_dict(), "adapted_fraction": fraction, "different": different}, indent=1))
         return
     table = Table(show_header=False, box=None)
     revision = f" ({summary.revision})" if summary.revision else ""
     table.add_row("base model", f"{summary.base_model}{revision}")
     table.add_row("weights", f"{summary.modules}, {summary.fingerprinted} with a recorded spectrum")
+    if fraction is not None:
+        table.add_row("adapted", f"{fraction:.1%} of the linear weights (without the output layer)")
     table.add_row("parameters", f"{summary.numbers:,} (r = {summary.r or 'full'})")
     table.add_row("rms of δ", f"{summary.rms:.4g}")
     for i, (name, size) in enumerate(summary.largest.items()):

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..search.evaluator import Evaluator
 from ..search.identity import digest_of_rows
-from ..utils.files import write_whole
+from ..utils.files import read_text, write_whole
 from ..utils.processes import by_main_process
 
 
@@ -63,7 +63,7 @@ class ScoreFile:
         if not resume:
             raise ValueError(f"{self.path} exists. Pass `resume=True` to continue that evaluation, or another path.")
         try:
-            content = json.loads(self.path.read_text())
+            content = json.loads(read_text(self.path))
             known, scores, choices = content["identity"], content["scores"], content["choices"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.path} is not the file of an evaluation: {error!r}. Pass another path.") from error

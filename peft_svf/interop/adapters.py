@@ -21,6 +21,8 @@ from peft.utils.save_and_load import load_peft_weights
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..utils.files import read_text
+
 # methods whose whole change is the ΔW that their layers return
 ADDITIVE = ("LORA", "VERA", "LOHA", "LOKR", "FOURIERFT", "RANDLORA")
 # fields that choose modules, shape ΔW, act in training only, or are no part of the computation
@@ -71,7 +73,7 @@ def changes_of_folder(folder: Path, base: nn.Module) -> Changes:
     Raises:
         ValueError: The adapter changes more than single weights, does not fit the base model, or is incomplete.
     """
-    written = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    written = json.loads(read_text(folder / CONFIG_NAME))
     config = PeftConfig.from_pretrained(str(folder))
     _check_config(config, str(folder), written)
     weights = load_peft_weights(str(folder), device="cpu")

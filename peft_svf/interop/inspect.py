@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from peft.utils.save_and_load import load_peft_weights
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..spectral.cache import BasisCache
 from ..spectral.fingerprint import fingerprint, fingerprint_differences
 from ..tuner.checkpoint import Checkpoint
 from ..tuner.config import SVFConfig, load_svf_config
+from ..tuner.targets import adapted_fraction, linear_weights
 from ..utils.progress import progress_bar
 from .sources import ModelTensors, linear_modules, meta_model, model_folder
 
@@ -109,6 +113,30 @@ def _problem(path: str | os.PathLike[str], config: SVFConfig, checkpoint: Checkp
     except ValueError as error:
         return str(error)
     return None
+
+
+def adapted_part(
+    base: str | os.PathLike[str] | None, modules: Iterable[str], *, revision: str | None = None
+) -> float | None:
+    """
+    Return which fraction of the linear weights of a model is in these modules; `None` if its config is not at hand.
+
+    MoE experts count as linear weights, the output layer does not. Nothing is downloaded.
+
+    Args:
+        base: Folder or Hub id of the model.
+        modules: Names of the adapted modules, as in the δ of `inspect_adapter`.
+        revision (`str`, *optional*): Revision of the model on the Hub.
+    """
+    if base is None:
+        return None
+    try:
+        config = AutoConfig.from_pretrained(base, revision=revision, local_files_only=True)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError):  # not in the cache, or no causal language model
+        return None
+    return adapted_fraction(linear_weights(model), set(modules))
 
 
 def check_spectrum(

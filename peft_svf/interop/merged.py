@@ -29,7 +29,7 @@ from ..tuner.base_check import base_differences, refuse_base
 from ..tuner.checkpoint import Checkpoint
 from ..tuner.config import SVFConfig, load_svf_config
 from ..tuner.fold import SMALLEST_FRACTION
-from ..utils.files import write_whole
+from ..utils.files import read_text, write_whole
 from ..utils.progress import progress_bar
 from .sources import INDEX, OTHER_WEIGHTS, meta_model, model_files, model_folder, opened
 
@@ -232,7 +232,7 @@ def _check_no_other_adapter(source: Path) -> None:
     """
     if not (source / CONFIG_NAME).exists():
         return
-    kind = json.loads((source / CONFIG_NAME).read_text(encoding="utf-8")).get("peft_type")
+    kind = json.loads(read_text(source / CONFIG_NAME)).get("peft_type")
     if kind != "SVF":
         raise ValueError(
             f"The base model in {source} comes with an adapter of type {kind}, which the merged model would lack. "

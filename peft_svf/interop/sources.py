@@ -16,6 +16,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from ..utils.files import read_text
+
 _SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # weights in other formats, which are never read
 OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.ckpt", "*.tflite")
@@ -73,7 +75,7 @@ def model_files(source: Path) -> dict[str, list[str]]:
     if not (source / INDEX).exists():
         raise ValueError(f"{source} has neither {_SINGLE} nor {INDEX}. Save the model as safetensors first.")
     try:
-        places = dict(json.loads((source / INDEX).read_text())["weight_map"])
+        places = dict(json.loads(read_text(source / INDEX))["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{source / INDEX} is damaged: {error!r}.") from error
     files: dict[str, list[str]] = {}

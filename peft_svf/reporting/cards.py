@@ -110,6 +110,7 @@ def training_card(
         kind="An SVF expert vector" if svf else f"A {str(recipe.get('peft_type', 'PEFT')).upper()} adapter",
         base_model=base_model,
         objective=objective.upper(),
+        continues=_shown(record["continues"]) if record.get("continues") else "",
         question="\n".join(f"> {line}" for line in example[0].splitlines()) if example else "",
         answer=example[1] if example else "",
         test_questions=record["test_questions"],

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ..utils.files import read_text
 from .examples import are_messages
 from .rewards import REFERENCE_COLUMNS, text_of
 
@@ -67,10 +68,7 @@ def load_examples(
 def _read(path: Path) -> Iterable[Any]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text: {error}.") from error
+    text = read_text(path)
     if path.suffix == ".csv":
         yield from _csv(text, path)
     elif path.suffix == ".json":

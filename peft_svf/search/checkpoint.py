@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..utils.files import write_whole
+from ..utils.files import read_text, write_whole
 from ..utils.processes import by_main_process
 from .answers import Answers
 from .config import as_json
@@ -90,7 +90,7 @@ class Checkpoint:
                 f"{self.path} exists. Pass `resume=True` (`--resume`) to continue that search, or another path."
             )
         with self._naming_the_file():
-            content = json.loads(self.path.read_text(encoding="utf-8"))
+            content = json.loads(read_text(self.path))
             identity, _, _ = {**content["identity"]}, content["scores"], content["seconds"]
         for name, value in self.identity.items():
             if identity.get(name) != value:

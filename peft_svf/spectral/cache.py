@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from huggingface_hub.constants import HF_HOME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .basis import SingularBasis, singular_basis
+from .lock import HOLDER, locked
 
 ENVIRONMENT_VARIABLE = "PEFT_SVF_CACHE"
 # part of the key, so that a new algorithm or file layout misses
@@ -106,7 +106,8 @@ class BasisCache:
         """Delete all entries, left-over temporary files and locks. Return the number of bytes freed."""
         freed = 0
         # match full names only, because the folder may also hold models
-        for pattern in (f"{HEX * 64}.safetensors", f"{HEX * 16}-{HEX * 32}.tmp", f".locks/{HEX * 64}.lock"):
+        locks = (f".locks/{HEX * 64}.lock", f".locks/{HEX * 64}{HOLDER}")
+        for pattern in (f"{HEX * 64}.safetensors", f"{HEX * 16}-{HEX * 32}.tmp", *locks):
             for path in self.directory.glob(pattern):
                 with contextlib.suppress(FileNotFoundError):
                     size = path.stat().st_size
@@ -161,21 +162,15 @@ class BasisCache:
 
     @contextlib.contextmanager
     def _lock(self, key: str) -> Iterator[None]:
-        lock = None
-        if self._writable:
-            try:
-                locks = self.directory / ".locks"
-                locks.mkdir(parents=True, exist_ok=True)
-                lock = FileLock(locks / f"{key}.lock")
-                lock.acquire()
-            except OSError as error:
-                self._give_up_writing(error)
-                lock = None
-        try:
+        with contextlib.ExitStack() as stack:
+            if self._writable:
+                try:
+                    locks = self.directory / ".locks"
+                    locks.mkdir(parents=True, exist_ok=True)
+                    stack.enter_context(locked(locks / f"{key}.lock"))
+                except OSError as error:
+                    self._give_up_writing(error)
             yield
-        finally:
-            if lock is not None:
-                lock.release()
 
     def _give_up_writing(self, error: Exception) -> None:
         # warn once: on a full disk or in a read-only folder every weight would fail

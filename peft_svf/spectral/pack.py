@@ -16,6 +16,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 
+from ..utils.files import read_text
 from .basis import SingularBasis, gate_side
 from .cache import checksum
 from .fingerprint import tolerances
@@ -65,7 +66,7 @@ class BasisPack:
     def __init__(self, path: str | os.PathLike[str], revision: str | None = None) -> None:
         self.path, self.revision = str(path), revision
         try:
-            index = json.loads(self._file(INDEX).read_text())
+            index = json.loads(read_text(self._file(INDEX)))
             self.files: dict[str, str] = dict(index["weight_map"])
             self.about: dict[str, Any] = dict(index["metadata"])
             kind = self.about["format"]

@@ -2,6 +2,7 @@
 
 try:
     from .callbacks import EqualRewards, ExactState, RewardBar
+    from .checks import DeltaIsTrained
     from .evaluation import GreedyEvaluation, greedy_accuracy, greedy_scores
     from .reinforce import ReinforceConfig, ReinforceTrainer
     from .report import Record, machine
@@ -13,6 +14,7 @@ except ModuleNotFoundError as error:
 
 __all__ = [
     "ClassificationTask",
+    "DeltaIsTrained",
     "EqualRewards",
     "ExactState",
     "GreedyEvaluation",

@@ -117,6 +117,9 @@ class AdapterArguments(ModelConfig):
     peft_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Further fields of the method's PEFT config (JSON)."}
     )
+    # no options: the adapter to continue, if `model_name_or_path` named one
+    expert: Optional[str] = field(default=None, init=False)
+    expert_revision: Optional[str] = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()

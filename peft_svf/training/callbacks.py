@@ -11,11 +11,13 @@ from transformers import TrainerCallback
 
 from ..tuner.layer import svf_layers
 from ..utils.progress import progress_disabled
+from .checks import DeltaIsTrained
 
 
-class ExactState(TrainerCallback):
+class ExactState(DeltaIsTrained):
     """
-    Keep δ in fp32, and make a resumed run equal to an uninterrupted one.
+    Keep δ in fp32, and make a resumed run equal to an uninterrupted one. A training that would leave δ unchanged is an
+    error, see [`DeltaIsTrained`].
 
     TRL casts trainable parameters to bf16 for some base models (quantized, ZeRO-3). Small updates of δ are lost in
     bf16. The moment at which a layer folds depends on its earlier use, which a checkpoint does not hold. Therefore
@@ -23,6 +25,7 @@ class ExactState(TrainerCallback):
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, model=model, **kwargs)
         cast = left = 0
         for layer in svf_layers(model):
             layer.fold.forget()

@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
+from ..utils.files import read_text
+
 _PREFIX = "checkpoint-"
 _WEIGHTS = ("*.safetensors", "pytorch_model_fsdp*", "global_step*")  # of a single process, FSDP, DeepSpeed
 
@@ -22,7 +24,7 @@ def is_complete(folder: str | Path) -> bool:
     """Return whether a checkpoint of transformers' Trainer is complete. `trainer_state.json` is its last file."""
     folder = Path(folder)
     try:
-        json.loads((folder / TRAINER_STATE_NAME).read_text())
+        json.loads(read_text(folder / TRAINER_STATE_NAME))
         if not any(next(folder.glob(pattern), None) for pattern in _WEIGHTS):
             return False
         for path in folder.glob("*.safetensors"):
@@ -125,6 +127,7 @@ def save_whole(trainer: Any, output_dir: str | Path) -> None:
     if not trainer.accelerator.is_main_process:
         return
     (scratch / "training_args.bin").unlink(missing_ok=True)  # a pickle, unsafe to load
+    shutil.rmtree(scratch / "ref", ignore_errors=True)  # TRL's copy of the adapter that the training continued
     for path in sorted(scratch.iterdir(), key=lambda path: path.suffix == ".safetensors"):
         if path.is_dir():
             shutil.rmtree(output_dir / path.name, ignore_errors=True)

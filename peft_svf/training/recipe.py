@@ -12,7 +12,9 @@ import yaml
 from trl import DatasetMixtureConfig, TrlParser
 
 from ..scoring.rewards import checked, find_reward
+from ..utils.files import read_text
 from .arguments import OBJECTIVES, AdapterArguments, TrainArguments, check_given, defaults
+from .continuing import continue_from, saved_config
 from .tasks import ClassificationTask, Task, find_task
 
 # Options without meaning for the run, or private to the machine. They are left out of the model card.
@@ -28,12 +30,13 @@ def parse(argv: Sequence[str]) -> tuple[TrainArguments, Any, AdapterArguments, D
         ValueError: An option is invalid, or would have no effect.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--config", "--objective", "--peft_type", "--categories"):
+    for name in ("--config", "--objective", "--peft_type", "--categories", "--model_name_or_path", "--model_revision"):
         first.add_argument(name)
     known, _ = first.parse_known_args(argv)
     recipe = _read_recipe(known.config) if known.config else {}
     objective = known.objective or recipe.get("objective", "grpo")
-    peft_type = known.peft_type or recipe.get("peft_type", "svf")
+    saved = saved_config(*(getattr(known, key) or recipe.get(key) for key in ("model_name_or_path", "model_revision")))
+    peft_type = known.peft_type or recipe.get("peft_type") or (saved.peft_type.value if saved else "svf")
     if objective not in OBJECTIVES:
         raise ValueError(f"`objective` must be one of {', '.join(OBJECTIVES)}, got {objective!r}.")
 
@@ -50,9 +53,11 @@ def parse(argv: Sequence[str]) -> tuple[TrainArguments, Any, AdapterArguments, D
     chosen = {name: value for name, value in chosen.items() if name in config_class.__dataclass_fields__}
     parser.set_defaults_with_config(**chosen)
     script, training, adapter, mixture = parser.parse_args_and_config(list(argv))
+    if saved is not None:
+        continue_from(adapter, saved, given)
     check_given(given, script, adapter, training)
     given = {name: value for name, value in given.items() if name not in _LEFT_OUT and not name.endswith("_token")}
-    if script.base_model_name:
+    if script.base_model_name and saved is None:
         given["model_name_or_path"] = script.base_model_name
     return script, training, adapter, mixture, given
 
@@ -96,7 +101,7 @@ def load_rewards(script: TrainArguments, task: Task | None) -> list[Any]:
 
 
 def _read_recipe(path: str) -> dict[str, Any]:
-    content = yaml.safe_load(Path(path).read_text())
+    content = yaml.safe_load(read_text(path))
     if not isinstance(content, dict):
         raise ValueError(f"The recipe {path} must be a YAML mapping of options, got {type(content).__name__}.")
     return content

@@ -13,6 +13,8 @@ from typing import Any, Optional
 import torch
 from trl import GRPOConfig, GRPOTrainer
 
+from .checks import DeltaIsTrained
+
 
 @dataclass
 class ReinforceConfig(GRPOConfig):
@@ -79,7 +81,8 @@ class ReinforceTrainer(GRPOTrainer):
     TRL's `GRPOTrainer` with rewards instead of group-relative advantages.
 
     It takes the arguments of `GRPOTrainer`, with a [`ReinforceConfig`]. Several reward functions are added with
-    `reward_weights`. A completion without any reward (all `None`) has no gradient.
+    `reward_weights`. A completion without any reward (all `None`) has no gradient. A training that would leave δ
+    unchanged is an error, see [`DeltaIsTrained`].
     """
 
     _tag_names = ["trl", "reinforce", "transformer-squared"]  # noqa: RUF012 (as in TRL)
@@ -96,6 +99,10 @@ class ReinforceTrainer(GRPOTrainer):
             "}"
         ),
     }
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_callback(DeltaIsTrained())
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         rewards: torch.Tensor = super()._calculate_rewards(*args, **kwargs)  # [completions of all ranks, functions]

@@ -31,6 +31,7 @@ class Record:
         base_model: Name of the base model.
         trainable: Number of trainable parameters.
         accuracy_before, accuracy_after: Greedy accuracy on the test examples; `None` if there are none.
+        continues: The adapter that the training started from, by folder or Hub id. `accuracy_before` is then its own.
         accuracy_by_category: Accuracy of a classification expert by category, after the training.
         test_size: Number of test examples.
         example: A test example, as question and reference answer.
@@ -52,6 +53,7 @@ class Record:
     seconds: float = 0.0
     history: Sequence[Mapping[str, Any]] = ()
     best_step: int | None = None
+    continues: str | None = None
     machine: Mapping[str, Any] = field(default_factory=lambda: machine())
 
     def to_dict(self) -> dict[str, Any]:
@@ -60,6 +62,7 @@ class Record:
             "name": self.name,
             "recipe": dict(self.recipe),
             "base_model": self.base_model,
+            **({"continues": self.continues} if self.continues else {}),
             "trainable": self.trainable,
             "test_questions": self.test_size,
             "accuracy_before": self.accuracy_before,

@@ -24,6 +24,7 @@ from trl import DatasetMixtureConfig, get_quantization_config
 from .arguments import OBJECTIVES, AdapterArguments, TrainArguments, adapter_config
 from .callbacks import EqualRewards, ExactState, RewardBar
 from .checkpoints import choose_checkpoint, save_whole, train_from_checkpoint
+from .continuing import continued_model
 from .data import Splits, for_trl, load_data
 from .evaluation import GreedyEvaluation, greedy_accuracy, greedy_scores
 from .recipe import find_script_task, load_rewards, parse, recipe_task
@@ -47,7 +48,7 @@ def prepare(argv: Sequence[str]) -> Callable[[], Record]:
     """
     script, training, adapter, mixture, given = parse(argv)
     trainer, data, functions = build(script, training, adapter, mixture)
-    return functools.partial(train, trainer, data, functions, given)
+    return functools.partial(train, trainer, data, functions, given, continues=adapter.expert)
 
 
 def build(
@@ -73,14 +74,21 @@ def build(
         # TRL samples its evaluation, so it gets few examples. `GreedyEvaluation` decodes the whole split greedily.
         few = min(len(data["validation"]), 8 * training.world_size)
         watched = for_trl(data["validation"].select(range(few)), adapter)
+    if adapter.expert is None:
+        model: dict[str, Any] = {
+            "model": adapter.model_name_or_path,
+            "quantization_config": get_quantization_config(adapter),
+            "peft_config": adapter_config(adapter),
+        }
+    else:
+        model = {"model": continued_model(adapter, training)}
+        training.model_init_kwargs = None if not script.reward_model_name_or_path else training.model_init_kwargs
     trainer = OBJECTIVES[script.objective][1](
-        model=adapter.model_name_or_path,
+        **model,
         reward_funcs=rewards,
         args=training,
         train_dataset=for_trl(data["train"], adapter),
         eval_dataset=watched,
-        quantization_config=get_quantization_config(adapter),
-        peft_config=adapter_config(adapter),
     )
     trainer.model.peft_config["default"].base_model_name_or_path = script.base_model_name or adapter.model_name_or_path
     if not training.disable_tqdm:
@@ -98,9 +106,21 @@ def build(
     return trainer, data, functions
 
 
-def train(trainer: Any, data: Splits, functions: list[Any], given: dict[str, Any]) -> Record:
-    """Train, save, evaluate on the test split, and write the report."""
-    training, start = trainer.args, time.perf_counter()
+def train(
+    trainer: Any, data: Splits, functions: list[Any], given: dict[str, Any], *, continues: str | None = None
+) -> Record:
+    """Train, save, evaluate on the test split, and write the report. `continues` names the adapter to start from."""
+    training = trainer.args
+    tested = "test" in data and bool(functions)
+    options: dict[str, Any] = {
+        "batch_size": training.per_device_eval_batch_size,
+        "max_new_tokens": training.max_completion_length,
+    }
+    model, tokenizer = trainer.model, trainer.processing_class
+    before = None
+    if tested and continues is not None:  # afterwards its δ is gone
+        before = greedy_accuracy(model, tokenizer, data["test"], functions, **options)
+    start = time.perf_counter()
     train_from_checkpoint(trainer)
     record = Record(
         name=Path(training.output_dir).name,
@@ -110,21 +130,19 @@ def train(trainer: Any, data: Splits, functions: list[Any], given: dict[str, Any
         seconds=time.perf_counter() - start,
         history=trainer.state.log_history,
         best_step=trainer.state.best_global_step if training.load_best_model_at_end else None,
+        continues=continues,
     )
     save_whole(trainer, training.output_dir)
-    if "test" in data and functions:
+    if tested:
         record.test_size, record.example = len(data["test"]), example_of(data["test"][0])
-        options: dict[str, Any] = {
-            "batch_size": training.per_device_eval_batch_size,
-            "max_new_tokens": training.max_completion_length,
-        }
-        model, tokenizer = trainer.model, trainer.processing_class
         scores = greedy_scores(model, tokenizer, data["test"], functions, **options)
         record.accuracy_after = sum(scores) / len(scores)
         if "categories" in data["test"].column_names:
             record.accuracy_by_category = _by_category(data["test"]["answer"], scores)
-        with model.disable_adapter():
-            record.accuracy_before = greedy_accuracy(model, tokenizer, data["test"], functions, **options)
+        if before is None:
+            with model.disable_adapter():
+                before = greedy_accuracy(model, tokenizer, data["test"], functions, **options)
+        record.accuracy_before = before
         trainer.accelerator.print(
             f"{record.name}: greedy accuracy on {record.test_size} test questions {record.accuracy_before:.3f} -> "
             f"{record.accuracy_after:.3f}"

@@ -14,6 +14,7 @@ from ..spectral.cache import BasisCache
 from ..spectral.pack import BasisPack
 from ..utils.processes import processes
 from ..utils.progress import progress_bar
+from ..utils.threads import can_limit_threads, limit_this_thread
 from .protocol import AdaptedLayer
 
 # Each worker holds a few fp64 matrices of the size of Q (0.13 GB for k = 4096).
@@ -85,12 +86,10 @@ def _world_size() -> int:
 def _for_each(build: Callable[[AdaptedLayer], None], layers: Sequence[AdaptedLayer]) -> None:
     """Call `build(layer)` for each layer in several threads: half of `eigh` uses only one core."""
     threads = torch.get_num_threads()
-    workers = min(MAX_WORKERS, threads, len(layers))
-    torch.set_num_threads(threads // workers)
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,))
+    workers = min(MAX_WORKERS, threads, len(layers)) if can_limit_threads() else 1
+    pool = ThreadPoolExecutor(workers, initializer=limit_this_thread, initargs=(threads // workers,))
     try:
         for _ in progress_bar(pool.map(build, layers), desc="Decomposing weights", unit="layer", total=len(layers)):
             pass
     finally:
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)

@@ -8,8 +8,8 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from accelerate.utils import align_module_device
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from accelerate.utils import align_module_device, has_offloaded_params
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge, onload_layer
 from peft.utils.integrations import gather_params_ctx
 from torch import nn
 from torch.nn.functional import linear, pad
@@ -26,6 +26,7 @@ from .base_check import check_base
 from .bases import build_bases
 from .config import SVFConfig
 from .fold import Fold
+from .frozen import watch_training
 from .merge import Merge
 from .parameters import BASIS_NAME, Delta
 from .quantized import Original, dequantized, kept_fraction
@@ -114,8 +115,10 @@ class SVFLayer(BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's version also casts to the base layer's dtype: a bf16 δ would lose the small updates of RL.
-        delta = self._delta(adapter_name)
-        device = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+        delta, base_layer = self._delta(adapter_name), self.get_base_layer()
+        device = device or self._get_base_layer_device_and_dtype(base_layer)[0]
+        if has_offloaded_params(base_layer):  # its weight is on the meta device until it is called
+            device = torch.device(cast(Any, base_layer._hf_hook).execution_device)
         if device is not None and device.type != "meta" and not delta.weight.is_meta:
             delta.to(device)
 
@@ -548,7 +551,8 @@ class Linear(nn.Module, SVFLayer):
         """
         if self.disable_adapters:
             if self.merged:
-                self.unmerge()
+                with onload_layer(self):  # an offloaded weight can only be changed while it is here
+                    self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         rows = row_deltas(self) if self.open_calls else None
         if rows is None and not args and not kwargs and (folded := self.fold.ready(self)) is not None:
@@ -584,7 +588,10 @@ class Linear(nn.Module, SVFLayer):
         if self.side == "input":
             return self._base(x + self._correction(x, delta), *args, **kwargs)
         result = self._base(x, *args, **kwargs)
-        h = result if self.bias is None else result - self.bias.to(result.dtype)  # they differ under autocast
+        bias = self.bias
+        if bias is not None and bias.is_meta and has_offloaded_params(base_layer := self.get_base_layer()):
+            bias = base_layer._hf_hook.weights_map["bias"].to(result.device)
+        h = result if bias is None else result - bias.to(result.dtype)  # they differ under autocast
         return result + self._correction(h, delta)
 
     def _base(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -620,6 +627,13 @@ class Linear(nn.Module, SVFLayer):
         module = super()._apply(fn, recurse)
         self.merge_state.converted(fn, self.get_base_layer().weight, intact)
         return module
+
+    def train(self, mode: bool = True) -> Linear:
+        """Set the training mode. An optimizer that could not train the layer is refused from then on."""
+        if mode:
+            watch_training(self)
+        super().train(mode)
+        return self
 
     def __repr__(self) -> str:
         return "svf." + super().__repr__()

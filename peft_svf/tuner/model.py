@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from statistics import median
 from typing import Any
 
 import torch
+from accelerate.utils import has_offloaded_params
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, delete_adapter, onload_layer
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
@@ -33,6 +34,7 @@ from .config import SVFConfig
 from .embeddings import forget_replaced_bases, with_resized_embeddings
 from .entries import adapter_entries, check_loadable, foreign_biases, put_back, unmerged_entries, without_adapter_name
 from .fold import SMALLEST_FRACTION
+from .frozen import frozen_message
 from .layer import Linear, SVFLayer, svf_layers
 from .loading import check_before_attaching, check_checkpoint, current_key
 from .names import check_adapter_name
@@ -54,6 +56,13 @@ from .rows import (
     wrong_length,
 )
 from .sharing import WholeModel, check_groups, check_no_other_tuner, check_only_owner, first_owners, link, regroup
+from .targets import (
+    adapted_fraction,
+    leave_out_of_all_linear,
+    linear_weights,
+    unusable_modules,
+    warn_about_experts,
+)
 from .transformers_loading import being_loaded
 
 
@@ -98,11 +107,13 @@ class SVFModel(BaseTuner):
             when_enabled = [(layer, layer.trainable_when_enabled) for layer in svf_layers(model)]
             in_wrappers = self._trainable_in_wrappers
             self._kept_order = [*self._kept_order, *keep_order(model)]
-            config = self.peft_config[adapter_name]
+            config, self._unusable = self.peft_config[adapter_name], unusable_modules(model)
             checkpoint = being_loaded() or config.checkpoint  # before PEFT resolves `target_modules`
             config.rename_modules(current_names(model, config.expected_fingerprint))
             if checkpoint is not None:
                 check_before_attaching(model, adapter_name, checkpoint, config)
+            if all_linear := str(config.target_modules).lower() == "all-linear":
+                leave_out_of_all_linear(config, model, self._unusable)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             _restore(trainable)  # PEFT does, except for modules that are called like the adapter
             self._trainable_in_wrappers = in_wrappers
@@ -119,8 +130,12 @@ class SVFModel(BaseTuner):
             check_base(adapter_name, layers)
             if checkpoint is not None:
                 check_checkpoint(model, adapter_name, checkpoint)
+            if not config.expected_fingerprint:  # a new adapter, not a loaded one
+                names = {layer.module_name for layer in layers}
+                warn_about_experts(config, model, names, all_linear=all_linear)
 
     _kept_order: Sequence[Any] = ()
+    _unusable: Mapping[str, str] = {}
 
     def _create_and_replace(
         self,
@@ -134,6 +149,11 @@ class SVFModel(BaseTuner):
     ) -> None:
         if current_key is None:
             raise ValueError("Current Key shouldn't be `None`")
+        if reason := self._unusable.get(current_key):
+            raise ValueError(
+                f"Target module {current_key} cannot be adapted: {reason}. Remove it from `target_modules`, or pass "
+                '`target_modules="all-linear"`, which leaves it out.'
+            )
 
         if isinstance(target, SVFLayer):
             target.update_layer(adapter_name, config=svf_config)
@@ -200,12 +220,15 @@ class SVFModel(BaseTuner):
         return found
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT moves the new layer to the device of bitsandbytes' int8 weights, which fails for δ on the meta device
+        # PEFT moves the new layer to the device of the base weight: the meta device if accelerate offloads it, where δ
+        # loses its values. Of bitsandbytes' int8 weights it moves all of it, which fails for δ on the meta device.
         state, delta = getattr(child, "state", None), getattr(new_module, "svf_delta", None)
-        if state is None or delta is None or not any(p.is_meta for p in delta.parameters()):
-            super()._replace_module(parent, child_name, new_module, child)
+        is_meta = delta is not None and any(parameter.is_meta for parameter in delta.parameters())
+        base_layer = child.get_base_layer() if isinstance(child, BaseTunerLayer) else child
+        if has_offloaded_params(base_layer) or (state is not None and is_meta):
+            setattr(parent, child_name, new_module)
             return
-        setattr(parent, child_name, new_module)
+        super()._replace_module(parent, child_name, new_module, child)
 
     def _take_out(self, model: nn.Module, adapter_name: str) -> None:
         self.peft_config.pop(adapter_name, None)
@@ -229,6 +252,8 @@ class SVFModel(BaseTuner):
         adapter_names = kwargs.pop("adapter_names", None)
         rows, mixture = batch_size(args, kwargs), open_call(self)
         expansion = expansion_of(kwargs, getattr(self.model, "generation_config", None))
+        if self._frozen and torch.is_grad_enabled():
+            self._refuse_frozen(args, kwargs)
         if adapter_names is None:
             if mixture is None:
                 yield
@@ -382,7 +407,31 @@ class SVFModel(BaseTuner):
                     stacklevel=2,
                 )
         super().train(mode)
+        deltas = [delta for layer in svf_layers(self.model) for delta in layer.delta_weights(layer.svf_delta)]
+        self._frozen = mode and not any(p.requires_grad for ps in (deltas, self.model.parameters()) for p in ps)
         return self
+
+    _frozen: bool = False  # whether the model was put into training mode without a trainable parameter
+
+    def _refuse_frozen(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Raise for a training loss without a trainable parameter, and warn if only the loss is unknown."""
+        self._frozen = not any(parameter.requires_grad for parameter in self.model.parameters())
+        inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        if not self._frozen or any(value.requires_grad for value in inputs):
+            return
+        message = frozen_message(svf_layers(self.model))
+        if kwargs.get("labels") is not None:
+            raise ValueError(message)
+        self._frozen = False  # once is enough
+        warnings.warn(message, stacklevel=4)
+
+    def adapted_fraction(self, adapter_name: str | None = None) -> float:
+        """Return which fraction of the linear weights an adapter changes; any of the adapters if `None`.
+
+        MoE experts count as linear weights, the output layer does not.
+        """
+        adapted = {layer.module_name for layer in svf_layers(self.model, adapter_name)}
+        return adapted_fraction(linear_weights(self.model), adapted)
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         # PEFT's version makes the active copies of `modules_to_save` trainable, frozen ones too

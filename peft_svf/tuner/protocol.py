@@ -37,12 +37,16 @@ class AdaptedLayer(Protocol):
     merge_state: Merge
     merged_adapters: list[str]
     rows: Any
+    training: bool
     # of torch: looking an attribute up in these costs a fraction of `nn.Module.__getattr__`
     _modules: dict[str, Any]
     _parameters: dict[str, nn.Parameter | None]
 
     @property
     def active_adapter(self) -> str | list[str]: ...
+
+    @property
+    def active_adapters(self) -> list[str]: ...
 
     @property
     def basis(self) -> torch.Tensor | None: ...
@@ -57,6 +61,8 @@ class AdaptedLayer(Protocol):
     def is_on_meta(self) -> bool: ...
 
     def get_base_layer(self) -> Any: ...
+
+    def parameters(self) -> Iterable[nn.Parameter]: ...
 
     def build_basis(self, source: BasisCache | BasisPack | None = None) -> None: ...
 

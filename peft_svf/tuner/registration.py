@@ -6,6 +6,7 @@ one member is added to the enum, built in the same way as the enum builds its ow
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from peft.utils import PeftType, register_peft_method
@@ -43,9 +44,26 @@ def register(config_cls: type, model_cls: type) -> None:
     known: Any = PEFT_TYPE_TO_CONFIG_MAPPING.get(SVF_PEFT_TYPE)
     if known is None:
         register_peft_method(name="svf", config_cls=config_cls, model_cls=model_cls)
+        _print_adapted_fraction(model_cls)
     elif (known.__module__, known.__qualname__) != (config_cls.__module__, config_cls.__qualname__):
         raise ImportError(
             f"The installed PEFT already has a method called SVF ({known.__module__}.{known.__qualname__}), which "
             "peft_svf does not overwrite. Use the one in PEFT, or install a matching version of peft-svf "
             "(`pip install -U peft-svf`)."
         )
+
+
+def _print_adapted_fraction(model_cls: type) -> None:
+    """Let `PeftModel.print_trainable_parameters` add a line for SVF. PEFT has no hook for it."""
+    from peft import PeftModel
+
+    printed = PeftModel.print_trainable_parameters
+
+    @functools.wraps(printed)
+    def print_trainable_parameters(self: Any) -> None:
+        printed(self)
+        if isinstance(self.base_model, model_cls):
+            fraction = self.base_model.adapted_fraction()  # type: ignore[attr-defined]
+            print(f"adapted linear weights: {fraction:.1%} (without the output layer)")
+
+    PeftModel.print_trainable_parameters = print_trainable_parameters

@@ -1,4 +1,4 @@
-"""Atomic writing of files."""
+"""Atomic writing and reading of text files."""
 
 from __future__ import annotations
 
@@ -14,3 +14,16 @@ def write_whole(path: Path, content: str | bytes) -> None:
         file.write(data)
     os.chmod(file.name, 0o644)
     os.replace(file.name, path)
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """Return the content of a UTF-8 text file, without the byte order mark that Windows writes at its beginning.
+
+    Raises:
+        ValueError: The file is not UTF-8.
+        OSError: It cannot be read.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text: {error}. Save it as UTF-8.") from error
