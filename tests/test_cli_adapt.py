@@ -91,7 +91,7 @@ def test_a_conversation(world: Path) -> None:
         ("generate", ["--prompt", "x", "--dispatch", "mixture", "--weight", "sums=much"], "NAME=NUMBER"),
         ("generate", ["--prompt", "x", "--weight", "sums"], "--weight must be NAME=NUMBER, got 'sums'"),
         ("generate", ["--file", "nothing.jsonl"], "no file nothing.jsonl"),
-        ("evaluate", ["--task", "sums", "--output_dir", "x"], "--task must be EXPERT=RECIPE, got 'sums'"),
+        ("evaluate", ["--task", "sums", "--output_dir", "x"], "--task must be EXPERT=DATA, got 'sums'"),
         ("evaluate", ["--task", "other=x.yaml", "--output_dir", "x"], "'other', which is none of the experts"),
         ("evaluate", ["--task", "physics=x.yaml", "--output_dir", "x"], "'physics', which is none of the experts"),
     ],

@@ -357,7 +357,7 @@ def test_a_dataset_in_the_place_of_a_file(tmp_path: Path) -> None:
         ("a.jsonl", '{"prompt": "a"}\n{"text": "a"}\n', "row 2 has no 'prompt'; it has 'text'"),
         ("a.csv", "prompt,answer\na,b\na,b,c\n", "line 3 has 3 fields, its header 2"),
         ("a.csv", 'prompt,answer\na,"b"c\n', "line 2 is no CSV"),
-        ("a.txt", "a", "must be a .jsonl, .json, .csv file"),
+        ("a.txt", "a", "must be a .jsonl, .json, .csv, .parquet file"),
     ],
 )
 def test_malformed_files(name: str, content: str, message: str, tmp_path: Path) -> None:

@@ -17,11 +17,17 @@ from rich.table import Table
 from ..search.config import SearchConfig
 from .errors import fail, prints_to_stderr
 from .options import (
+    DATA,
+    AnswerColumnOption,
+    ChatOption,
     CheckOption,
+    CompletionColumnOption,
     DtypeOption,
     ExpertOption,
     JsonOption,
+    MessagesColumnOption,
     ModelOption,
+    PromptColumnOption,
     checked_base_check,
     drawn,
     named_experts,
@@ -85,19 +91,23 @@ def _help(field: Field[Any]) -> str:
 def search(
     model_name_or_path: ModelOption,
     expert: ExpertOption,
-    examples: Annotated[str, typer.Option("--examples", help="A .jsonl, .json or .csv file, or a dataset of the Hub.")],
+    examples: Annotated[str, typer.Option("--data", "--examples", help=f"{DATA[0].upper()}{DATA[1:]}.")],
     output_dir: Annotated[Path, typer.Option("--output_dir", help="Where to save the mixture.")],
     reward: Annotated[
         str,
-        typer.Option("--reward", help="exact, contains, number, choice, regex, math_verify, a dotted path, or loglik."),
+        typer.Option(
+            "--reward",
+            help="exact, contains, number, choice, regex, math_verify, rewards.py:function, a dotted path, or loglik.",
+        ),
     ] = "exact",
     tie_break: Annotated[
         float, typer.Option("--tie_break", help="Weight of the log-likelihood, added to the reward.", hidden=True)
     ] = 0.0,
-    prompt_column: Annotated[str, typer.Option("--prompt_column", help="Column with text or messages.")] = "prompt",
-    answer_column: Annotated[
-        Optional[str], typer.Option("--answer_column", help="Default: completion, answer or solution.")
-    ] = None,
+    prompt_column: PromptColumnOption = "prompt",
+    completion_column: CompletionColumnOption = None,
+    answer_column: AnswerColumnOption = None,
+    messages_column: MessagesColumnOption = "messages",
+    chat: ChatOption = False,
     system_prompt: Annotated[
         Optional[str], typer.Option("--system_prompt", help="Ask prompts as chat messages, after this one.")
     ] = None,
@@ -110,6 +120,9 @@ def search(
     limit: Annotated[
         Optional[int], typer.Option("--limit", help="Only the first examples.", min=1, hidden=True)
     ] = None,
+    show_answers: Annotated[
+        int, typer.Option("--show_answers", help="Print this many answers of the result.", min=0, hidden=True)
+    ] = 0,
     dtype: DtypeOption = "auto",
     base_check: CheckOption = "error",
     as_json: JsonOption = False,
@@ -121,26 +134,31 @@ def search(
     """Search a mixture of experts from a few examples.
 
     peft-svf search --model_name_or_path MODEL --expert math=experts/math --expert logic=experts/logic
-    --examples shots.jsonl --reward number --output_dir my-mixture
+    --data shots.jsonl --reward number --output_dir my-mixture
     """
     checkpoint = output_dir / "search-checkpoint.json"
     try:
         from ..mixture.mixture import AdaptiveMixture
-        from ..scoring.datasets import FILES, load_examples
+        from ..scoring.datasets import load_examples
         from ..scoring.objectives import LogLikelihoodObjective, RewardObjective, WeightedObjective
         from ..scoring.rewards import find_reward
+        from ..scoring.sources import is_data
+        from ..search.loop import EQUAL_SCORES
         from ..utils.processes import by_main_process, leave, processes
 
         columns: dict[str, Any] = {
             "prompt_column": prompt_column,
+            "completion_column": completion_column,
             "answer_column": answer_column,
+            "messages_column": messages_column,
+            "chat": chat,
             "system_prompt": system_prompt,
             "split": dataset_split,
             "config": dataset_config,
         }
         rows = load_examples(examples, **columns, limit=limit)
         validation, eval_examples = settings.pop("validation"), None
-        if Path(str(validation)).suffix in FILES:
+        if is_data(str(validation)):
             eval_examples = load_examples(validation, **columns)
         config = SearchConfig(
             **{name: _value(name, value) for name, value in settings.items()},
@@ -173,6 +191,18 @@ def search(
             data = {"examples": rows, "reward_funcs": function}
         with prints_to_stderr(as_json):
             result = mixture.search(**data, config=config, eval_examples=eval_examples)
+        failed = result.stopped == EQUAL_SCORES
+        if (shown := 3 if failed else show_answers) and function is not None:
+            texts = _answers(mixture, rows[:shown], function, config)
+            if processes().is_main_process:
+                print("\n".join(texts), file=sys.stderr)
+        if failed:
+            checkpoint.unlink(missing_ok=True)
+            leave()
+            raise ValueError(
+                "Nothing is saved, because no mixture is better than another. Compare the answers above with --reward "
+                f"{reward}: it must accept their form."
+            )
         by_main_process(lambda: mixture.save_pretrained(output_dir))
         leave()
     except (ValueError, TypeError, ImportError, OSError) as error:
@@ -195,6 +225,22 @@ def search(
     console.print(table)
     console.print(str(result), highlight=False, markup=False)
     console.print(f"saved in {output_dir}{plotted}", highlight=False, markup=False)
+
+
+def _answers(mixture: Any, rows: list[dict[str, Any]], function: Any, config: SearchConfig) -> list[str]:
+    """Return the question, the answer of the mixture and the reference answer of each example."""
+    from ..scoring.objectives import RewardObjective
+    from ..scoring.rewards import text_of
+
+    generation = {"max_new_tokens": config.max_new_tokens, **config.generation_kwargs}
+    objective = RewardObjective(rows, function, mixture.tokenizer, generation_kwargs=generation)
+    answers = objective.answers(mixture.model, range(len(rows)))
+    texts = mixture.tokenizer.batch_decode(answers, skip_special_tokens=True)
+    asked = [row["prompt"] if isinstance(row["prompt"], str) else text_of(row["prompt"]) for row in rows]
+    return [
+        f"prompt: {prompt!r}\nanswer: {text!r}\nreference: {row.get('answer')!r}\n"
+        for prompt, text, row in zip(asked, texts, rows, strict=True)
+    ]
 
 
 def _value(name: str, value: Any) -> Any:

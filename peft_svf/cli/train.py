@@ -10,9 +10,9 @@ from .errors import in_a_line, prints_to_stderr
 
 
 def train(context: typer.Context) -> None:
-    """Train an expert with GRPO, RLOO or REINFORCE. `--help_all` lists all options, with TRL's.
+    """Train an expert: from pairs (sft), preferences (dpo) or rewards. `--help_all` lists all options, with TRL's.
 
-    peft-svf train --config recipe.yaml --model_name_or_path MODEL --output_dir experts/math
+    peft-svf train --objective sft --model_name_or_path MODEL --data pairs.jsonl --chat true --output_dir my-expert
 
     For several processes: `accelerate launch -m peft_svf train` with the same options. `--json` prints the content of
     `training.json`; everything else goes to standard error.
@@ -21,9 +21,11 @@ def train(context: typer.Context) -> None:
     words = ["--help" if word == "--help_all" else word for word in context.args if word != "--json"]
     with prints_to_stderr(as_json):
         with in_a_line():
+            from ..training.outcome import NothingLearnedError
             from ..training.run import prepare
 
             run = prepare(words)
-        record = run()
+        with in_a_line((NothingLearnedError,)):
+            record = run()
     if as_json:
         print(json.dumps(record.to_dict(), default=str))

@@ -188,8 +188,12 @@ def plot_curves(history: Sequence[Mapping[str, float]], path: str | Path, *, tit
         left.plot(*zip(*reward, strict=True), label="mean reward of the completions")
     if accuracy:
         left.plot(*zip(*accuracy, strict=True), "o-", c="tab:green", label="greedy accuracy, validation")
+    losses = [] if reward else [(_series(history, "loss"), "loss"), (_series(history, "eval_loss"), "loss, validation")]
+    for loss, label in losses:
+        if loss:
+            left.plot(*zip(*loss, strict=True), "." if "validation" in label else "-", label=label)
     left.set(xlabel="step", title=title)
-    if reward or accuracy:
+    if reward or accuracy or any(loss for loss, _ in losses):
         left.legend(fontsize="small")
     if kl:
         axes[0, 1].plot(*zip(*kl, strict=True), c="tab:red")
