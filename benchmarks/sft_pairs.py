@@ -1,7 +1,7 @@
 """Write pairs to try SFT with: conversions of lengths, masses, volumes and times, as a user would collect them.
 
-    python benchmarks/sft_pairs.py pairs.jsonl
-    peft-svf train --objective sft --model_name_or_path MODEL --data pairs.jsonl --chat true --output_dir units
+python benchmarks/sft_pairs.py pairs.jsonl
+peft-svf train --objective sft --model_name_or_path MODEL --data pairs.jsonl --chat true --output_dir units
 """
 
 from __future__ import annotations

@@ -110,6 +110,28 @@ def test_the_result_as_json(world: Path, tmp_path: Path) -> None:
     assert list(content["weights"]) == ["one", "two"]
 
 
+def never(completions: list[str], **columns: Any) -> list[float]:
+    return [0.0] * len(completions)
+
+
+def test_equal_scores_end_a_search_and_show_answers(world: Path, tmp_path: Path) -> None:
+    options = {"reward": "test_cli_search.never", "validation": "2", "num_generations": 5}
+    with pytest.warns(UserWarning, match="all baselines and candidates have the same score, 0"):
+        result = search(world, tmp_path / "mine", **options)
+    said = one_line(result)
+    assert said.count("prompt: ") == said.count("answer: ") == said.count("reference: ") == 3
+    assert "Nothing is saved, because no mixture is better than another" in said
+    assert "--reward test_cli_search.never" in said
+    assert not (tmp_path / "mine").exists() or not list((tmp_path / "mine").iterdir())
+
+
+def test_answers_are_shown_on_request(world: Path, tmp_path: Path) -> None:
+    options = {"reward": "test_adaptation.count_letters", "validation": "none"}
+    result = search(world, tmp_path / "mine", **options, show_answers=2)
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count("answer: ") == 2
+
+
 @pytest.mark.slow
 def test_two_processes_leave_one_mixture(world: Path, tmp_path: Path) -> None:
     words = words_of_a_search(world, tmp_path / "mine", "--json", reward="loglik", validation="2")
@@ -386,10 +408,12 @@ def test_a_file_in_another_encoding(tmp_path: Path) -> None:
         load_examples(str(tmp_path / "a.jsonl"))
 
 
-def test_a_file_has_no_splits(tmp_path: Path) -> None:
+def test_a_file_has_no_other_splits(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n')
-    with pytest.raises(ValueError, match="has no splits and no configurations"):
-        load_examples(str(tmp_path / "a.jsonl"), split="test")
+    with pytest.raises(ValueError, match="has no split 'dev'; it has train, all"):
+        load_examples(str(tmp_path / "a.jsonl"), split="dev")
+    with pytest.raises(ValueError, match="is a file, which has no configurations"):
+        load_examples(str(tmp_path / "a.jsonl"), config="main")
 
 
 def test_the_system_prompt_leads_messages_that_have_none(tmp_path: Path) -> None:

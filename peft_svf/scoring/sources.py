@@ -24,6 +24,7 @@ _WORDS = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
 }
+_ORDER = ("train", "validation", "test")
 _SAVED = ("dataset_dict.json", "state.json")  # in a folder that `save_to_disk` wrote
 
 
@@ -102,7 +103,7 @@ def _files_by_split(folder: Path) -> dict[str, list[Path]]:
         words = re.split(r"[^a-z]+", inner.with_suffix("").as_posix().lower())
         splits.setdefault(next((_WORDS[word] for word in words if word in _WORDS), ""), []).append(file)
     rest = splits.pop("", [])
-    return splits or ({"train": rest} if rest else {})
+    return dict(sorted(splits.items(), key=lambda item: _ORDER.index(item[0]))) or ({"train": rest} if rest else {})
 
 
 def _read(path: Path) -> Iterable[Any]:

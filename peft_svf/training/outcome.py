@@ -60,9 +60,11 @@ def equal_reward(history: Sequence[Mapping[str, Any]], num_generations: int) -> 
     steps = [entry for entry in history if "reward" in entry]
     if not steps:
         return None
-    rewards = [entry["reward"] for entry in steps]
+    # TRL logs `None` if no reward function applies to any completion
+    rewards = [entry["reward"] for entry in steps if entry["reward"] is not None]
+    if not rewards:
+        return math.nan
     # with one completion per prompt, as in REINFORCE, the fraction is always 1
-    grouped = num_generations > 1 and all(entry.get("frac_reward_zero_std", 0.0) >= 1.0 for entry in steps)
+    grouped = num_generations > 1 and all((entry.get("frac_reward_zero_std") or 0.0) >= 1.0 for entry in steps)
     close = math.isclose(max(rewards), min(rewards), rel_tol=1e-6) and not any(e.get("reward_std") for e in steps)
-    nothing = all(math.isnan(reward) for reward in rewards)
-    return sum(rewards) / len(rewards) if grouped or close or nothing else None
+    return sum(rewards) / len(rewards) if grouped or close else None
