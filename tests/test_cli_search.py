@@ -72,7 +72,7 @@ def one_line(result: Any) -> str:
     return " ".join(result.stderr.split())
 
 
-@pytest.mark.parametrize("reward", ["contains", "loglik", "test_adaptation.count_letters"])
+@pytest.mark.parametrize("reward", [f"{Path(__file__).parent / 'test_adaptation.py'}:count_letters", "loglik"])
 @pytest.mark.parametrize("examples", ["shots.jsonl", "shots.csv"])
 def test_a_search_leaves_an_ordinary_adapter(reward: str, examples: str, world: Path, tmp_path: Path) -> None:
     result = search(world, tmp_path / "mine", examples=examples, reward=reward, validation="none")
@@ -114,14 +114,15 @@ def never(completions: list[str], **columns: Any) -> list[float]:
     return [0.0] * len(completions)
 
 
-def test_equal_scores_end_a_search_and_show_answers(world: Path, tmp_path: Path) -> None:
-    options = {"reward": "test_cli_search.never", "validation": "2", "num_generations": 5}
+@pytest.mark.parametrize("reward", ["contains", "test_cli_search.never"])
+def test_equal_scores_end_a_search_and_show_answers(reward: str, world: Path, tmp_path: Path) -> None:
+    options = {"reward": reward, "validation": "2", "num_generations": 5}
     with pytest.warns(UserWarning, match="all baselines and candidates have the same score, 0"):
         result = search(world, tmp_path / "mine", **options)
     said = one_line(result)
     assert said.count("prompt: ") == said.count("answer: ") == said.count("reference: ") == 3
     assert "Nothing is saved, because no mixture is better than another" in said
-    assert "--reward test_cli_search.never" in said
+    assert f"--reward {reward}" in said
     assert not (tmp_path / "mine").exists() or not list((tmp_path / "mine").iterdir())
 
 

@@ -43,4 +43,5 @@ def evaluation_task(
     place, split = place_and_split(source)
     rows = load_examples(place, split=split or "test", limit=size, **columns)
     prompts = [row["prompt"] for row in load_examples(place, split="train", limit=shots, **columns)] if shots else []
-    return EvaluationTask(Path(place).stem, rows, find_reward(reward), expert), prompts
+    name = Path(place).stem + (f":{split}" if split else "")
+    return EvaluationTask(name, rows, find_reward(reward), expert), prompts
