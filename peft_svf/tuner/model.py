@@ -44,6 +44,7 @@ from .rows import (
     RowCall,
     RowDeltas,
     batch_size,
+    check_may_disable,
     checked_weights,
     expansion_of,
     group_of_each,
@@ -355,6 +356,7 @@ class SVFModel(BaseTuner):
             yield call
 
     open_calls = 0  # mixed batches that run in any thread
+    disabled_by: int | None = None  # the thread that has disabled the adapters
     _layout: Layout | None = None
 
     def release_folded(self) -> None:
@@ -385,6 +387,8 @@ class SVFModel(BaseTuner):
         return self
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        if not enabled:
+            check_may_disable(self)
         # PEFT's version makes the active copies of `modules_to_save` trainable, frozen ones too
         wrappers = [module for module in self.model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
         if not enabled and self._trainable_in_wrappers is None:
@@ -394,6 +398,7 @@ class SVFModel(BaseTuner):
         if enabled:
             _restore(now)
             self._trainable_in_wrappers = None
+            self.disabled_by = None
 
     _trainable_in_wrappers: list[tuple[nn.Parameter, bool]] | None = None
 
