@@ -430,6 +430,22 @@ def test_a_saved_expert_is_refused_by_a_base_with_another_adapter(tmp_path: Path
 # --------------------------------------------------------------------------------------------------------- while merged
 
 
+@pytest.mark.parametrize("earlier", [[], ["b"]])
+def test_a_merge_that_fails_half_way_is_undone(earlier: list[str]) -> None:
+    model = get_peft_model(tiny_llama(), SVFConfig(**LINEAR), "a")
+    model.add_adapter("b", SVFConfig(**LINEAR))
+    randomise(randomise(model, "a"), "b", seed=1)
+    if earlier:
+        model.merge_adapter(earlier)
+    before = weights(model)
+    broken = list(svf_layers(model).values())[5]
+    broken.delta_weights(["a"])[0].data[0] = float("nan")
+    with pytest.raises(ValueError, match="NaNs detected"):
+        model.merge_adapter(["a"], safe_merge=True)
+    assert_same(weights(model), before)
+    assert all(layer.merged_adapters == earlier for layer in svf_layers(model).values())
+
+
 def _write(model: PeftModel) -> None:
     next(iter(svf_layers(model).values())).get_base_layer().weight.data[0, 0] += 1
 

@@ -561,7 +561,7 @@ class SVFModel(BaseTuner):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters as PEFT does, and warn if 16-bit weights lose too much of the change.
 
-        Adapters of other PEFT methods are left alone.
+        Adapters of other PEFT methods are left alone. After an error, nothing of this call is merged.
 
         Raises:
             ValueError: There is no adapter of this name. Or merging would change more than these layers: another module
@@ -570,9 +570,20 @@ class SVFModel(BaseTuner):
         """
         with self._merging(adapter_names):
             self._check_merge_allowed()
-            for layer in first_owners(svf_layers(self.model)):
-                with onload_layer(layer):
-                    layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
+            layers = first_owners(svf_layers(self.model))
+            before = [(layer, list(layer.merged_adapters)) for layer in layers]
+            try:
+                for layer in layers:
+                    with onload_layer(layer):
+                        layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
+            except Exception:  # such as NaN
+                for layer, names in before:
+                    if layer.merged_adapters != names:
+                        with onload_layer(layer):
+                            layer.unmerge()
+                            if names:
+                                layer.merge(adapter_names=names)
+                raise
 
     def unmerge_adapter(self) -> None:
         """Restore the base weights.
