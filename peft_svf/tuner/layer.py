@@ -309,7 +309,7 @@ class SVFLayer(BaseTunerLayer):
     def forget_basis(self) -> None:
         """Drop the basis before the base weight changes. It is built and checked again when it is needed."""
         self._set_basis(None)
-        self.base_fingerprint = self.base_spectrum = None
+        self.base_spectrum, self._fingerprints = None, {}
         self.fold = Fold()
 
     def _widest(self) -> int:
