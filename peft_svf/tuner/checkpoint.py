@@ -138,4 +138,6 @@ def _read(file: Path, key: str) -> torch.Tensor:
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
+    if tensor.is_floating_point() and tensor.dtype.itemsize < 2:  # fp8 has no `isfinite`
+        tensor = tensor.float()
     return tensor.is_meta or bool(torch.isfinite(tensor).all())

@@ -34,7 +34,7 @@ from .embeddings import forget_replaced_bases, with_resized_embeddings
 from .entries import adapter_entries, check_loadable, foreign_biases, put_back, unmerged_entries, without_adapter_name
 from .fold import SMALLEST_FRACTION
 from .layer import Linear, SVFLayer, svf_layers
-from .loading import check_before_attaching, check_checkpoint, current_key
+from .loading import check_before_attaching, check_checkpoint, current_key, prefixed_key
 from .names import check_adapter_name
 from .quantized import is_coarse, keep_order, reorder
 from .renames import current_names
@@ -443,7 +443,9 @@ class SVFModel(BaseTuner):
         cls, model: nn.Module, config: SVFConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         # PEFT would only warn of missing values, and use δ = 0 for them
-        state_dict = {current_key(key, {}, adapter_name): value for key, value in state_dict.items()}
+        state_dict = {
+            prefixed_key(model, current_key(key, {}, adapter_name)): value for key, value in state_dict.items()
+        }
         checkpoint = Checkpoint.of_tensors(state_dict)
         names = check_checkpoint(model, adapter_name, checkpoint)
         forget_replaced_bases(svf_layers(model, adapter_name), checkpoint)
