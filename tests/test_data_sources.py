@@ -164,6 +164,12 @@ def test_all_rows_for_training_if_asked_for(base: Path, tmp_path: Path) -> None:
             assert {split: len(rows) for split, rows in splits.items()} == expected
 
 
+def test_the_card_names_the_file_without_its_folder(base: Path, tmp_path: Path) -> None:
+    given = parse(script(base, Path(f"{tmp_path / 'pairs.csv'}:all"), tmp_path / "out"))[4]
+    assert given["dataset_name"] == "pairs.csv:all"
+    assert parse(script(base, Path("owner/data:train"), tmp_path / "out"))[4]["dataset_name"] == "owner/data:train"
+
+
 def test_a_parquet_file_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_text("no")
     with pytest.raises(ValueError, match=r"a\.parquet is no parquet file"):

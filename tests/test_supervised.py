@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,10 @@ def test_text_is_asked_as_the_options_say(chat: bool, base: Path, tmp_path: Path
     with_chat_template(base)
     data = write(tmp_path / "pairs.jsonl", [{"q": f"{n}+1=", "a": str(n + 1)} for n in range(40)])
     more = {"prompt_column": "q", "completion_column": "a", "chat": str(chat).lower()}
-    trainer, splits, _ = build(*parse(options(base, data, tmp_path / "expert", **more))[:4])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer, splits, _ = build(*parse(options(base, data, tmp_path / "expert", **more))[:4])
+    assert any("Add --chat true" in str(warning.message) for warning in caught) != chat
     asked = splits["test"][0]["prompt"]
     assert (asked[0]["role"] == USER) if chat else asked.endswith("+1=")
     text = "".join(trainer.processing_class.convert_ids_to_tokens(trainer.train_dataset[0]["input_ids"]))

@@ -12,6 +12,7 @@ import yaml
 from trl import DatasetMixtureConfig, TrlParser
 
 from ..scoring.rewards import REWARDS, checked, find_reward
+from ..scoring.sources import place_and_split
 from ..utils.files import read_text
 from .arguments import OBJECTIVES, AdapterArguments, TrainArguments, check_given, defaults, warn_of_low_rate
 from .continuing import continue_from, saved_config
@@ -63,6 +64,9 @@ def parse(argv: Sequence[str]) -> tuple[TrainArguments, Any, AdapterArguments, D
     check_given(given, script, adapter, training)
     warn_of_low_rate(training, peft_type)
     given = {name: value for name, value in given.items() if name not in _LEFT_OUT and not name.endswith("_token")}
+    place, split = place_and_split(script.dataset_name or "")
+    if "dataset_name" in given and Path(place).is_absolute():  # the rest of the path is private
+        given["dataset_name"] = Path(place).name + (f":{split}" if split else "")
     if script.base_model_name and saved is None:
         given["model_name_or_path"] = script.base_model_name
     return script, training, adapter, mixture, given

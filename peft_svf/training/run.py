@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,13 @@ def build(
         for callback in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(callback)
         trainer.add_callback(RewardBar(f"Training {Path(training.output_dir).name}"))
+    of_a_chat_model = getattr(trainer.processing_class, "chat_template", None) is not None
+    if script.dataset_name and of_a_chat_model and isinstance(next(iter(data["train"])).get("prompt"), str):
+        warnings.warn(
+            "The prompts are text, which the model continues without its chat template. Add --chat true to ask them as "
+            "messages, as `peft-svf generate` and `chat` do.",
+            stacklevel=2,
+        )
     trainer.add_callback(EqualRewards())
     trainer.add_callback(ExactState())
     trainer.add_callback(StopAtNaN())
