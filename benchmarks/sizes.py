@@ -89,7 +89,7 @@ def page() -> str:
             *rows,
             "",
             "- *Singular bases* are in memory once, for all experts of a model. In fp32 they take twice as much.",
-            "- *Folded weights* are in memory while layers are folded. `fold=\"never\"` needs none.",
+            '- *Folded weights* are in memory while layers are folded. `fold="never"` needs none.',
             "- *Work* is the sum of k³ over the weights, relative to SmolLM2-135M.",
             "",
         ]

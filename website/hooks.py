@@ -9,9 +9,10 @@ from typing import Any
 
 from mkdocs.structure.files import File
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]  # MkDocs loads this file by its path
+# MkDocs loads this file by its path
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
-import pages
+import pages  # noqa: E402
 
 
 def on_files(files: Any, config: Any) -> Any:

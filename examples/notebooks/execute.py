@@ -25,8 +25,9 @@ def execute(path: Path) -> Any:
     """
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=900, record_timing=False, resources={"metadata": {"path": str(FOLDER)}}).execute()
-    for cell in notebook.cells:  # standard error has progress bars and warnings, which no page needs
-        cell.outputs = [each for each in cell.get("outputs", []) if each.get("name") != "stderr"] if cell.cell_type == "code" else []
+    for cell in notebook.cells:
+        if cell.cell_type == "code":  # standard error has progress bars and warnings, which no page needs
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
     return notebook
 
 
