@@ -246,3 +246,29 @@ def test_an_adapted_output_layer_does_not_replace_that_of_another_base(load: Any
     with pytest.raises(ValueError, match="another base model: 1 of 1 weights differ"):
         load(other, tmp_path)
     assert torch.equal(other.lm_head.weight, weight)
+
+
+def test_added_tokens_of_adapters_beside_one_on_the_output_layer(tmp_path: Path) -> None:
+    """The key of the output layer's weight depends on the other adapters of the model."""
+    tiny_llama(tie_word_embeddings=False).save_pretrained(tmp_path / "base")
+
+    def base() -> Any:
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        model.resize_token_embeddings(70)
+        return model
+
+    torch.manual_seed(0)
+    model = get_peft_model(base(), SVFConfig(target_modules=["lm_head"], task_type="CAUSAL_LM"), "a")
+    model.add_adapter("b", SVFConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    randomise(model, "a", seed=1)
+    randomise(model, "b", seed=2)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "b" / "adapter_model.safetensors")
+    assert "base_model.model.model.embed_tokens.weight" in saved  # at the first save
+    for name, others in (("a", []), ("b", []), ("a", ["b"]), ("b", ["a"])):
+        model.set_adapter(name)
+        loaded = PeftModel.from_pretrained(base(), tmp_path / (others or [name])[0], "x")
+        if others:
+            loaded.load_adapter(tmp_path / name, "y")
+            loaded.set_adapter("y")
+        assert torch.equal(logits(loaded), logits(model))

@@ -11,10 +11,10 @@ from torch import nn
 from .checkpoint import Checkpoint
 from .config import SVFConfig
 from .embeddings import check_embedding_sizes
-from .layer import svf_layers
+from .layer import SVFLayer, svf_layers
 from .renames import current_names
 
-_DELTA = ".svf_delta."
+_PREFIX, _DELTA = "base_model.model.", ".svf_delta."
 
 
 def check_checkpoint(model: nn.Module, adapter_name: str, checkpoint: Checkpoint) -> dict[str, str]:
@@ -63,7 +63,25 @@ def _without_place(base: nn.Module, keys: Iterable[str]) -> list[str]:
         # copies of `modules_to_save` have other keys than the file
         return hasattr(parents[0], name) or any(isinstance(parent, AuxiliaryTrainingWrapper) for parent in parents)
 
-    return [key for key in keys if not has_place(key)]
+    return [key for key in keys if not has_place(weight_key(base, key))]
+
+
+def weight_key(model: Any, key: str) -> str:
+    """Return the key of a saved base weight as the model has it.
+
+    PEFT saves the weights of resized embeddings. Their keys depend on whether any adapter adapts the output layer.
+    """
+    base: Any = getattr(model, "get_base_model", lambda: model)()
+    path, _, name = key.replace(".base_layer.", ".").rpartition(".")
+    if name != "weight" or _DELTA in key:
+        return key
+    try:
+        module = base.get_submodule(path.removeprefix(_PREFIX))
+    except AttributeError:
+        return key
+    if isinstance(module, SVFLayer):
+        return f"{path}.base_layer.weight"
+    return key if hasattr(module, "base_layer") else f"{path}.weight"
 
 
 def current_key(key: str, names: Mapping[str, str], adapter_name: str) -> str:
@@ -71,6 +89,6 @@ def current_key(key: str, names: Mapping[str, str], adapter_name: str) -> str:
     head, found, tail = key.partition(_DELTA)
     if not found:
         return key
-    prefix = "base_model.model." if head.startswith("base_model.model.") else ""
+    prefix = _PREFIX if head.startswith(_PREFIX) else ""
     name = head.removeprefix(prefix)
     return f"{prefix}{names.get(name, name)}{found}{tail.removeprefix(f'{adapter_name}.')}"

@@ -36,7 +36,7 @@ from .entries import adapter_entries, check_loadable, foreign_biases, put_back, 
 from .fold import SMALLEST_FRACTION
 from .frozen import frozen_message
 from .layer import Linear, SVFLayer, svf_layers
-from .loading import check_before_attaching, check_checkpoint, current_key
+from .loading import check_before_attaching, check_checkpoint, current_key, weight_key
 from .names import check_adapter_name
 from .quantized import is_coarse, keep_order, reorder
 from .renames import current_names
@@ -46,6 +46,7 @@ from .rows import (
     RowCall,
     RowDeltas,
     batch_size,
+    check_may_disable,
     checked_weights,
     expansion_of,
     group_of_each,
@@ -380,6 +381,7 @@ class SVFModel(BaseTuner):
             yield call
 
     open_calls = 0  # mixed batches that run in any thread
+    disabled_by: int | None = None  # the thread that has disabled the adapters
     _layout: Layout | None = None
 
     def release_folded(self) -> None:
@@ -434,6 +436,8 @@ class SVFModel(BaseTuner):
         return adapted_fraction(linear_weights(self.model), adapted)
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        if not enabled:
+            check_may_disable(self)
         # PEFT's version makes the active copies of `modules_to_save` trainable, frozen ones too
         wrappers = [module for module in self.model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
         if not enabled and self._trainable_in_wrappers is None:
@@ -443,6 +447,7 @@ class SVFModel(BaseTuner):
         if enabled:
             _restore(now)
             self._trainable_in_wrappers = None
+            self.disabled_by = None
 
     _trainable_in_wrappers: list[tuple[nn.Parameter, bool]] | None = None
 
@@ -492,7 +497,7 @@ class SVFModel(BaseTuner):
         cls, model: nn.Module, config: SVFConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         # PEFT would only warn of missing values, and use δ = 0 for them
-        state_dict = {current_key(key, {}, adapter_name): value for key, value in state_dict.items()}
+        state_dict = {weight_key(model, current_key(key, {}, adapter_name)): value for key, value in state_dict.items()}
         checkpoint = Checkpoint.of_tensors(state_dict)
         names = check_checkpoint(model, adapter_name, checkpoint)
         forget_replaced_bases(svf_layers(model, adapter_name), checkpoint)
@@ -605,7 +610,7 @@ class SVFModel(BaseTuner):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters as PEFT does, and warn if 16-bit weights lose too much of the change.
 
-        Adapters of other PEFT methods are left alone.
+        Adapters of other PEFT methods are left alone. After an error, nothing of this call is merged.
 
         Raises:
             ValueError: There is no adapter of this name. Or merging would change more than these layers: another module
@@ -614,9 +619,20 @@ class SVFModel(BaseTuner):
         """
         with self._merging(adapter_names):
             self._check_merge_allowed()
-            for layer in first_owners(svf_layers(self.model)):
-                with onload_layer(layer):
-                    layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
+            layers = first_owners(svf_layers(self.model))
+            before = [(layer, list(layer.merged_adapters)) for layer in layers]
+            try:
+                for layer in layers:
+                    with onload_layer(layer):
+                        layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
+            except Exception:  # such as NaN
+                for layer, names in before:
+                    if layer.merged_adapters != names:
+                        with onload_layer(layer):
+                            layer.unmerge()
+                            if names:
+                                layer.merge(adapter_names=names)
+                raise
 
     def unmerge_adapter(self) -> None:
         """Restore the base weights.
