@@ -84,9 +84,10 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Material prints its own end of life before every build, which nobody here can act on.
+# Without --quiet, which also silences --strict. Material announces its own end of life at every build; nobody here can act
+# on that.
 docs: $(READY)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 notebooks: $(READY)
 	$(BIN)/python examples/notebooks/execute.py $(ARGS)

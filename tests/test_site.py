@@ -145,3 +145,24 @@ def test_the_cost_page_repeats_the_table_of_sizes() -> None:
         if line.startswith("| ") and not line.startswith("| model"):
             name, _, expert, _, bases, folded, work = line.strip("| ").split(" | ")
             assert f"| {name} | {expert} | {bases} | {folded} | {work}" in cost
+
+
+def test_the_comparison_with_lora_repeats_measured_numbers() -> None:
+    page, measured = (
+        (ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("svf-or-lora.md", "results/comparison.md")
+    )
+    accuracies, forgotten = measured.split("## What was forgotten")
+    rows = re.findall(r"^\| ((?:SVF|LoRA|IA3)[^|]*) \| ([\d,]+) \| ([\d.]+) \| ([\d.]+) \|$", page, flags=re.MULTILINE)
+    assert [method for method, *_ in rows] == ["SVF", "LoRA r=1", "LoRA r=16", "IA3"]
+    for method, parameters, accuracy, perplexity in rows:
+        assert re.search(rf"^\| {method.lower()} \| {parameters} \|.* {accuracy} \|", accuracies, flags=re.MULTILINE)
+        (exact,) = re.findall(rf"^\| {method.lower()} \|(?:[^|]+\|){{2}} ([\d.]+) ±", forgotten, flags=re.MULTILINE)
+        assert f"{float(exact):.2f}" == perplexity
+    speed = (ROOT / "docs/results/speed.md").read_text(encoding="utf-8")
+    ratios = [
+        each
+        for row in re.findall(r", time \| (.+) \|$", page, flags=re.MULTILINE)
+        for each in re.findall(r"\d\.\d+", row)
+    ]
+    assert ratios
+    assert not [ratio for ratio in ratios if f"| {ratio} |" not in speed]
