@@ -83,7 +83,7 @@ def test_a_notebook_becomes_a_page_with_its_outputs(tmp_path: Path) -> None:
     ]
     (tmp_path / "draw.ipynb").write_text(json.dumps({"cells": cells}))
     text, pictures = pages.notebook_page(tmp_path / "draw.ipynb")
-    assert text.startswith("# Title\ntext\n\n```python\ndraw()\n```\n\n```text\n0.5\n0.7\n```\n\n![")
+    assert text.startswith("# Title\ntext\n\n```python\ndraw()\n```\n\n``` {.text .output}\n0.5\n0.7\n```\n\n![")
     assert "Figure>" not in text
     assert pictures == {"draw-0.png": b"\x89PNG\r"}
 

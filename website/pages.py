@@ -83,6 +83,6 @@ def notebook_page(path: Path) -> tuple[str, dict[str, bytes]]:
                 pictures[name] = base64.b64decode(_text(data["image/png"]))
                 parts.append(f"![output of the cell above]({name})")
             elif text := _text(output.get("text") or data.get("text/plain") or ""):
-                parts.append(f"```text\n{text.rstrip()}\n```")
+                parts.append(f"``` {{.text .output}}\n{text.rstrip()}\n```")
     parts.append(f"*This page is the notebook `examples/notebooks/{path.name}` with its stored outputs.*")
     return "\n\n".join(parts) + "\n", pictures
