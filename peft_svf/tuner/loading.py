@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from peft import PeftModel
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -32,6 +33,7 @@ def check_checkpoint(model: nn.Module, adapter_name: str, checkpoint: Checkpoint
     subject = _subject(adapter_name, checkpoint)
     strangers = _without_place(base, checkpoint.others) if checkpoint.others else []
     checkpoint.renamed(names).check(subject, wanted, strangers=strangers)
+    _check_complete(base, adapter_name, subject, checkpoint)
     check_embedding_sizes(base, subject, checkpoint)
     return names
 
@@ -82,6 +84,38 @@ def weight_key(model: Any, key: str) -> str:
     if isinstance(module, SVFLayer):
         return f"{path}.base_layer.weight"
     return key if hasattr(module, "base_layer") else f"{path}.weight"
+
+
+def _check_complete(base: nn.Module, adapter_name: str, subject: str, checkpoint: Checkpoint) -> None:
+    """Check that the checkpoint holds `modules_to_save` and biases, which PEFT would leave at their values.
+
+    Raises:
+        ValueError: It does not.
+    """
+    copy = f".modules_to_save.{adapter_name}"
+    wanted = [name for name, _ in base.named_parameters() if f"{copy}." in name]
+    for layer in svf_layers(base, adapter_name):
+        if layer.svf_config[adapter_name].bias != "none" and getattr(layer.get_base_layer(), "bias", None) is not None:
+            wanted.append(f"{layer.module_name}.bias")
+
+    def plain(key: str) -> str:
+        return key.replace(f"{copy}.", ".").replace(".base_layer.", ".")
+
+    found = {plain(key) for key in checkpoint.others}
+    if missing := [name for name in map(plain, wanted) if name not in found]:
+        raise ValueError(
+            f"{subject} has no values for {len(missing)} of {len(wanted)} trained parameters besides δ, the first is "
+            f"{missing[0]}. It is incomplete or was saved with another config: save or download the adapter again."
+        )
+
+
+def prefixed_key(model: nn.Module, key: str) -> str:
+    """Return the key in the state dict of a `PeftModel`, given one of its base model.
+
+    `get_peft_model_state_dict` of a model that transformers or `inject_adapter_in_model` adapted gives keys without the
+    prefix. PEFT would ignore them.
+    """
+    return key if key.startswith(_PREFIX) or not isinstance(model, PeftModel) else f"{_PREFIX}{key}"
 
 
 def current_key(key: str, names: Mapping[str, str], adapter_name: str) -> str:

@@ -32,11 +32,11 @@ from .batch_layout import Layout
 from .checkpoint import Checkpoint
 from .config import SVFConfig
 from .embeddings import forget_replaced_bases, with_resized_embeddings
-from .entries import adapter_entries, check_loadable, foreign_biases, put_back, unmerged_entries, without_adapter_name
+from .entries import adapter_entries, as_of_base, check_loadable, foreign_biases, put_back, without_adapter_name
 from .fold import SMALLEST_FRACTION
 from .frozen import frozen_message
 from .layer import Linear, SVFLayer, svf_layers
-from .loading import check_before_attaching, check_checkpoint, current_key, weight_key
+from .loading import check_before_attaching, check_checkpoint, current_key, prefixed_key, weight_key
 from .names import check_adapter_name
 from .quantized import is_coarse, keep_order, reorder
 from .renames import current_names
@@ -109,6 +109,8 @@ class SVFModel(BaseTuner):
             in_wrappers = self._trainable_in_wrappers
             self._kept_order = [*self._kept_order, *keep_order(model)]
             config, self._unusable = self.peft_config[adapter_name], unusable_modules(model)
+            if config.base_model_name_or_path is None:  # PEFT sets it after the first save, too late for embeddings
+                config.base_model_name_or_path = model.__dict__.get("name_or_path")
             checkpoint = being_loaded() or config.checkpoint  # before PEFT resolves `target_modules`
             config.rename_modules(current_names(model, config.expected_fingerprint))
             if checkpoint is not None:
@@ -481,7 +483,7 @@ class SVFModel(BaseTuner):
         # the config is saved next, and may have been attached to another model in the meantime
         record_base(config, adapter_name, svf_layers(model, adapter_name))
         put_back(model, adapter_name, state_dict, unwanted_adapter_names)
-        unmerged_entries(model, state_dict)
+        as_of_base(model, state_dict)
         biases = cls._get_learnable_bias_state_dict(model, state_dict, config)
         in_checkpoint = {key: plain for plain, key in foreign_biases(model, adapter_name).items()}
         biases = {in_checkpoint.get(key, key): value for key, value in biases.items()}
@@ -497,7 +499,10 @@ class SVFModel(BaseTuner):
         cls, model: nn.Module, config: SVFConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         # PEFT would only warn of missing values, and use δ = 0 for them
-        state_dict = {weight_key(model, current_key(key, {}, adapter_name)): value for key, value in state_dict.items()}
+        state_dict = {
+            weight_key(model, prefixed_key(model, current_key(key, {}, adapter_name))): value
+            for key, value in state_dict.items()
+        }
         checkpoint = Checkpoint.of_tensors(state_dict)
         names = check_checkpoint(model, adapter_name, checkpoint)
         forget_replaced_bases(svf_layers(model, adapter_name), checkpoint)
