@@ -59,7 +59,12 @@ def load_examples(
             `"test"` split, it is one row in five of `"train"`, by a hash of the question; see `is_held_out`. `"all"`
             is all rows.
         config (`str`, *optional*): Configuration of a dataset.
-        prompt_column, completion_column, answer_column, messages_column, system_prompt, chat: See [`Columns`].
+        prompt_column (`str`): See [`Columns`], like the next five.
+        completion_column (`str`, *optional*): See [`Columns`].
+        answer_column (`str`, *optional*): See [`Columns`].
+        messages_column (`str`): See [`Columns`].
+        system_prompt (`str`, *optional*): See [`Columns`].
+        chat (`bool`): See [`Columns`].
         limit (`int`, *optional*): Keep only the first examples.
 
     Raises:
