@@ -76,15 +76,41 @@ def test_prompts_are_answered(dispatch: str, world: Path) -> None:
 def test_a_conversation(world: Path) -> None:
     result = run(world, "chat", "--dispatch", "prompt", text="a cat\n/clear\n1 + 2\n\n")
     assert result.exit_code == 0, result.output
-    assert result.stdout.count(" s)") == 2
+    assert result.stdout.count("s to answer)") == 2
     assert run(world, "chat", text="").exit_code == 0
+
+
+def test_a_conversation_with_one_expert(world: Path) -> None:
+    said = ["/help", "/expert", "/expert nobody", "/expert lists", "1 + 2", "/expert base", "a", "/expert auto"]
+    result = run(world, "chat", "--soft", text="\n".join([*said, "b", "/nothing", "/quit", "never asked", ""]))
+    assert result.exit_code == 0, result.output
+    shown = " ".join(result.stdout.split())
+    for part in ("/expert NAME", "There is no expert 'nobody'. The experts are sums, lists, base, or auto."):
+        assert part in shown
+    assert "(lists, probability 1.00; " in shown
+    assert "(base, probability 1.00; " in shown
+    assert "There is no command /nothing." in shown
+    assert shown.count("s to answer)") == 3  # the last after `auto`; nothing after /quit
+
+
+def test_prompt_expert_and_answer_are_apart(world: Path) -> None:
+    result = run(world, "generate", "--prompt", "a cat", "--prompt", "1 [bold]+ 2")
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["prompt", "expert", "answer", ""] * 2
+    assert lines[0] == "prompt: a cat"
+    assert lines[4] == "prompt: 1 [bold]+ 2"
 
 
 @pytest.mark.parametrize(
     ("command", "more", "message"),
     [
         ("generate", [], "nothing to answer"),
-        ("generate", ["--prompt", "x", "--dispatch", "guess"], "no dispatch 'guess'"),
+        (
+            "generate",
+            ["--prompt", "x", "--dispatch", "guess"],
+            "--dispatch must be prompt, classifier, nearest or mixture, got 'guess'.",
+        ),
         ("generate", ["--prompt", "x", "--dispatch", "classifier"], "needs one. Pass its folder or Hub id"),
         ("generate", ["--prompt", "x", "--dispatch", "nearest"], "'sums' has none"),
         ("generate", ["--prompt", "x", "--description", "physics=x"], "'physics' is none of the experts"),

@@ -14,18 +14,20 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..search.config import SearchConfig
-from .errors import fail, prints_to_stderr
+from ..search.config import METHODS, SearchConfig
+from .choices import check_reward, one_of
+from .errors import EXPECTED, fail, prints_to_stderr
 from .options import (
     CheckOption,
     DtypeOption,
     ExpertOption,
     JsonOption,
     ModelOption,
-    checked_base_check,
+    check_dtype,
     drawn,
     named_experts,
 )
+from .output import ADAPTER, OverwriteOption, check_output
 
 # Set by other options, or for several reward functions.
 _LEFT_OUT = ("checkpoint", "reward_weights")
@@ -62,7 +64,8 @@ def _with_config(command: Callable[..., None]) -> Callable[..., None]:
         switch = f"--{each.name}/--no_{each.name}" if kind in (bool, Optional[bool]) else f"--{each.name}"
         switch = f"--{each.name}" if each.name == "resume" else switch
         metavar = "JSON" if each.default_factory is dict else None
-        option = typer.Option(switch, help=_help(each), metavar=metavar, hidden=each.metadata["advanced"])
+        checked = one_of(METHODS) if each.name == "method" else {}
+        option = typer.Option(switch, help=_help(each), metavar=metavar, hidden=each.metadata["advanced"], **checked)
         made.append(
             inspect.Parameter(
                 each.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
@@ -112,6 +115,7 @@ def search(
     ] = None,
     dtype: DtypeOption = "auto",
     base_check: CheckOption = "error",
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
     help_all: Annotated[
         bool, typer.Option("--help_all", help="Show all options.", is_eager=True, callback=_show_all)
@@ -125,8 +129,22 @@ def search(
     """
     checkpoint = output_dir / "search-checkpoint.json"
     try:
+        experts = named_experts(expert)
+        check_reward(reward)
+        for name, path in experts.items():
+            if output_dir.resolve() == Path(path).resolve():
+                raise ValueError(f"--output_dir {output_dir} is the folder of expert {name!r}. Pass another folder.")
+        check_output(output_dir, ADAPTER, overwrite, resume=settings["resume"] or checkpoint.exists())
+        validation, eval_examples = settings.pop("validation"), None
+        held_out = isinstance(_number_or_word(validation), str) and Path(validation).suffix != ""  # a file
+        config = SearchConfig(
+            **{name: _value(name, value) for name, value in settings.items()},
+            validation="auto" if held_out else _number_or_word(validation),
+            checkpoint=str(checkpoint),
+        )
+        check_dtype(dtype)
         from ..mixture.mixture import AdaptiveMixture
-        from ..scoring.datasets import FILES, load_examples
+        from ..scoring.datasets import load_examples
         from ..scoring.objectives import LogLikelihoodObjective, RewardObjective, WeightedObjective
         from ..scoring.rewards import find_reward
         from ..utils.processes import by_main_process, leave, processes
@@ -139,23 +157,12 @@ def search(
             "config": dataset_config,
         }
         rows = load_examples(examples, **columns, limit=limit)
-        validation, eval_examples = settings.pop("validation"), None
-        if Path(str(validation)).suffix in FILES:
-            eval_examples = load_examples(validation, **columns)
-        config = SearchConfig(
-            **{name: _value(name, value) for name, value in settings.items()},
-            validation="auto" if eval_examples is not None else _number_or_word(validation),
-            checkpoint=str(checkpoint),
-        )
+        eval_examples = load_examples(validation, **columns) if held_out else None
         function = None if reward == "loglik" else find_reward(reward)
-        experts = named_experts(expert)
-        for name, path in experts.items():
-            if output_dir.resolve() == Path(path).resolve():
-                raise ValueError(f"--output_dir {output_dir} is the folder of expert {name!r}. Pass another folder.")
         mixture = AdaptiveMixture.from_pretrained(
             model_name_or_path,
             experts,
-            base_check=checked_base_check(base_check),
+            base_check=base_check,
             dtype=dtype,
         )
         if function is None:
@@ -171,11 +178,13 @@ def search(
             config = config.changed(max_new_tokens=SearchConfig.max_new_tokens, generation_kwargs={})
         else:
             data = {"examples": rows, "reward_funcs": function}
+        if overwrite and not config.resume:
+            by_main_process(lambda: checkpoint.unlink(missing_ok=True))
         with prints_to_stderr(as_json):
             result = mixture.search(**data, config=config, eval_examples=eval_examples)
         by_main_process(lambda: mixture.save_pretrained(output_dir))
         leave()
-    except (ValueError, TypeError, ImportError, OSError) as error:
+    except EXPECTED as error:
         fail(error)
     if not processes().is_main_process:
         return

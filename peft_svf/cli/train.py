@@ -7,23 +7,24 @@ import json
 import typer
 
 from .errors import in_a_line, prints_to_stderr
+from .training_options import check_words
 
 
 def train(context: typer.Context) -> None:
-    """Train an expert with GRPO, RLOO or REINFORCE. `--help_all` lists all options, with TRL's.
+    """Train an expert with GRPO, RLOO or REINFORCE.
 
     peft-svf train --config recipe.yaml --model_name_or_path MODEL --output_dir experts/math
 
-    For several processes: `accelerate launch -m peft_svf train` with the same options. `--json` prints the content of
-    `training.json`; everything else goes to standard error.
+    For several processes: `accelerate launch -m peft_svf train` with the same options.
     """
     as_json = "--json" in context.args
-    words = ["--help" if word == "--help_all" else word for word in context.args if word != "--json"]
-    with prints_to_stderr(as_json):
-        with in_a_line():
-            from ..training.run import prepare
+    words = ["--help" if word == "--help_all" else word for word in context.args]
+    words = [word for word in words if word not in ("--json", "--overwrite")]
+    with prints_to_stderr(as_json), in_a_line():
+        if "--help" not in words:
+            check_words(words, "--overwrite" in context.args)
+        from ..training.run import prepare
 
-            run = prepare(words)
-        record = run()
+        record = prepare(words)()
     if as_json:
         print(json.dumps(record.to_dict(), default=str))

@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import torch
 from peft.utils import CONFIG_NAME
-from peft.utils.save_and_load import load_peft_weights
 from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
 
@@ -26,7 +25,7 @@ from ..spectral.cache import BasisCache
 from ..spectral.fingerprint import fingerprint
 from ..spectral.rounding import surviving_fraction
 from ..tuner.base_check import base_differences, refuse_base
-from ..tuner.checkpoint import Checkpoint
+from ..tuner.checkpoint import Checkpoint, adapter_tensors
 from ..tuner.config import SVFConfig, load_svf_config
 from ..tuner.fold import SMALLEST_FRACTION
 from ..utils.files import read_text, write_whole
@@ -179,7 +178,7 @@ def _content(
     adapter: str | os.PathLike[str], config: SVFConfig
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Return δ by module, and the base weights in the file: PEFT saves that of an adapted output layer."""
-    tensors = load_peft_weights(str(adapter), device="cpu")
+    tensors = adapter_tensors(adapter)
     config.check_checkpoint(adapter, Checkpoint.of_tensors(tensors))
     deltas, stored = {}, {}
     for key, value in tensors.items():

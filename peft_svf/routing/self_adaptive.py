@@ -189,7 +189,9 @@ class SelfAdaptiveModel:
                 errors[i] = f"{type(error).__name__}: {error}"
                 continue
             if len(tokens) > room:
-                errors[i] = f"it has {len(tokens)} tokens, and the model's context has room for {room}."
+                errors[i] = (
+                    f"it has {len(tokens)} tokens, and beside the answer the context has room for {max(room, 0)}."
+                )
             else:
                 ids[i] = tokens
         texts: list[str | None] = [None] * len(conversations)

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ..utils.extras import needs
 from ..utils.files import read_text
 from .examples import are_messages
 from .rewards import REFERENCE_COLUMNS, text_of
@@ -109,10 +110,7 @@ def _dataset(name: str, config: str | None, split: str) -> list[Any]:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise ImportError(
-            f"{name!r} is no {', '.join(FILES)} file, and datasets, which could load it, is not installed: "
-            "`pip install peft-svf[train]`."
-        ) from error
+        raise needs("train", f"{name!r} is no {', '.join(FILES)} file. Loading it", "datasets") from error
     return list(load_dataset(name, config, split=split))
 
 

@@ -21,6 +21,8 @@ from collections.abc import Callable, Sequence
 from numbers import Number
 from typing import Any
 
+from ..utils.extras import needs
+
 RewardFunc = Callable[..., Sequence["float | None"]]
 
 # not "completion", which TRL does not pass to reward functions
@@ -142,7 +144,7 @@ def math_verify(completions: list[Any], **columns: Any) -> list[float | None]:
     try:
         from trl.rewards import accuracy_reward
     except ImportError as error:
-        raise ImportError("The reward 'math_verify' needs TRL: `pip install peft-svf[train]`.") from error
+        raise needs("train", "The reward 'math_verify'", "TRL") from error
     messages = [[{"role": "assistant", "content": text_of(completion)}] for completion in completions]
     found: list[float | None] = accuracy_reward(messages, [text_of(answer) for answer in _references(columns)])
     return found
@@ -196,7 +198,7 @@ def find_reward(name: str) -> RewardFunc:
         sys.path.insert(0, os.getcwd())  # as TRL's scripts
     try:
         function = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # the module may raise anything
         raise ValueError(f"The reward function {name!r} could not be imported: {error}.") from error
     if not callable(function):
         raise ValueError(f"The reward function {name!r} is no function but {function!r}.")
@@ -246,7 +248,7 @@ def checked(function: RewardFunc, timeout: float | None = None) -> RewardFunc:
 
     Returns:
         A function of the same name. It raises `ValueError` if the rewards are not one finite number or `None` per
-        completion, `RuntimeError` if the function raised, and `TimeoutError`.
+        completion, [`RewardError`] if the function raised, and `TimeoutError`.
     """
     name = reward_name(function)
     if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
@@ -256,7 +258,7 @@ def checked(function: RewardFunc, timeout: float | None = None) -> RewardFunc:
             try:
                 rewards = await function(**columns)  # type: ignore[misc]
             except Exception as error:
-                raise RuntimeError(_failed(name, error, "")) from error
+                raise RewardError(_failed(name, error, "")) from error
             return check_rewards(rewards, function, columns["prompts"], columns["completions"])
 
         return wrapped_coroutine  # type: ignore[return-value]
@@ -272,11 +274,15 @@ def checked(function: RewardFunc, timeout: float | None = None) -> RewardFunc:
                 f"\n{_sample(prompts, completions, 0)}"
             ) from error
         except Exception as error:
-            raise RuntimeError(_failed(name, error, _culprit(function, columns))) from error
+            raise RewardError(_failed(name, error, _culprit(function, columns))) from error
         return check_rewards(rewards, function, prompts, completions)
 
     wrapped.__name__ = name
     return wrapped
+
+
+class RewardError(RuntimeError, ValueError):
+    """A reward function raised an error. As a `ValueError` it is a mistake of the user, not of this library."""
 
 
 class _StillRunningError(Exception):

@@ -89,7 +89,11 @@ def find_task(spec: str, *, system_prompt: str | None = None, answer_format: str
         raise ValueError(
             f"There is no task {spec!r}; expected MODULE:NAME, such as reasoning_gym:chain_sum?max_terms=2."
         )
-    settings = {key: _value(text) for key, text in parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))}
+    try:
+        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
+    except ValueError as error:
+        raise ValueError(f"The settings of the task {spec!r} must be NAME=VALUE&NAME=VALUE: {error}.") from error
+    settings = {key: _value(text) for key, text in pairs}
     if settings.keys() & {"seed", "size"}:
         raise ValueError(f"The task {spec!r} must not set seed or size; the splits set them.")
     entry = create_dataset(name, seed=0, size=1, **settings)[0]
@@ -266,7 +270,7 @@ def create_dataset(name: str, **settings: Any) -> Any:
         sys.path.insert(0, os.getcwd())  # custom modules, as for rewards
     try:
         importlib.import_module(module)
-    except ImportError as error:
+    except Exception as error:  # a custom module may raise anything
         raise ValueError(f"The module {module!r} of a task cannot be imported: {error}.") from error
 
     package = module.partition(".")[0]
