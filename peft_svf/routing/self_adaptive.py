@@ -75,6 +75,9 @@ class SelfAdaptiveModel:
         if getattr(dispatcher, "model", model) is not model:
             raise ValueError("The dispatcher belongs to another model. Make one for the model that is passed here.")
 
+    def __repr__(self) -> str:
+        return f"SelfAdaptiveModel({self.dispatcher!r}{', soft=True' if self.soft else ''})"
+
     def __getattr__(self, name: str) -> Any:
         if name == "model":  # not set yet while this object is copied or unpickled
             raise AttributeError(name)

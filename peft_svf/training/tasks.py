@@ -28,6 +28,7 @@ from datasets import Dataset
 
 from ..scoring.categories import classification_prompt, right_category
 from ..scoring.rewards import ANSWERS, RewardFunc, text_of
+from ..utils.extras import install_command
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -258,7 +259,10 @@ def create_dataset(name: str, **settings: Any) -> Any:
         ValueError: The module, the dataset or a setting is unknown; the message lists what exists.
     """
     if importlib.util.find_spec("reasoning_gym") is None:
-        raise ImportError("Tasks need reasoning-gym, which is not installed: `pip install peft-svf[tasks]`.")
+        raise ImportError(
+            f"Tasks need reasoning-gym, which is not installed. Run `{install_command('tasks')}`, then "
+            "`pip install --no-deps reasoning-gym`. With its dependencies it would need a C compiler."
+        )
     # Its zebra puzzles import pycosat, which needs a C compiler to install. All other tasks work with an empty module.
     if "pycosat" not in sys.modules and importlib.util.find_spec("pycosat") is None:
         sys.modules["pycosat"] = types.ModuleType("pycosat")
