@@ -111,3 +111,16 @@ def test_the_extra_for_tasks_holds_what_reasoning_gym_needs() -> None:
     tasks = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["tasks"]
     wanted = {Requirement(each).name.lower() for each in required if Requirement(each).marker is None}
     assert wanted - {"pycosat"} <= {Requirement(each).name.lower() for each in tasks}
+
+
+def test_the_files_for_github_are_valid() -> None:
+    yaml = pytest.importorskip("yaml")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == __version__
+    assert citation["references"][0]["url"].endswith("2501.06252")
+    templates = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
+    assert len(templates) == 3
+    for path in templates:
+        form = yaml.safe_load(path.read_text())
+        assert path.name == "config.yml" or {"name", "description", "body"} <= set(form)
+    assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -268,7 +269,7 @@ def list_command(
     cache_dir: CacheOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List the cached singular bases with their size.
+    """List the cached singular bases by model, with their size.
 
     peft-svf cache list
     """
@@ -277,18 +278,16 @@ def list_command(
     with in_a_line():
         entries = list_cache(cache_dir)
     if as_json:
-        rows = [
-            {"key": e.key, "path": str(e.path), "shape": e.shape, "dtype": e.dtype, "size": e.size} for e in entries
-        ]
-        print(json.dumps(rows, indent=1))
+        print(json.dumps([{**asdict(entry), "path": str(entry.path)} for entry in entries], indent=1))
         return
-    sizes: dict[str, list[int]] = {}
+    sizes: dict[tuple[str, str], list[int]] = {}
     for entry in entries:
-        sizes.setdefault(f"{' x '.join(map(str, entry.shape))}, {entry.dtype}", []).append(entry.size)
-    table = Table("weights", "number", "MiB")
-    for kind, each in sorted(sizes.items()):
-        table.add_row(kind, str(len(each)), f"{sum(each) / 2**20:.1f}")
-    table.add_row("all", str(len(entries)), f"{sum(entry.size for entry in entries) / 2**20:.1f}")
+        kind = f"{' x '.join(map(str, entry.shape))}, {entry.dtype}"
+        sizes.setdefault((entry.model or "unknown", kind), []).append(entry.size)
+    table = Table("model", "weights", "number", "MiB")
+    for (model, kind), each in sorted(sizes.items()):
+        table.add_row(model, kind, str(len(each)), f"{sum(each) / 2**20:.1f}")
+    table.add_row("all", "", str(len(entries)), f"{sum(entry.size for entry in entries) / 2**20:.1f}")
     Console().print(table)
 
 

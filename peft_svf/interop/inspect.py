@@ -164,7 +164,7 @@ def check_spectrum(
     expected, deltas = config.expected_fingerprint, config.checkpoint.deltas if config.checkpoint else {}
     if not expected:
         raise ValueError(f"{path} does not record the spectrum of its base model, so it cannot be checked.")
-    source, cache = model_folder(base, revision), BasisCache(cache_dir)
+    source, cache = model_folder(base, revision), BasisCache(cache_dir, model=str(base))
     tensors, modules = ModelTensors(source), linear_modules(meta_model(source))
     differences, pairs = {}, {}
     for name, numbers in progress_bar(expected.items(), desc="Comparing", unit="weight"):

@@ -100,7 +100,9 @@ def merge_to_folder(
     unfinished.mkdir(parents=True)
     moved: list[Path] = []
     try:
-        found = _write_weights(source, unfinished, files, transposed, deltas, stored, BasisCache(cache_dir), shares)
+        name = str(base or config.base_model_name_or_path)
+        cache = BasisCache(cache_dir, model=name)
+        found = _write_weights(source, unfinished, files, transposed, deltas, stored, cache, shares)
         differences, count = base_differences(config.expected_fingerprint, found)
         if differences:
             refuse_base(
@@ -112,7 +114,6 @@ def merge_to_folder(
                 override='pass `base_check="warn"`',
             )
         _copy_rest(source, unfinished)
-        name = str(base or config.base_model_name_or_path)
         write_whole(unfinished / "README.md", merged_card(str(adapter), name, len(shares)))
         # the config last: without it nothing loads
         for path in sorted(unfinished.iterdir(), key=lambda path: path.name == "config.json"):
