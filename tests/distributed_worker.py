@@ -251,7 +251,7 @@ def search(folder: Path, only: int | None = None) -> dict[str, Any]:
             raise ZeroDivisionError("in one process")
         return count_letters(completions)
 
-    sampled = {"max_new_tokens": 5, "do_sample": True}
+    sampled: dict[str, Any] = {"max_new_tokens": 5, "generation_kwargs": {"do_sample": True}}
     options: dict[str, Any] = {"num_generations": 2, "population_size": 6, "batch_size": 8, "max_seconds": 1e4}
     try:
         result = mixture.search(
@@ -259,14 +259,12 @@ def search(folder: Path, only: int | None = None) -> dict[str, Any]:
             reward,
             method="cem",
             validation=2,
-            generation_kwargs=sampled,
+            **sampled,
             checkpoint=folder / "search.json",
             **options,
         ).to_dict()
         unseeded = CrossEntropyMethod(np.full(2, 0.5), 0.5, population_size=4)
-        by_gradient = mixture.search(
-            EXAMPLES[:4], reward, method="gradient", generation_kwargs=sampled, validation=None, batch_size=8
-        )
+        by_gradient = mixture.search(EXAMPLES[:4], reward, method="gradient", **sampled, validation=None, batch_size=8)
         loose = mixture.search(EXAMPLES[:4], optimizer=unseeded, num_generations=3, validation=None)
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}

@@ -560,9 +560,9 @@ def test_weights_are_put_back_when_a_reward_fails(mixture: AdaptiveMixture) -> N
 
     mixture.set_weights([0.1, 0.2, 0.3])
     before, expected = deltas(mixture), mixture.weights
-    with pytest.raises(ZeroDivisionError, match="in the reward"):
+    with pytest.raises(RuntimeError, match="'fails' raised ZeroDivisionError: in the reward"):
         mixture.search(EXAMPLES[:2], fails, **SHORT)
-    assert calls == 3
+    assert calls >= 3  # the completions of the failed call were tried again, one by one
     assert mixture.weights == expected
     assert mixture.result is None
     assert all(torch.equal(a, b) for a, b in zip(deltas(mixture), before, strict=True))
@@ -747,7 +747,8 @@ def test_a_lucky_score_is_not_the_result(mixture: AdaptiveMixture) -> None:
         method="cem",
         num_generations=1,
         population_size=4,
-        generation_kwargs={"max_new_tokens": 1, "do_sample": True},
+        max_new_tokens=1,
+        generation_kwargs={"do_sample": True},
         in_context=False,
         validation=None,
         racing=False,

@@ -384,6 +384,20 @@ def test_merging_with_lora_on_the_same_weight_is_refused_with_both_names(make: A
             model.merge_adapter()  # LoRA's, which calls the layers of SVF
 
 
+def test_after_a_refused_merge_of_lora_on_top_no_folded_weight_is_out_of_date() -> None:
+    inner = get_peft_model(tiny_llama(), SVFConfig(**LINEAR, runtime_config=SVFRuntimeConfig(fold="always")), "top")
+    model = randomise(get_peft_model(inner, _lora(), "low"), "top")
+    expected = logits(model)
+    with pytest.raises(ValueError, match=r"'top'.*'low'"):
+        model.merge_adapter()
+    merged = logits(model)
+    for layer in svf_layers(model).values():
+        layer.fold.release()
+    torch.testing.assert_close(merged, logits(model), rtol=0, atol=1e-5)
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5)
+
+
 def test_unmerging_an_svf_adapter_leaves_a_disabled_lora_alone() -> None:
     lora = get_peft_model(tiny_llama(), _lora(), "low")
     model = randomise(get_peft_model(lora, SVFConfig(**LINEAR), "top"), "top")
@@ -414,6 +428,22 @@ def test_a_saved_expert_is_refused_by_a_base_with_another_adapter(tmp_path: Path
 
 
 # --------------------------------------------------------------------------------------------------------- while merged
+
+
+@pytest.mark.parametrize("earlier", [[], ["b"]])
+def test_a_merge_that_fails_half_way_is_undone(earlier: list[str]) -> None:
+    model = get_peft_model(tiny_llama(), SVFConfig(**LINEAR), "a")
+    model.add_adapter("b", SVFConfig(**LINEAR))
+    randomise(randomise(model, "a"), "b", seed=1)
+    if earlier:
+        model.merge_adapter(earlier)
+    before = weights(model)
+    broken = list(svf_layers(model).values())[5]
+    broken.delta_weights(["a"])[0].data[0] = float("nan")
+    with pytest.raises(ValueError, match="NaNs detected"):
+        model.merge_adapter(["a"], safe_merge=True)
+    assert_same(weights(model), before)
+    assert all(layer.merged_adapters == earlier for layer in svf_layers(model).values())
 
 
 def _write(model: PeftModel) -> None:

@@ -16,9 +16,13 @@ from transformers import (
     LlavaForConditionalGeneration,
     LongformerConfig,
     LongformerModel,
+    NllbMoeConfig,
+    NllbMoeModel,
+    PretrainedConfig,
     PreTrainedModel,
     XLNetConfig,
     XLNetLMHeadModel,
+    XLNetModel,
 )
 
 from peft_svf import SVFConfig
@@ -57,6 +61,15 @@ def xlnet() -> PreTrainedModel:
     return XLNetLMHeadModel(XLNetConfig(vocab_size=64, d_model=32, n_layer=2, n_head=4, d_inner=48))
 
 
+class OwnXLNet(XLNetModel):
+    """Inherits all of its code."""
+
+
+def inherited() -> PreTrainedModel:
+    torch.manual_seed(0)
+    return OwnXLNet(XLNetConfig(vocab_size=64, d_model=32, n_layer=2, n_head=4, d_inner=48))
+
+
 def longformer() -> PreTrainedModel:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
@@ -76,6 +89,21 @@ class TokensFirst(nn.Module):
         return x.movedim(0, 1)
 
 
+class RemoteCode(PreTrainedModel):
+    """Its layer works on `[tokens, rows, 32]`."""
+
+    config_class = PretrainedConfig
+
+    def __init__(self) -> None:
+        super().__init__(PretrainedConfig())
+        torch.manual_seed(0)
+        self.embed, self.lin = nn.Embedding(64, 32), nn.Linear(32, 32)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x: torch.Tensor = self.lin(self.embed(input_ids).transpose(dim0=0, dim1=1))
+        return x.movedim(0, 1)
+
+
 @pytest.mark.parametrize("rows", [2, 4])
 def test_as_many_rows_as_tokens_in_a_model_with_rows_first(rows: int) -> None:
     model, names = two_experts(tiny_llama()), ["a", "b", "b", "a"][:rows]
@@ -85,7 +113,13 @@ def test_as_many_rows_as_tokens_in_a_model_with_rows_first(rows: int) -> None:
 
 @pytest.mark.parametrize(
     ("base", "targets", "tokens"),
-    [(xlnet, ["layer_1", "layer_2"], 4), (longformer, ["query", "value"], 4), (TokensFirst, ["lin"], 4)],
+    [
+        (xlnet, ["layer_1", "layer_2"], 4),
+        (inherited, ["layer_1", "layer_2"], 4),
+        (longformer, ["query", "value"], 4),
+        (TokensFirst, ["lin"], 4),
+        (RemoteCode, ["lin"], 4),
+    ],
 )
 def test_as_many_rows_as_tokens_in_a_model_with_tokens_first(base: Any, targets: list[str], tokens: int) -> None:
     model = two_experts(base(), targets)
@@ -166,3 +200,63 @@ def test_text_without_images_is_not_refused() -> None:
     torch.testing.assert_close(
         output(model, tokens, adapter_names=names), alone(model, names, tokens), atol=1e-5, rtol=0
     )
+
+
+# ------------------------------------------------------------------------------------------------- mixtures of experts
+
+
+class Experts(nn.Module):
+    """Two experts that get all tokens, each in another order, as of transformers 4 and of remote code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(32, 2, bias=False)
+        self.experts = nn.ModuleList(nn.Linear(32, 32, bias=False) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = x.reshape(-1, 32)
+        weights, chosen = self.gate(tokens).softmax(dim=-1).topk(2)
+        out = torch.zeros_like(tokens)
+        for i, expert in enumerate(self.experts):
+            rank, token = torch.where(i == chosen.T)
+            out.index_add_(0, token, expert(tokens[token]) * weights[token, rank, None])
+        return out.reshape(x.shape)
+
+
+def hand_made() -> nn.Module:
+    model = tiny_llama()
+    torch.manual_seed(0)
+    for layer in model.model.layers:
+        layer.mlp = Experts()
+    return model
+
+
+def nllb() -> PreTrainedModel:
+    torch.manual_seed(0)
+    sizes = {"encoder_layers": 2, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    experts = {"num_experts": 2, "encoder_sparse_step": 1, "expert_capacity": 64}
+    return NllbMoeModel(
+        NllbMoeConfig(vocab_size=64, d_model=32, encoder_ffn_dim=48, decoder_ffn_dim=48, **sizes, **experts)
+    )
+
+
+MIXTURES = [(hand_made, r".*experts\.\d"), (nllb, ["fc1"])]
+
+
+@pytest.mark.parametrize(("base", "targets"), MIXTURES)
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_tokens_of_an_expert_are_never_taken_for_rows(base: Any, targets: Any, tokens: int) -> None:
+    model, text = two_experts(base(), targets), ids(2, tokens)
+    inputs = {"input_ids": text} if base is hand_made else {"input_ids": text, "decoder_input_ids": text}
+    with pytest.raises(ValueError, match=r"experts.* is an expert of a mixture of experts"):
+        output(model, **inputs, adapter_names=["a", "b"])
+    model.set_adapter("b")
+    expected = output(model, **inputs)
+    model.set_adapter("a")
+    torch.testing.assert_close(output(model, **inputs, adapter_names=["b", "b"]), expected)
+
+
+def test_rows_are_told_apart_around_untouched_experts() -> None:
+    model, text = two_experts(hand_made(), ["q_proj", "gate"]), ids(2, 6)
+    expected = alone(model, ["a", "b"], text)
+    torch.testing.assert_close(output(model, text, adapter_names=["a", "b"]), expected, rtol=0, atol=1e-5)

@@ -109,8 +109,8 @@ def test_the_extra_for_tasks_holds_what_reasoning_gym_needs() -> None:
     except metadata.PackageNotFoundError:
         pytest.skip("needs reasoning-gym")
     tasks = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["tasks"]
-    wanted = {Requirement(each).name.lower() for each in required if Requirement(each).marker is None}
-    assert wanted - {"pycosat"} <= {Requirement(each).name.lower() for each in tasks}
+    wanted = {str(Requirement(each)) for each in required if Requirement(each).marker is None}
+    assert {each for each in wanted if not each.startswith("pycosat")} == {str(Requirement(each)) for each in tasks}
 
 
 def test_the_files_for_github_are_valid() -> None:

@@ -99,6 +99,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "2-D": (rewritten(lambda state: state.update({KEY: torch.ones(32, 1)})), rf"δ of shape \[32, 1\] in {MODULE}"),
     "nan": (rewritten(lambda state: state[KEY][3:4].fill_(float("nan"))), rf"NaN or Inf in 1 of 14.*{MODULE}"),
     "inf": (rewritten(lambda state: state[KEY][3:4].fill_(float("-inf"))), rf"NaN or Inf in 1 of 14.*{MODULE}"),
+    "integers": (rewritten(lambda state: state.update({KEY: state[KEY].to(torch.int8)})), rf"{MODULE}.* in torch.int8"),
     "empty state": (rewritten(lambda state: state.clear()), r"no values for 14 of 14 adapted modules"),
     "truncated": (cut, rf"{WEIGHTS} is damaged or cut short"),
     "empty": (lambda folder: cut(folder, 0), rf"{WEIGHTS} is damaged or cut short"),
@@ -107,6 +108,10 @@ HEALTHY: dict[str, Callable[[Path], Any]] = {
     "complete": lambda folder: None,
     "fp16": rewritten(lambda state: state.update({key: value.half() for key, value in state.items()})),
     "bin": as_bin,
+    # as `get_peft_model_state_dict` gives it for a model that transformers adapted
+    "without prefix": rewritten(
+        lambda state: state.update({key.removeprefix("base_model.model."): state.pop(key) for key in [*state]})
+    ),
 }
 BASES = {
     "other": r"another base model: 14 of 14 weights differ",
@@ -412,3 +417,17 @@ def test_a_partial_expert_of_the_released_code(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"no vector for {MODULE}\.weight"):
         import_expert(import_path, base)
     assert anatomy(base) == before
+
+
+@pytest.mark.parametrize("missing", ["lm_head.weight", "q_proj.base_layer.bias"])
+@pytest.mark.parametrize("door", ["PeftModel", "load_adapter", "injected"])
+def test_a_trained_parameter_that_is_missing(door: str, missing: str, tmp_path: Path) -> None:
+    """PEFT would leave it at its value, and a new output layer at random values."""
+    chosen: dict[str, Any] = {"modules_to_save": ["lm_head"]} if missing.startswith("lm_head") else {"bias": "svf_only"}
+    model = adapted(tiny_llama(attention_bias=True), target_modules=["q_proj", "v_proj"], **chosen)
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / WEIGHTS)
+    save_file({key: value for key, value in state.items() if not key.endswith(missing)}, tmp_path / WEIGHTS)
+    name = missing.replace(".base_layer", "")
+    with pytest.raises(ValueError, match=rf"trained parameters besides δ, the first is .*{re.escape(name)}"):
+        DOORS[door](tiny_llama(attention_bias=True), tmp_path)

@@ -25,7 +25,17 @@ from peft import (
 )
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from peft_svf import SVFConfig, from_weights, import_expert, merge_to_folder, to_lora
 
@@ -147,6 +157,62 @@ def test_a_change_that_the_expert_does_not_adapt_counts_as_unexplained(tmp_path:
         assert narrow.modules["lm_head"] > 0
         assert narrow.modules["model.layers.0.self_attn.q_proj"] == 0
         assert narrow.overall < narrow.modules["lm_head"]
+
+
+@pytest.mark.parametrize("changed", ["wte.weight", "ln_1.weight", "c_attn.bias", "lm_head.weight"])
+@pytest.mark.parametrize("way", ["model", "folder"])
+def test_changes_outside_of_linear_weights_count_as_unexplained(changed: str, way: str, tmp_path: Path) -> None:
+    finetuned = GPT2LMHeadModel(GPT2Config(vocab_size=44, n_embd=16, n_layer=2, n_head=2, tie_word_embeddings=False))
+    base = GPT2LMHeadModel(finetuned.config)
+    base.load_state_dict(finetuned.state_dict())
+    names = [name for name, _ in finetuned.named_parameters() if name.endswith(changed)]
+    with torch.no_grad():
+        for name in names:
+            finetuned.get_parameter(name).add_(0.1)
+    finetuned.save_pretrained(tmp_path)
+    _, explained = from_weights(finetuned if way == "model" else tmp_path, base)
+    assert {name for name, fraction in explained.modules.items() if fraction == 0} == {
+        name.removesuffix(".weight") for name in names
+    }
+    assert explained.overall == 0
+
+
+def test_other_embeddings_are_not_compared_but_named() -> None:
+    finetuned, base = base_model(), base_model()
+    finetuned.resize_token_embeddings(70)
+    with pytest.warns(UserWarning, match="2 parameters of the base model are missing.*first is model.embed_tokens"):
+        from_weights(finetuned, base)
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj", "model.norm"])
+def test_a_diverged_fine_tuning_is_refused(name: str) -> None:
+    finetuned, base = base_model(), base_model()
+    before = anatomy(base)
+    with torch.no_grad():
+        finetuned.get_submodule(name).weight.flatten()[0] = float("nan")
+    with pytest.raises(ValueError, match=f"The change of {name} holds NaN or Inf"):
+        from_weights(finetuned, base)
+    assert anatomy(base) == before
+
+
+def test_a_diverged_lora_is_refused(tmp_path: Path) -> None:
+    model = trained(base_model(), LoraConfig(r=4, target_modules=TARGETS))
+    with torch.no_grad():
+        layer: Any = model.get_submodule("base_model.model.model.layers.1.mlp.down_proj")
+        layer.lora_B.default.weight[0, 0] = float("inf")
+    for finetuned in sources(model, tmp_path):
+        with pytest.raises(ValueError, match=r"The change of model.layers.1.mlp.down_proj holds NaN or Inf"):
+            from_weights(finetuned, base_model())
+
+
+def test_a_lora_on_a_tied_output_layer(tmp_path: Path) -> None:
+    tied = {"tie_word_embeddings": True}
+    model = trained(tiny_llama(**tied), LoraConfig(r=4, target_modules=["lm_head"]))
+    found = [
+        from_weights(finetuned, tiny_llama(**tied), SVFConfig(target_modules=["lm_head"]))
+        for finetuned in sources(model, tmp_path)
+    ]
+    assert found[0][1].overall == found[1][1].overall > 0
 
 
 # ---------------------------------------------------------------------------------------------------- what is refused
@@ -405,3 +471,67 @@ def test_a_merge_that_fails_at_the_end_leaves_nothing(
         merge_to_folder(expert, target, base)
     assert target.exists() == exists
     assert not exists or not list(target.iterdir())
+
+
+def bert() -> Any:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    return BertForSequenceClassification(BertConfig(vocab_size=44, num_labels=3, **sizes)).eval()
+
+
+def t5() -> Any:
+    torch.manual_seed(0)
+    return T5ForConditionalGeneration(T5Config(vocab_size=44, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2))
+
+
+def vit() -> Any:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    return ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, num_labels=3, **sizes)).eval()
+
+
+OTHER_MODELS: dict[str, tuple[Callable[[], Any], Any]] = {
+    "a classifier": (bert, ["query", "classifier"]),
+    "an encoder and a decoder": (t5, "all-linear"),
+    "images, with other names in its files": (vit, "all-linear"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_MODELS)
+def test_models_that_are_no_causal_lm_are_merged_into_a_folder(kind: str, tmp_path: Path) -> None:
+    make, targets = OTHER_MODELS[kind]
+    make().save_pretrained(tmp_path / "base")
+    load = make().__class__.from_pretrained
+    model = adapted(load(tmp_path / "base"), target_modules=targets)
+    model.save_pretrained(tmp_path / "expert")
+    folder = merge_to_folder(tmp_path / "expert", tmp_path / "merged", tmp_path / "base").folder
+    wanted = model.merge_and_unload().state_dict()
+    assert all(torch.equal(value, wanted[name]) for name, value in load(folder).state_dict().items())
+
+
+@pytest.mark.parametrize("content", ["{oops", "[]", "[1]", "{}"])
+def test_a_base_folder_with_a_damaged_adapter_config(content: str, tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "base")
+    adapted(tiny_llama()).save_pretrained(tmp_path / "expert")
+    (tmp_path / "base" / "adapter_config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"adapter_config.json is damaged or names no adapter. Remove it"):
+        merge_to_folder(tmp_path / "expert", tmp_path / "merged", tmp_path / "base")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_merging_inside_the_folder_of_the_base_leaves_no_empty_folders(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    adapted(tiny_llama()).save_pretrained(tmp_path / "expert")
+    folder = merge_to_folder(tmp_path / "expert", tmp_path / "merged", tmp_path).folder
+    assert not [path for path in folder.iterdir() if path.is_dir()]
+
+
+def test_an_incomplete_expert_without_a_record_of_its_base_is_not_merged(tmp_path: Path) -> None:
+    """Its targets show what is missing."""
+    tiny_llama().save_pretrained(tmp_path / "base")
+    adapted(tiny_llama()).save_pretrained(tmp_path / "expert")
+    file, config = tmp_path / "expert" / "adapter_model.safetensors", tmp_path / "expert" / "adapter_config.json"
+    save_file({key: value for key, value in load_file(file).items() if "up_proj" not in key}, file)
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_fingerprint": None}))
+    with pytest.raises(ValueError, match="has no values for 2 of 14 adapted modules"):
+        merge_to_folder(tmp_path / "expert", tmp_path / "merged", tmp_path / "base")

@@ -25,7 +25,9 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
 )
 
-from peft_svf import AdaptiveMixture, SVFConfig, SVFRuntimeConfig
+from peft_svf import AdaptiveMixture, SVFConfig, SVFRuntimeConfig, from_weights, merge_to_folder
+from peft_svf.interop import decompose
+from peft_svf.interop.inspect import check_spectrum
 from peft_svf.tuner.renames import current_names
 
 SIZES: dict[str, Any] = {
@@ -108,21 +110,46 @@ DOORS: dict[str, Callable[[Any, Path], Any]] = {
 }
 
 
-@pytest.mark.parametrize("targets", ["suffixes", "regex", "whole names"])
+@pytest.mark.parametrize("targets", ["suffixes", "regex", "regex of old names", "whole names"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_an_older_adapter(kind: str, targets: str, tmp_path: Path) -> None:
     make, old = MODELS[kind]
     whole = [name for name, _ in make().named_modules() if name.endswith(("q_proj", "qkv", "down_proj"))]
-    chosen: Any = {"suffixes": ["q_proj", "qkv"], "regex": r".*\.(qkv|q_proj|down_proj)", "whole names": whole}[targets]
+    regex = r".*\.(qkv|q_proj|down_proj)"
+    chosen: Any = {"suffixes": ["q_proj", "qkv"], "whole names": whole}.get(targets, regex)
     model = randomise(get_peft_model(make(), SVFConfig(target_modules=chosen)))
     expected = logits(model)
     model.save_pretrained(tmp_path)
     made_older(tmp_path, old)
+    if targets == "regex of old names":
+        config = json.loads((tmp_path / "adapter_config.json").read_text())
+        older = "|".join(old(name).replace(".", r"\.") for name in whole)
+        (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "target_modules": older}))
     for way, load in DOORS.items():
         found = load(make(), tmp_path)
         torch.testing.assert_close(logits(found), expected, rtol=0, atol=1e-6, msg=way)
     wanted = deltas(model)
     assert all(torch.equal(delta, wanted[name]) for name, delta in deltas(found).items())
+
+
+@pytest.mark.parametrize("older", [False, True])
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_files_of_a_model_may_have_older_names(kind: str, older: bool, tmp_path: Path) -> None:
+    """As those that transformers saves."""
+    make, old = MODELS[kind]
+    model = randomise(get_peft_model(make(), SVFConfig(target_modules=["q_proj", "qkv"])))
+    expected, base, expert = logits(model), tmp_path / "base", tmp_path / "expert"
+    make().save_pretrained(base)
+    model.save_pretrained(expert)
+    if older:
+        made_older(expert, old)
+    merge_to_folder(expert, tmp_path / "merged", base)
+    merged = make().__class__.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-5)
+    assert check_spectrum(expert, base) == {}
+    _, explained = from_weights(tmp_path / "merged", make(), SVFConfig(target_modules=["q_proj", "qkv"]))
+    assert explained.overall == pytest.approx(1, abs=1e-5)
+    assert len(decompose(base, tmp_path / "pack", target_modules=["q_proj"]).modules) >= 2
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -246,3 +273,29 @@ def test_an_adapted_output_layer_does_not_replace_that_of_another_base(load: Any
     with pytest.raises(ValueError, match="another base model: 1 of 1 weights differ"):
         load(other, tmp_path)
     assert torch.equal(other.lm_head.weight, weight)
+
+
+def test_added_tokens_of_adapters_beside_one_on_the_output_layer(tmp_path: Path) -> None:
+    """The key of the output layer's weight depends on the other adapters of the model."""
+    tiny_llama(tie_word_embeddings=False).save_pretrained(tmp_path / "base")
+
+    def base() -> Any:
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        model.resize_token_embeddings(70)
+        return model
+
+    torch.manual_seed(0)
+    model = get_peft_model(base(), SVFConfig(target_modules=["lm_head"], task_type="CAUSAL_LM"), "a")
+    model.add_adapter("b", SVFConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    randomise(model, "a", seed=1)
+    randomise(model, "b", seed=2)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "b" / "adapter_model.safetensors")
+    assert "base_model.model.model.embed_tokens.weight" in saved  # at the first save
+    for name, others in (("a", []), ("b", []), ("a", ["b"]), ("b", ["a"])):
+        model.set_adapter(name)
+        loaded = PeftModel.from_pretrained(base(), tmp_path / (others or [name])[0], "x")
+        if others:
+            loaded.load_adapter(tmp_path / name, "y")
+            loaded.set_adapter("y")
+        assert torch.equal(logits(loaded), logits(model))

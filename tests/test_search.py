@@ -1412,7 +1412,7 @@ def test_an_applied_mixture_is_an_adapter_of_its_own(mixture: AdaptiveMixture) -
     assert len(rows) == 2
     with pytest.raises(ValueError, match="already exists"):
         mixture.apply("kept")
-    with pytest.raises(ValueError, match="no dots"):
+    with pytest.raises(ValueError, match="must not contain dots"):
         mixture.apply("v1.2")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -126,3 +127,49 @@ def test_a_mixture_in_one_thread_is_none_in_another() -> None:
         expected = plain()
         with model.base_model.row_mixture([[1.0, 0.0], [0.0, 1.0]]):
             torch.testing.assert_close(pool.submit(torch.no_grad()(plain)).result(), expected, atol=1e-5, rtol=0)
+
+
+def test_a_thread_cannot_disable_the_adapters_of_a_mixed_batch() -> None:
+    model = experts()
+    with ThreadPoolExecutor(1) as other, torch.no_grad():
+        expected = model(ids(0, 2), adapter_names=["a", "b"]).logits
+
+        def disabled() -> Any:
+            with model.disable_adapter():
+                return model(ids(0, 2)).logits
+
+        def mixed() -> Any:
+            with model.base_model.row_mixture([[1.0, 0.0], [0.0, 1.0]]):
+                return model(ids(0, 2)).logits
+
+        with model.base_model.row_mixture([[1.0, 0.0], [0.0, 1.0]]):
+            with pytest.raises(RuntimeError, match="Another thread runs a mixed batch"):
+                other.submit(disabled).result()
+            torch.testing.assert_close(model(ids(0, 2)).logits, expected)
+        with model.disable_adapter():
+            base = model(ids(0, 2)).logits
+            with pytest.raises(RuntimeError, match="Another thread has disabled the adapters"):
+                other.submit(mixed).result()
+        assert torch.equal(other.submit(disabled).result(), base)
+        torch.testing.assert_close(model(ids(0, 2), adapter_names=["a", "b"]).logits, expected)
+
+
+def test_a_task_that_outlives_a_mixed_batch_does_not_keep_its_rows() -> None:
+    model = experts()
+    model.set_adapter("b")
+
+    async def later() -> torch.Tensor:
+        await asyncio.sleep(0)
+        with torch.no_grad():
+            found: torch.Tensor = model(ids(0, 2)).logits
+        return found
+
+    async def serve() -> torch.Tensor:
+        with model.base_model.row_mixture([[1.0, 0.0]] * 2):
+            task = asyncio.create_task(later())  # copies the context
+        with model.base_model.row_mixture([[1.0, 0.0]] * 2):
+            return await task
+
+    with torch.no_grad():
+        expected = model(ids(0, 2)).logits
+    torch.testing.assert_close(asyncio.run(serve()), expected)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from .choices import PARAMETRIZATIONS, one_of
 from .errors import in_a_line, warnings_in_a_line
@@ -284,7 +284,7 @@ def list_command(
     for entry in entries:
         kind = f"{' x '.join(map(str, entry.shape))}, {entry.dtype}"
         sizes.setdefault((entry.model or "unknown", kind), []).append(entry.size)
-    table = Table("model", "weights", "number", "MiB")
+    table = Table(Column("model", overflow="fold"), "weights", "number", "MiB")
     for (model, kind), each in sorted(sizes.items()):
         table.add_row(model, kind, str(len(each)), f"{sum(each) / 2**20:.1f}")
     table.add_row("all", "", str(len(entries)), f"{sum(entry.size for entry in entries) / 2**20:.1f}")

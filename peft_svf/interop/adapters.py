@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -60,10 +60,12 @@ class Changes:
     Attributes:
         of: Returns the ΔW of a module in the layout of its weight, given its name and the base weight; `None` if it is
             unchanged.
+        left_out: Returns the squared norm of each change outside of the given modules, by name.
         modules: The names of the changed modules, if they are known.
     """
 
     of: Change
+    left_out: Callable[[Collection[str]], dict[str, float]]
     modules: tuple[str, ...] = ()
 
 
@@ -184,7 +186,9 @@ def _skeleton(base: nn.Module, stored: Mapping[str, torch.Tensor]) -> nn.Module:
     Each weight is a zero that is seen as a whole matrix, on the CPU: PEFT cannot attach all methods on the meta device.
     """
     replaced: dict[int, Any] = {}
-    for name, parameter in base.named_parameters():
+    for name, parameter in base.named_parameters(remove_duplicate=False):
+        if id(parameter) in replaced and name not in stored:  # a tied weight may be saved under its second name
+            continue
         coarse = not parameter.is_floating_point() or parameter.dtype.itemsize < 2  # quantized
         dtype = torch.float32 if coarse else parameter.dtype  # PEFT casts the adapter to it
         empty = stored[name].clone() if name in stored else torch.zeros((), dtype=dtype).expand(parameter.shape)
@@ -215,7 +219,7 @@ def _of_layers(model: nn.Module, where: str) -> Changes:
                 raise _refused(where, f"a change of {name}, a {type(inner).__name__}")
             active[name] = kept
 
-    def change(name: str, weight: torch.Tensor) -> torch.Tensor | None:
+    def change(name: str, weight: torch.Tensor | None = None) -> torch.Tensor | None:
         if name not in active:
             return None
         layer = layers[name]
@@ -226,4 +230,8 @@ def _of_layers(model: nn.Module, where: str) -> Changes:
             layer.training = training
         return sum(parts[1:], parts[0])
 
-    return Changes(change, tuple(active))
+    def left_out(adapted: Collection[str]) -> dict[str, float]:
+        rest = {name: change(name) for name in active if name not in adapted}
+        return {name: float(each.square().sum()) for name, each in rest.items() if each is not None}
+
+    return Changes(change, left_out, tuple(active))

@@ -6,8 +6,10 @@ orthogonal, so each δ_i is a separate projection.
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,9 +34,9 @@ class Explained:
     The fraction of a change that an expert can express.
 
     Attributes:
-        modules: Explained fraction of `‖ΔW‖²` of each adapted module, 1 if ΔW is 0. Also 0 for each module that a LoRA
-            or another adapter changes and the expert does not adapt.
-        overall: Explained fraction over these modules.
+        modules: Explained fraction of `‖ΔW‖²` of each adapted module, 1 if ΔW is 0. Also 0 for each other module or
+            parameter that the fine-tuning changes, such as a bias, a norm or the embeddings.
+        overall: Explained fraction over all of these.
     """
 
     modules: dict[str, float]
@@ -61,8 +63,9 @@ def from_weights(
         adapter_name (`str`): Name of the expert.
 
     Raises:
-        ValueError: The fine-tuned model lacks a weight, or has a quantized one or one of another shape. Its adapter may
-            change more than the weights of linear layers, or is incomplete. Or the base model has adapters.
+        ValueError: The fine-tuned model lacks a weight, or has a quantized one, one of another shape, or one with NaN
+            or Inf. Its adapter may change more than the weights of linear layers, or is incomplete. Or the base model
+            has adapters.
     """
     if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
         raise ValueError("The base model has adapters. Load it again, or `unload()` them first.")
@@ -88,9 +91,13 @@ def _fitted(model: PeftModel, changes: Changes, adapter_name: str) -> tuple[dict
         delta, found = _projection(layer, weight, layer.as_out_in(changed.to(weight.device)), adapter_name)
         layer.svf_delta[adapter_name].weight.copy_(delta)
         explained[layer.module_name], whole[layer.module_name] = found
-    for name in set(changes.modules) - whole.keys():
-        left_out = changes.of(name, model.base_model.model.get_submodule(name).weight)
-        explained[name], whole[name] = 0.0, 0.0 if left_out is None else float(left_out.square().sum())
+    for name, square in changes.left_out(list(whole)).items():
+        explained[name], whole[name] = 0.0, square
+    if broken := [name for name, square in whole.items() if not math.isfinite(square)]:
+        raise ValueError(
+            f"The change of {broken[0]} holds NaN or Inf. The fine-tuning is damaged or diverged: use an earlier "
+            "checkpoint."
+        )
     return explained, whole
 
 
@@ -122,22 +129,27 @@ def _changes(finetuned: Any, base: nn.Module) -> Changes:
                     f"{folder} holds both an adapter and {model_weights[0]}. Pass a folder that holds one of them."
                 )
             return changes_of_folder(folder, base)
-        tensors = ModelTensors(folder)
-        return _of_tensors(lambda name: tensors.read(name) if name in tensors else None, str(folder))
+        tensors = ModelTensors(folder, base)
+        return _of_tensors(lambda name: tensors.read(name) if name in tensors else None, str(folder), base)
     if isinstance(finetuned, PeftModel):
         return changes_of_model(finetuned, base)
     if any(isinstance(module, BaseTunerLayer) for module in finetuned.modules()):
         raise ValueError(
             "The fine-tuned model has adapters, but is not a `PeftModel`. Save them and pass their folder."
         )
-    return _of_tensors(finetuned.state_dict().get, "the fine-tuned model")
+    return _of_tensors(finetuned.state_dict().get, "the fine-tuned model", base)
 
 
-def _of_tensors(read: Callable[[str], torch.Tensor | None], where: str) -> Changes:
+def _of_tensors(read: Callable[[str], torch.Tensor | None], where: str, base: nn.Module) -> Changes:
+    before = dict(base.named_parameters())
+
     def change(name: str, weight: torch.Tensor) -> torch.Tensor:
         found = read(f"{name}.weight")
         if found is None:
-            raise ValueError(f"There is no {name}.weight in {where}. Pass a fine-tuning of this base model.")
+            raise ValueError(
+                f"There is no {name}.weight in {where}. Pass a fine-tuning of this base model. If its files name the "
+                "modules differently, load it with transformers and pass the model."
+            )
         if found.shape != weight.shape:
             raise ValueError(
                 f"{name}.weight has shape {tuple(found.shape)} in {where} and {tuple(weight.shape)} in the base model."
@@ -149,4 +161,37 @@ def _of_tensors(read: Callable[[str], torch.Tensor | None], where: str) -> Chang
             )
         return found.to(device=weight.device, dtype=torch.float64) - weight.double()
 
-    return Changes(change)
+    def left_out(adapted: Collection[str]) -> dict[str, float]:
+        weights = {f"{name}.weight" for name in adapted}
+        squares, unknown = {}, []
+        for name, parameter in before.items():
+            if name in weights:
+                continue
+            square = _squared_distance(read(name), parameter)
+            if square is None:
+                unknown.append(name)
+            elif square != 0:
+                squares[name.removesuffix(".weight")] = square
+        if unknown:
+            warnings.warn(
+                f"{len(unknown)} parameters of the base model are missing, quantized or of another shape in {where}, "
+                f"the first is {unknown[0]}. The expert cannot hold their changes, and the explained fraction does not "
+                "count them.",
+                stacklevel=5,
+            )
+        return squares
+
+    return Changes(change, left_out)
+
+
+def _squared_distance(found: torch.Tensor | None, parameter: torch.Tensor) -> float | None:
+    """Return the squared norm of a change, `None` if the tensors cannot be compared."""
+    if found is None or found.shape != parameter.shape or parameter.is_meta:
+        return None
+    if any(not each.is_floating_point() or each.dtype.itemsize < 2 for each in (found, parameter)):
+        return None
+    total = 0.0
+    for a, b in zip(found.flatten().split(2**24), parameter.flatten().split(2**24), strict=True):  # bounds the memory
+        there, here = a.to(b.device).float(), b.float()
+        total += float((there - here).masked_fill(there == here, 0).double().square().sum())  # Inf - Inf is NaN
+    return total

@@ -17,6 +17,7 @@ from ..spectral.cache import BasisCache
 from ..spectral.fingerprint import fingerprint, fingerprint_differences
 from ..tuner.checkpoint import Checkpoint, adapter_tensors
 from ..tuner.config import SVFConfig, load_svf_config
+from ..tuner.renames import current_names
 from ..tuner.targets import adapted_fraction, linear_weights
 from ..utils.progress import progress_bar
 from .sources import ModelTensors, linear_modules, meta_model, model_folder
@@ -165,7 +166,12 @@ def check_spectrum(
     if not expected:
         raise ValueError(f"{path} does not record the spectrum of its base model, so it cannot be checked.")
     source, cache = model_folder(base, revision), BasisCache(cache_dir, model=str(base))
-    tensors, modules = ModelTensors(source), linear_modules(meta_model(source))
+    model = meta_model(source)
+    names = current_names(model, expected)
+    config.rename_modules(names)
+    expected = config.expected_fingerprint
+    deltas = {names.get(name, name): shape for name, shape in deltas.items()}
+    tensors, modules = ModelTensors(source, model), linear_modules(model)
     differences, pairs = {}, {}
     for name, numbers in progress_bar(expected.items(), desc="Comparing", unit="weight"):
         if name not in modules or f"{name}.weight" not in tensors:

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import CONFIG_NAME
 from safetensors.torch import save_file
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..reporting.cards import merged_card
@@ -28,9 +30,19 @@ from ..tuner.base_check import base_differences, refuse_base
 from ..tuner.checkpoint import Checkpoint, adapter_tensors
 from ..tuner.config import SVFConfig, load_svf_config
 from ..tuner.fold import SMALLEST_FRACTION
+from ..tuner.renames import current_names
 from ..utils.files import read_text, write_whole
 from ..utils.progress import progress_bar
-from .sources import INDEX, OTHER_WEIGHTS, meta_model, model_files, model_folder, opened
+from .sources import (
+    INDEX,
+    OTHER_WEIGHTS,
+    linear_modules,
+    meta_model,
+    model_files,
+    model_folder,
+    names_in_model,
+    opened,
+)
 
 _PREFIX, _SUFFIX = "base_model.model.", ".svf_delta.weight"
 
@@ -80,17 +92,19 @@ def merge_to_folder(
             method. Or the folder is not empty.
     """
     config = load_svf_config(adapter)
-    deltas, stored = _content(adapter, config)
+    checkpoint = adapter_tensors(adapter)
+    config.check_checkpoint(adapter, Checkpoint.of_tensors(checkpoint))
     target = Path(save_directory).resolve()
     made = not target.exists()
     if not made and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists and is not an empty folder. Merge into a new folder.")
     source = model_folder(base or config.base_model_name_or_path, revision or (None if base else config.revision))
     _check_no_other_adapter(source)
-    transposed = _transposed(source, adapter, config, deltas)
-    files = model_files(source)
-    lacking = [name for name in deltas if f"{name}.weight" not in {key for keys in files.values() for key in keys}]
-    if lacking:
+    model, files = meta_model(source), model_files(source)
+    names = names_in_model(model, (key for keys in files.values() for key in keys))
+    deltas, stored = _content(adapter, config, model, checkpoint)
+    transposed = _transposed(source, adapter, config, model, deltas)
+    if lacking := [name for name in deltas if f"{name}.weight" not in names.values()]:
         raise ValueError(
             f"{source} has no tensor {lacking[0]}.weight, which the adapter changes. Pass the adapter's base model. If "
             "its files name the modules differently, load it and use `merge_and_unload`."
@@ -102,7 +116,7 @@ def merge_to_folder(
     try:
         name = str(base or config.base_model_name_or_path)
         cache = BasisCache(cache_dir, model=name)
-        found = _write_weights(source, unfinished, files, transposed, deltas, stored, cache, shares)
+        found = _write_weights(source, unfinished, files, names, transposed, deltas, stored, cache, shares)
         differences, count = base_differences(config.expected_fingerprint, found)
         if differences:
             refuse_base(
@@ -141,6 +155,7 @@ def _write_weights(
     source: Path,
     target: Path,
     files: Mapping[str, list[str]],
+    names: Mapping[str, str],
     transposed: Mapping[str, bool],
     deltas: Mapping[str, torch.Tensor],
     stored: Mapping[str, torch.Tensor],
@@ -154,13 +169,13 @@ def _write_weights(
             tensors = {}
             with opened(source / file) as content:
                 for key in keys:
-                    tensor, name = content.get_tensor(key), key.removesuffix(".weight")
-                    if key in stored and not _same(stored[key], tensor):
+                    tensor, name = content.get_tensor(key), names[key].removesuffix(".weight")
+                    if names[key] in stored and not _same(stored[names[key]], tensor):
                         raise ValueError(
                             f"The adapter holds another {key} than {source}, such as one with new tokens. Load it with "
                             "its base model and use `merge_and_unload`."
                         )
-                    if key.endswith(".weight") and name in deltas:
+                    if names[key].endswith(".weight") and name in deltas:
                         weight = tensor.mT if transposed[name] else tensor
                         merged, shares[name], numbers = _merged(weight, deltas[name], name, cache)
                         found[name] = (numbers, (weight.shape[0], weight.shape[1]))
@@ -176,32 +191,44 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _content(
-    adapter: str | os.PathLike[str], config: SVFConfig
+    adapter: str | os.PathLike[str], config: SVFConfig, model: nn.Module, tensors: Mapping[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Return δ by module, and the base weights in the file: PEFT saves that of an adapted output layer."""
-    tensors = adapter_tensors(adapter)
-    config.check_checkpoint(adapter, Checkpoint.of_tensors(tensors))
+    """Return δ by module, and the base weights in the file: PEFT saves that of an adapted output layer.
+
+    Modules that an older transformers version named differently get their names in the model, also in the config.
+    """
     deltas, stored = {}, {}
     for key, value in tensors.items():
         if key.endswith(".base_layer.weight"):
             stored[key.removeprefix(_PREFIX).replace(".base_layer.", ".")] = value
             continue
-        if not (key.startswith(_PREFIX) and key.endswith(_SUFFIX)):
+        if not key.endswith(_SUFFIX):
             raise ValueError(
                 f"{adapter} has more than δ ({key}). Load it with its base model and use `merge_and_unload`."
             )
-        deltas[key[len(_PREFIX) : -len(_SUFFIX)]] = value
-    return deltas, stored
+        deltas[key.removeprefix(_PREFIX).removesuffix(_SUFFIX)] = value.float()
+    names = current_names(model, deltas)
+    config.rename_modules(names)
+    return {names.get(name, name): delta for name, delta in deltas.items()}, {
+        name: stored[key] for key, name in names_in_model(model, stored).items()
+    }
 
 
 def _transposed(
-    source: Path, adapter: str | os.PathLike[str], config: SVFConfig, deltas: Mapping[str, torch.Tensor]
+    source: Path,
+    adapter: str | os.PathLike[str],
+    config: SVFConfig,
+    model: nn.Module,
+    deltas: Mapping[str, torch.Tensor],
 ) -> dict[str, bool]:
     """Check that δ fits the model. Return whether each module stores its weight as `[in, out]`."""
-    modules = dict(meta_model(source).named_modules())
+    modules = dict(model.named_modules())
     if unknown := [name for name in deltas if name not in modules]:
         raise ValueError(f"The model in {source} has no module {unknown[0]}, which the adapter changes.")
-    weights: dict[str, Any] = {name: modules[name].weight for name in deltas}
+    wanted = dict.fromkeys(deltas)
+    if not config.expected_fingerprint:  # then only the targets show what is missing
+        wanted |= {name: None for name in linear_modules(model) if check_target_module_exists(config, name)}
+    weights: dict[str, Any] = {name: modules[name].weight for name in wanted}
     lengths = {name: config.length(weight.shape) for name, weight in weights.items()}
     Checkpoint({name: tuple(delta.shape) for name, delta in deltas.items()}).check(str(adapter), lengths)
     for name, module in modules.items():
@@ -228,11 +255,14 @@ def _check_no_other_adapter(source: Path) -> None:
     """Check that the folder of a base model is not also that of a LoRA, which transformers would load with it.
 
     Raises:
-        ValueError: It is.
+        ValueError: It is, or the config of an adapter in it cannot be read.
     """
     if not (source / CONFIG_NAME).exists():
         return
-    kind = json.loads(read_text(source / CONFIG_NAME)).get("peft_type")
+    try:
+        kind = dict(json.loads(read_text(source / CONFIG_NAME)))["peft_type"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{source / CONFIG_NAME} is damaged or names no adapter. Remove it.") from error
     if kind != "SVF":
         raise ValueError(
             f"The base model in {source} comes with an adapter of type {kind}, which the merged model would lack. "
@@ -246,5 +276,8 @@ def _copy_rest(source: Path, target: Path) -> None:
         "*.safetensors", *OTHER_WEIGHTS, "*.index.json", "README.md", CONFIG_NAME, ".*", "original"
     )
     shutil.copytree(source, target, dirs_exist_ok=True, ignore=left_out)
+    for folder, *_ in os.walk(target, topdown=False):  # those of checkpoints, adapters and this merge
+        if not os.listdir(folder):
+            os.rmdir(folder)
     if not (target / "model.safetensors").exists():  # or the index is stale
         shutil.copy(source / INDEX, target / INDEX)

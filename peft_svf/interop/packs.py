@@ -12,6 +12,7 @@ import torch
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import nn
 
 from ..spectral.basis import SingularBasis, singular_basis
 from ..spectral.cache import checksum, weight_key
@@ -55,8 +56,9 @@ def decompose(
     if r is not None and r < 1:
         raise ValueError(f"`r` must be at least 1, got {r}.")
     source, target = model_folder(model, revision), Path(save_directory)
-    modules = _targets(source, target_modules)
-    tensors = ModelTensors(source)
+    base = meta_model(source)
+    modules = _targets(base, source, target_modules)
+    tensors = ModelTensors(source, base)
     if lacking := [name for name in modules if f"{name}.weight" not in tensors]:
         raise ValueError(f"{source} has no tensor {lacking[0]}.weight.")
     target.mkdir(parents=True, exist_ok=True)
@@ -80,9 +82,8 @@ def decompose(
     return BasisPack(target)
 
 
-def _targets(source: Path, target_modules: Sequence[str] | str) -> dict[str, bool]:
+def _targets(model: nn.Module, source: Path, target_modules: Sequence[str] | str) -> dict[str, bool]:
     """Return the modules to decompose, and whether each stores its weight as `[in, out]`."""
-    model = meta_model(source)
     chosen: Any = target_modules if isinstance(target_modules, str) else list(target_modules)
     config = _maybe_include_all_linear_layers(SVFConfig(target_modules=chosen), model)
     found = {

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from ..tuner.renames import current_names
 from ..utils.files import read_text
 
 _SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -54,8 +56,12 @@ def meta_model(source: Path) -> nn.Module:
             f"The model in {source} is quantized ({method}), so its files do not hold its weights. Use the "
             "full-precision model that it was made from."
         )
+    kinds = [getattr(transformers, name, None) for name in getattr(config, "architectures", None) or []]
     with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config)
+        if kinds and isinstance(kinds[0], type) and getattr(kinds[0], "config_class", None) is type(config):
+            model: nn.Module = kinds[0]._from_config(config)  # type: ignore[attr-defined]
+        else:  # the code of the model is in its folder, or no architecture is recorded
+            model = AutoModelForCausalLM.from_config(config)
     return model
 
 
@@ -91,19 +97,31 @@ def model_files(source: Path) -> dict[str, list[str]]:
     return files
 
 
-class ModelTensors:
-    """The tensors of a model folder by name, each read when it is asked for.
+def names_in_model(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
+    """Return the name that each tensor of a file has in a model. Files keep the names of older transformers versions.
 
     Raises:
-        ValueError: As `model_files`.
+        ValueError: Two names belong to one module.
+    """
+    parts = {key: key.rpartition(".") for key in keys}
+    names = current_names(model, {module for module, *_ in parts.values()})
+    return {key: f"{names.get(module, module)}{dot}{name}" for key, (module, dot, name) in parts.items()}
+
+
+class ModelTensors:
+    """The tensors of a model folder, each read when it is asked for by its name in `model`.
+
+    Raises:
+        ValueError: As `model_files` and `names_in_model`.
     """
 
-    def __init__(self, source: Path) -> None:
+    def __init__(self, source: Path, model: nn.Module) -> None:
         self.source = source
-        self._files = {key: file for file, keys in model_files(source).items() for key in keys}
+        files = {key: file for file, keys in model_files(source).items() for key in keys}
+        self._places = {name: (files[key], key) for key, name in names_in_model(model, files).items()}
 
     def __contains__(self, name: str) -> bool:
-        return name in self._files
+        return name in self._places
 
     def read(self, name: str, *, transposed: bool = False, device: str | torch.device = "cpu") -> torch.Tensor:
         """Return a tensor.
@@ -111,10 +129,11 @@ class ModelTensors:
         Raises:
             ValueError: It is missing, or its file is damaged.
         """
-        if name not in self._files:
+        if name not in self._places:
             raise ValueError(f"{self.source} has no tensor {name}.")
-        with opened(self.source / self._files[name], device=str(device)) as file:
-            tensor: torch.Tensor = file.get_tensor(name)
+        file_name, key = self._places[name]
+        with opened(self.source / file_name, device=str(device)) as file:
+            tensor: torch.Tensor = file.get_tensor(key)
         return tensor.mT if transposed else tensor
 
 

@@ -273,6 +273,8 @@ def checked(function: RewardFunc, timeout: float | None = None) -> RewardFunc:
                 f"Reward function {name!r} did not return within {timeout:g} s for {len(completions)} completions."
                 f"\n{_sample(prompts, completions, 0)}"
             ) from error
+        except MemoryError:  # says nothing about a completion
+            raise
         except Exception as error:
             raise RewardError(_failed(name, error, _culprit(function, columns))) from error
         return check_rewards(rewards, function, prompts, completions)

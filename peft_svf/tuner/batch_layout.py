@@ -1,8 +1,9 @@
 """Where the rows of a batch are in the inputs of a layer.
 
 A mixed batch counts the rows of each input. The count cannot tell rows from tokens in a model that works on
-`[tokens, rows, ...]`, nor from the images of a vision tower, of which one row may have two and another none. Rows would
-then silently run with the adapters of other rows. So these cases are refused unless the layout is known.
+`[tokens, rows, ...]`. Nor can it tell them from images, of which one row may have two and another none, or from the
+tokens that a router sends to an expert. Rows would then silently run with the adapters of other rows. So these cases
+are refused unless the layout is known.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 _PLACEHOLDERS = [
     f"{kind}_token_{end}" for kind in ("image", "video", "audio", "speech", "vision") for end in ("id", "index")
 ]
+
+_COMMON_BASES = {*PreTrainedModel.__mro__, *GenerationMixin.__mro__}
 
 
 class Layout:
@@ -50,6 +53,13 @@ class Layout:
             self._rows_first[module_name] = known and not any(map(_swaps_dimensions, kinds))
         return self._rows_first[module_name]
 
+    def is_routed(self, module_name: str) -> bool:
+        """Whether a layer is in an expert of a mixture of experts, so an input `[n, in]` holds tokens of any rows.
+
+        Their number can be that of the rows or of all tokens, but their order is not.
+        """
+        return any("expert" in part and "shared" not in part for part in module_name.lower().split("."))
+
     def is_of_text(self, module_name: str) -> bool:
         """Whether a layer works on the tokens of the rows. Others of a multimodal model work on images or audio."""
         if module_name not in self._of_text:
@@ -74,18 +84,20 @@ class Layout:
 
 @cache
 def _swaps_dimensions(kind: type[nn.Module]) -> bool:
-    """Whether the code of a module class swaps the first two dimensions of a tensor."""
+    """Whether the code of a module class, or that it inherits, swaps the first two dimensions of a tensor."""
+    own = [base for base in kind.__mro__ if base not in _COMMON_BASES]
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
+        trees = [ast.parse(textwrap.dedent(inspect.getsource(base))) for base in own]
     except (OSError, TypeError, SyntaxError):
         return True
-    return any(isinstance(node, ast.Call) and _is_swap(node) for node in ast.walk(tree))
+    return any(isinstance(node, ast.Call) and _is_swap(node) for tree in trees for node in ast.walk(tree))
 
 
 def _is_swap(call: ast.Call) -> bool:
     """Whether a call is like `x.transpose(0, 1)`, `torch.transpose(x, 1, 0)` or `x.permute(1, 0, 2)`."""
     name = call.func.attr if isinstance(call.func, ast.Attribute) else ""
-    flat = [leaf for argument in call.args for leaf in getattr(argument, "elts", [argument])]
+    arguments = [*call.args, *(keyword.value for keyword in call.keywords)]
+    flat = [leaf for argument in arguments for leaf in getattr(argument, "elts", [argument])]
     numbers = [leaf.value for leaf in flat if isinstance(leaf, ast.Constant) and isinstance(leaf.value, int)]
     if name in ("transpose", "swapaxes", "swapdims", "transpose_"):
         return set(numbers[-2:]) == {0, 1}

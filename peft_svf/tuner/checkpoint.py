@@ -25,6 +25,7 @@ class Checkpoint:
         deltas (`dict[str, tuple[int, ...]]`): The shape of each δ, by module name.
         others (`dict[str, tuple[int, ...]]`): The shapes of other tensors by key, such as biases and `modules_to_save`.
         broken (`frozenset[str]`): The keys of tensors that hold NaN or Inf.
+        integers (`dict[str, str]`): The dtype of each δ that holds integers, by key.
         where (`str`): The file, or `""` for tensors in memory.
         read (`Callable`, *optional*): Returns the tensor of a key.
     """
@@ -32,6 +33,7 @@ class Checkpoint:
     deltas: dict[str, tuple[int, ...]]
     others: dict[str, tuple[int, ...]] = field(default_factory=dict)
     broken: frozenset[str] = frozenset()
+    integers: dict[str, str] = field(default_factory=dict)
     where: str = ""
     read: Callable[[str], torch.Tensor] | None = field(default=None, compare=False, repr=False)
 
@@ -43,6 +45,11 @@ class Checkpoint:
             deltas={key.removesuffix(_SUFFIX): tuple(t.shape) for key, t in named.items() if key.endswith(_SUFFIX)},
             others={key: tuple(tensor.shape) for key, tensor in named.items() if not key.endswith(_SUFFIX)},
             broken=frozenset(key for key, tensor in named.items() if not _is_finite(tensor)),
+            integers={
+                key: str(tensor.dtype)
+                for key, tensor in named.items()
+                if key.endswith(_SUFFIX) and not tensor.is_floating_point()
+            },
             where=where,
             read=named.__getitem__,
         )
@@ -75,7 +82,7 @@ class Checkpoint:
             at_most (`int`, *optional*): The largest length of a δ whose length is not known.
 
         Raises:
-            ValueError: δ is missing, is left over, has another shape, or holds NaN or Inf.
+            ValueError: δ is missing, is left over, has another shape, or holds integers, NaN or Inf.
         """
         missing = sorted(wanted.keys() - self.deltas.keys())
         extra = sorted([*(f"{name}{_SUFFIX}" for name in self.deltas.keys() - wanted.keys()), *strangers])
@@ -102,6 +109,11 @@ class Checkpoint:
                     f"{[length if length is not None else at_most]}. It is damaged or was saved for another model: "
                     "save or download the adapter again."
                 )
+        for key, dtype in self.integers.items():
+            raise ValueError(
+                f"{subject} has {key} in {dtype}, but δ is in floating point. It is damaged: save or download the "
+                "adapter again."
+            )
         if self.broken:
             raise ValueError(
                 f"{subject} has NaN or Inf in {len(self.broken)} of {len(self.deltas) + len(self.others)} tensors, "
@@ -155,4 +167,6 @@ def _read(file: Path, key: str) -> torch.Tensor:
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
+    if tensor.is_floating_point() and tensor.dtype.itemsize < 2:  # fp8 has no `isfinite`
+        tensor = tensor.float()
     return tensor.is_meta or bool(torch.isfinite(tensor).all())

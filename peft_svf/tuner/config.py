@@ -227,10 +227,16 @@ class SVFConfig(PeftConfig):
         return min(shape) if self.r is None else min(self.r, *shape)
 
     def rename_modules(self, names: Mapping[str, str]) -> None:
-        """Replace old module names by new ones, given pairs of both."""
+        """Replace old module names by new ones, given pairs of both.
+
+        A regex that does not match all of the new names becomes one that matches exactly these.
+        """
         self.expected_fingerprint = {names.get(name, name): each for name, each in self.expected_fingerprint.items()}
         if names and isinstance(self.target_modules, set):
             self.target_modules = {names.get(name, name) for name in self.target_modules}
+        pattern, modules = self.target_modules, sorted(self.expected_fingerprint)
+        if names and isinstance(pattern, str) and not all(re.fullmatch(pattern, name) for name in modules):
+            self.target_modules = "|".join(re.escape(name) for name in modules)
 
     def check_checkpoint(self, path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
         """Check a saved adapter without its base model: one healthy δ for each module that the config records.

@@ -14,6 +14,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .layer import SVFLayer
+from .parameters import BASIS_NAME
 
 _FSDP = "_fsdp_wrapped_module."  # not in the keys of a state dict
 
@@ -131,11 +132,14 @@ def _keys_of_wrappers(model: nn.Module, adapter_name: str) -> list[str]:
     ]
 
 
-def unmerged_entries(model: nn.Module, state_dict: dict[str, Any]) -> None:
-    """Replace merged base weights in a state dict by the original ones, in place.
+def as_of_base(model: nn.Module, state_dict: dict[str, Any]) -> None:
+    """Drop the singular bases from a state dict, and replace merged base weights by the original ones, in place.
 
-    PEFT saves the base weight of an adapted output layer with the adapter. The merged one would be loaded as base.
+    PEFT saves everything of a resized or adapted output layer with the adapter. The merged weight would be loaded as
+    base weight.
     """
+    for key in [key for key in state_dict if key.endswith(f".{BASIS_NAME}")]:
+        del state_dict[key]
     for name, layer in _layers(model):
         if (original := layer.merge_state.before) is not None:
             base_layer = layer.get_base_layer()

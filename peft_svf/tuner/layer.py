@@ -309,7 +309,7 @@ class SVFLayer(BaseTunerLayer):
     def forget_basis(self) -> None:
         """Drop the basis before the base weight changes. It is built and checked again when it is needed."""
         self._set_basis(None)
-        self.base_fingerprint = self.base_spectrum = None
+        self.base_spectrum, self._fingerprints = None, {}
         self.fold = Fold()
 
     def _widest(self) -> int:
@@ -421,8 +421,10 @@ class SVFLayer(BaseTunerLayer):
         if not names:
             return
         self.check_mergeable()
-        if not state.checked and (model := self.whole_model()) is not None:
-            check_only_owner(model, [self], names)
+        if not state.checked:
+            self.fold.release()  # LoRA on top calls this, and has written the weight through `.data`
+            if (model := self.whole_model()) is not None:
+                check_only_owner(model, [self], names)
         self._check_intact()
         backend = self.quantization_backend
         with align_module_device(self):  # PEFT's onload_layer leaves out the layer's own parameters
@@ -503,6 +505,7 @@ class SVFLayer(BaseTunerLayer):
             ValueError: The merged weight was changed since, by another adapter, an optimizer or `load_state_dict`.
         """
         if not self.merged:
+            self.fold.release()  # LoRA on top calls this, and has written the weight through `.data`
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         self._check_intact()

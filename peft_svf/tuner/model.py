@@ -32,11 +32,11 @@ from .batch_layout import Layout
 from .checkpoint import Checkpoint
 from .config import SVFConfig
 from .embeddings import forget_replaced_bases, with_resized_embeddings
-from .entries import adapter_entries, check_loadable, foreign_biases, put_back, unmerged_entries, without_adapter_name
+from .entries import adapter_entries, as_of_base, check_loadable, foreign_biases, put_back, without_adapter_name
 from .fold import SMALLEST_FRACTION
 from .frozen import frozen_message
 from .layer import Linear, SVFLayer, svf_layers
-from .loading import check_before_attaching, check_checkpoint, current_key
+from .loading import check_before_attaching, check_checkpoint, current_key, prefixed_key, weight_key
 from .names import check_adapter_name
 from .quantized import is_coarse, keep_order, reorder
 from .renames import current_names
@@ -46,6 +46,7 @@ from .rows import (
     RowCall,
     RowDeltas,
     batch_size,
+    check_may_disable,
     checked_weights,
     expansion_of,
     group_of_each,
@@ -108,6 +109,8 @@ class SVFModel(BaseTuner):
             in_wrappers = self._trainable_in_wrappers
             self._kept_order = [*self._kept_order, *keep_order(model)]
             config, self._unusable = self.peft_config[adapter_name], unusable_modules(model)
+            if config.base_model_name_or_path is None:  # PEFT sets it after the first save, too late for embeddings
+                config.base_model_name_or_path = model.__dict__.get("name_or_path")
             checkpoint = being_loaded() or config.checkpoint  # before PEFT resolves `target_modules`
             config.rename_modules(current_names(model, config.expected_fingerprint))
             if checkpoint is not None:
@@ -380,6 +383,7 @@ class SVFModel(BaseTuner):
             yield call
 
     open_calls = 0  # mixed batches that run in any thread
+    disabled_by: int | None = None  # the thread that has disabled the adapters
     _layout: Layout | None = None
 
     def release_folded(self) -> None:
@@ -434,6 +438,8 @@ class SVFModel(BaseTuner):
         return adapted_fraction(linear_weights(self.model), adapted)
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        if not enabled:
+            check_may_disable(self)
         # PEFT's version makes the active copies of `modules_to_save` trainable, frozen ones too
         wrappers = [module for module in self.model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
         if not enabled and self._trainable_in_wrappers is None:
@@ -443,6 +449,7 @@ class SVFModel(BaseTuner):
         if enabled:
             _restore(now)
             self._trainable_in_wrappers = None
+            self.disabled_by = None
 
     _trainable_in_wrappers: list[tuple[nn.Parameter, bool]] | None = None
 
@@ -476,7 +483,7 @@ class SVFModel(BaseTuner):
         # the config is saved next, and may have been attached to another model in the meantime
         record_base(config, adapter_name, svf_layers(model, adapter_name))
         put_back(model, adapter_name, state_dict, unwanted_adapter_names)
-        unmerged_entries(model, state_dict)
+        as_of_base(model, state_dict)
         biases = cls._get_learnable_bias_state_dict(model, state_dict, config)
         in_checkpoint = {key: plain for plain, key in foreign_biases(model, adapter_name).items()}
         biases = {in_checkpoint.get(key, key): value for key, value in biases.items()}
@@ -492,7 +499,10 @@ class SVFModel(BaseTuner):
         cls, model: nn.Module, config: SVFConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         # PEFT would only warn of missing values, and use δ = 0 for them
-        state_dict = {current_key(key, {}, adapter_name): value for key, value in state_dict.items()}
+        state_dict = {
+            weight_key(model, prefixed_key(model, current_key(key, {}, adapter_name))): value
+            for key, value in state_dict.items()
+        }
         checkpoint = Checkpoint.of_tensors(state_dict)
         names = check_checkpoint(model, adapter_name, checkpoint)
         forget_replaced_bases(svf_layers(model, adapter_name), checkpoint)
@@ -605,7 +615,7 @@ class SVFModel(BaseTuner):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters as PEFT does, and warn if 16-bit weights lose too much of the change.
 
-        Adapters of other PEFT methods are left alone.
+        Adapters of other PEFT methods are left alone. After an error, nothing of this call is merged.
 
         Raises:
             ValueError: There is no adapter of this name. Or merging would change more than these layers: another module
@@ -614,9 +624,20 @@ class SVFModel(BaseTuner):
         """
         with self._merging(adapter_names):
             self._check_merge_allowed()
-            for layer in first_owners(svf_layers(self.model)):
-                with onload_layer(layer):
-                    layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
+            layers = first_owners(svf_layers(self.model))
+            before = [(layer, list(layer.merged_adapters)) for layer in layers]
+            try:
+                for layer in layers:
+                    with onload_layer(layer):
+                        layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
+            except Exception:  # such as NaN
+                for layer, names in before:
+                    if layer.merged_adapters != names:
+                        with onload_layer(layer):
+                            layer.unmerge()
+                            if names:
+                                layer.merge(adapter_names=names)
+                raise
 
     def unmerge_adapter(self) -> None:
         """Restore the base weights.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from threading import Lock
+from threading import Lock, get_ident
 from typing import Any, Literal, Union
 
 import torch
@@ -35,6 +35,7 @@ class RowCall:
         expansion (`int`): How many rows `generate` makes of one, for beams or returned sequences.
         tokens (`set[int]`): Lengths of the model's current inputs.
         deltas: The δ of the rows in each layer.
+        ended (`bool`): Whether the call is over.
     """
 
     model: Any
@@ -44,6 +45,7 @@ class RowCall:
     expansion: int = 1
     tokens: set[int] = field(default_factory=set)
     deltas: dict[Any, RowDeltas] = field(default_factory=dict)
+    ended: bool = False
     _token_ids: torch.Tensor | None = None
 
     @property
@@ -73,17 +75,25 @@ class RowCall:
         self._token_ids = given if is_ids else None
 
     def check_layer(self, module_name: str, shape: Sequence[int]) -> int:
-        """Return the number of rows of the input of a layer.
+        """Return the number of rows of the input of a layer; 1 if all its tokens have the same δ.
 
         Raises:
             ValueError: The number is another one, or the rows could be something else.
         """
         found, allowed = (1 if len(shape) == 1 else shape[0]), (self.rows, self.rows * self.expansion)
         of_text = self.layout.is_of_text(module_name)
+        if len(shape) == 2 and self.layout.is_routed(module_name):
+            if not self._alike():
+                raise ValueError(
+                    f"{module_name} is an expert of a mixture of experts. It gets selected tokens, so it cannot tell "
+                    f"which row of {self.what} they belong to. Pass rows with the same adapter, or leave the module "
+                    "out of `target_modules`."
+                )
+            return 1  # δ is the same for all tokens
         if found not in allowed:
             flattened = len(shape) == 2 and any(found in (n * t for n in allowed) for t in self.tokens)
             if self.rows == 0 or not (flattened and of_text):
-                raise wrong_length(self.what, self.rows, found)
+                raise wrong_length(self.what, self.rows, found, module_name)
         elif len(shape) > 2 and shape[1] in allowed and not (self.layout.has_rows_first(module_name) or self._alike()):
             raise ValueError(
                 f"{module_name} got an input of shape {list(shape)}, where {self.what} could belong to the first or to "
@@ -106,26 +116,57 @@ _opening = Lock()
 
 @contextmanager
 def opened(call: RowCall) -> Iterator[None]:
-    """Run the layers of a call with the δ of its rows, in this thread only."""
+    """Run the layers of a call with the δ of its rows, in this thread only.
+
+    Raises:
+        RuntimeError: Another thread has disabled the adapters of the model.
+    """
     modules = [call.model, *call.deltas]
+    with _opening:
+        if call.model.disabled_by not in (None, get_ident()):
+            raise RuntimeError(
+                f"Another thread has disabled the adapters of this model, so {call.what} would have no effect. Enable "
+                'them first. For batches of the base model, pass `adapter_names=["__base__", ...]` instead.'
+            )
+        for module in modules:
+            module.open_calls += 1
     token = _calls.set((call, *_calls.get()))
     try:
-        with _opening:
-            for module in modules:
-                module.open_calls += 1
         yield
     finally:
         _calls.reset(token)
+        call.ended = True
         with _opening:
             for module in modules:
                 module.open_calls -= 1
+
+
+def check_may_disable(model: Any) -> None:
+    """Remember that this thread disables the adapters of a model.
+
+    Raises:
+        RuntimeError: Another thread runs a mixed batch, which would go on with the base model.
+    """
+    own = open_call(model) is not None
+    with _opening:
+        if model.open_calls > own:
+            raise RuntimeError(
+                "Another thread runs a mixed batch, so the adapters cannot be disabled. For batches of the base model, "
+                'pass `adapter_names=["__base__", ...]` instead.'
+            )
+        model.disabled_by = get_ident()
 
 
 def open_call(model: Any) -> RowCall | None:
     """Return the mixed batch that this thread runs in a model, if any."""
     if not model.open_calls:  # torch.compile cannot trace a context variable
         return None
-    return next((call for call in _calls.get() if call.model is model), None)
+    return next((call for call in _open_calls() if call.model is model), None)
+
+
+def _open_calls() -> Iterator[RowCall]:
+    """Yield the mixed batches of this thread. Tasks of asyncio can also have inherited some that have ended."""
+    return (call for call in _calls.get() if not call.ended)
 
 
 def row_deltas(layer: Any) -> RowDeltas | None:
@@ -136,7 +177,7 @@ def row_deltas(layer: Any) -> RowDeltas | None:
     """
     if "_is_replica" in layer.__dict__:
         raise RuntimeError(f"{layer.module_name} is in an `nn.DataParallel`, which cannot run mixed batches.")
-    return next((call.deltas[layer] for call in _calls.get() if layer in call.deltas), None)
+    return next((call.deltas[layer] for call in _open_calls() if layer in call.deltas), None)
 
 
 class RowDeltas:
@@ -176,7 +217,7 @@ class RowDeltas:
             return None
         deltas = self._last if self._is_current(rows) else None
         if deltas is None:
-            deltas = self._deltas(rows // given)
+            deltas = self._deltas(max(rows // given, 1))[:rows]
             self._remember(deltas, present)
         return deltas.reshape([rows, *[1] * (x.ndim - 2), -1] if x.ndim > 1 else [-1])
 
@@ -217,11 +258,12 @@ class RowDeltas:
         return self._weights.device.type != "cpu" or torch.equal(self._weights, weights)
 
 
-def wrong_length(what: str, given: int, rows: int) -> ValueError:
-    """The error for a wrong number of rows, in PEFT's words."""
-    return ValueError(
-        f"Length of {what} should be the same as the number of inputs, but got {given} and {rows} respectively."
-    )
+def wrong_length(what: str, given: int, rows: int, module_name: str | None = None) -> ValueError:
+    """The error for a wrong number of rows, in PEFT's words; with a name, for the input of a layer."""
+    message = f"Length of {what} should be the same as the number of inputs, but got {given} and {rows} respectively."
+    if module_name is not None:
+        message += f" {module_name} got {rows}. Leave the module out of `target_modules`, or run one batch per adapter."
+    return ValueError(message)
 
 
 def _widened(delta: torch.Tensor, r: int) -> torch.Tensor:

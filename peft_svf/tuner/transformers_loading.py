@@ -82,7 +82,11 @@ def _loaded(model: nn.Module, adapter_name: str, info: Any) -> Checkpoint:
         for weight in layer.delta_weights([adapter_name])
         if f"{layer.module_name}.svf_delta.{adapter_name}.weight" not in info.missing_keys
     }
-    saved = {name: value for name, value in model.named_parameters() if f".modules_to_save.{adapter_name}." in name}
+    saved = {
+        name: value
+        for name, value in model.named_parameters()
+        if (f".modules_to_save.{adapter_name}." in name or name.endswith(".bias")) and name not in info.missing_keys
+    }
     tensors = {**{f"{name}.svf_delta.weight": weight for name, weight in weights.items()}, **saved}
     left_over = {current_key(key, {}, adapter_name): torch.empty(0) for key in info.unexpected_keys}
     return Checkpoint.of_tensors({**left_over, **tensors})
