@@ -265,3 +265,36 @@ def test_evaluations_that_make_no_sense(world: Path) -> None:
     dispatcher = NearestDispatcher(mixture.model, mixture.tokenizer, {"sums": ["a"]})
     with pytest.raises(ValueError, match="cannot be called 'oracle'"):
         evaluate(mixture.model, mixture.tokenizer, [task], {"oracle": dispatcher})
+
+
+def test_an_evaluation_has_the_answer_length_of_each_task_and_wilson_intervals(world: Path) -> None:
+    mixture = load_experts(str(world / "base"), {"sums": str(world / "sums")})
+    seen: dict[str, int] = {}
+
+    def noting(name: str, reward: float) -> Any:
+        def score(completions: list[Any], **columns: Any) -> list[float]:
+            seen[name] = max(seen.get(name, 0), *(len(text_of(each)) for each in completions))
+            return [reward] * len(completions)
+
+        return score
+
+    rows = [{"prompt": f"{i} + {i}"} for i in range(6)]
+    tasks = [
+        EvaluationTask("short", rows, noting("short", 1.0), "sums", max_new_tokens=2),
+        EvaluationTask("long", rows, noting("long", 0.25), "sums"),
+    ]
+    found = evaluate(
+        mixture.model, mixture.tokenizer, tasks, {}, generation_kwargs={"max_new_tokens": 9}, timed_prompts=0
+    )
+    assert seen["short"] <= 2 < seen["long"] <= 9
+    low, high = found.intervals["base"]["short"]
+    assert high == 1
+    assert low == pytest.approx(6 / (6 + 1.959964**2))  # Wilson's for 6 of 6
+    assert found.intervals["base"]["long"] == pytest.approx((0.25, 0.25))  # not 0 or 1
+
+
+def test_the_answer_length_of_a_recipe(tmp_path: Path) -> None:
+    from peft_svf.training.recipe import recipe_answer_length
+
+    (tmp_path / "recipe.yaml").write_text("task: reasoning_gym:chain_sum\nmax_completion_length: 17\n")
+    assert recipe_answer_length(tmp_path / "recipe.yaml") == 17

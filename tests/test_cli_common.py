@@ -202,6 +202,22 @@ def test_overwriting_replaces_only_the_same_kind(world: Path, tmp_path: Path) ->
     assert "model.safetensors" in os.listdir(world / "base")
 
 
+def test_training_anew_discards_the_checkpoints_of_the_old_run(world: Path, tmp_path: Path) -> None:
+    from peft_svf.cli.training_options import check_words
+
+    (tmp_path / "run" / "checkpoint-3").mkdir(parents=True)
+    (tmp_path / "run" / "adapter_config.json").write_text("{")  # damaged, and an adapter nevertheless
+    (tmp_path / "recipe.yaml").write_text(f"output_dir: {tmp_path / 'run'}\nobjective: rloo\n")
+    words = ["--config", str(tmp_path / "recipe.yaml")]
+    with pytest.raises(ValueError, match=r"run exists and holds an adapter\. Pass --overwrite"):
+        check_words(words, False)
+    check_words([*words, "--resume_from_checkpoint", "true"], False)
+    check_words([*words, "--resume_from_checkpoint", "true"], True)
+    assert (tmp_path / "run" / "checkpoint-3").is_dir()
+    check_words(words, True)
+    assert not (tmp_path / "run" / "checkpoint-3").exists()
+
+
 def test_a_failed_export_leaves_the_old_model(world: Path, tmp_path: Path) -> None:
     assert run(*merged(tmp_path / "model")).exit_code == 0
     old = (tmp_path / "model" / "model.safetensors").read_bytes()
