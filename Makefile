@@ -17,16 +17,18 @@ QUANTIZED := build/quantized
 WORKERS ?= 2
 test test-fast test-main test-peft test-quantized: export OMP_NUM_THREADS := 1
 
-.PHONY: help demo test test-fast test-main test-peft test-quantized test-vllm lint bench gpu-check compare mixtures dist clean
+.PHONY: help demo test test-fast test-main test-peft test-quantized test-vllm lint docs notebooks bench gpu-check compare mixtures dist clean
 
 help:
 	@echo "make demo       train, save, reload and mix experts on a real model (11 minutes on two cores, half an hour on old ones)"
-	@echo "make test       lint and all tests: PEFT's own suite, ours, and those on quantized models (15 minutes on two cores)"
+	@echo "make test       lint, docs and all tests: PEFT's own suite, ours, and those on quantized models (15 minutes on two cores)"
 	@echo "make test-fast  our tests without the slow ones and those of quantized models"
 	@echo "make test-peft  PEFT's own test suite on SVF"
 	@echo "make test-quantized  experts on quantized models, with bitsandbytes and torchao"
 	@echo "make test-vllm  experts served by vLLM, in an environment of its own (2 minutes to install, 4 to run)"
 	@echo "make lint       ruff and mypy"
+	@echo "make docs       the documentation as a site, in build/site (half a minute); a warning is an error"
+	@echo "make notebooks  run the notebooks and store their outputs (10 minutes on two cores)"
 	@echo "make bench      speed and memory beside other methods, into docs/results/speed.md (15 minutes on two cores)"
 	@echo "make gpu-check  what a CPU cannot show: exactness, speed, memory and waits on a GPU (8 minutes at most)"
 	@echo "make dist       wheel and sdist in dist/, built and checked in an environment of its own (a minute)"
@@ -37,7 +39,7 @@ $(READY): pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'The pinned versions need Python >= 3.11; pass PYTHON=python3.12, say.')"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip
-	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[dev,docs]"
 	$(BIN)/python -m pip install --no-deps $(WITHOUT_DEPENDENCIES)
 	@touch $(READY)
 
@@ -52,6 +54,7 @@ demo: $(READY)
 # One after the other also under `make -j`: each of the suites takes all workers.
 test:
 	$(MAKE) lint
+	$(MAKE) docs
 	$(MAKE) test-peft
 	$(MAKE) test-main
 	$(MAKE) test-quantized
@@ -80,6 +83,14 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Without --quiet, which also silences --strict. Material announces its own end of life at every build; nobody here can act
+# on that.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+notebooks: $(READY)
+	$(BIN)/python examples/notebooks/execute.py $(ARGS)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run_all.py $(ARGS)

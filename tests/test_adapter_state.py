@@ -446,6 +446,25 @@ def test_a_merge_that_fails_half_way_is_undone(earlier: list[str]) -> None:
     assert all(layer.merged_adapters == earlier for layer in svf_layers(model).values())
 
 
+def test_a_safe_merge_that_fails_unloads_nothing() -> None:
+    model = randomise(get_peft_model(tiny_llama(), SVFConfig(**LINEAR)))
+    before, layers = weights(model), list(svf_layers(model))
+    list(svf_layers(model).values())[5].delta_weights(["default"])[0].data[0] = float("inf")
+    with pytest.raises(ValueError, match="NaNs detected"):
+        model.merge_and_unload(safe_merge=True)
+    assert_same(weights(model), before)
+    assert list(svf_layers(model)) == layers
+
+
+def test_a_safe_merge_that_unloads_is_silent(recwarn: pytest.WarningsRecorder) -> None:
+    model = randomise(get_peft_model(tiny_llama(), SVFConfig(**LINEAR)))
+    expected = logits(model)
+    merged = model.merge_and_unload(safe_merge=True)
+    assert torch.allclose(logits(merged), expected, atol=1e-5)
+    assert not svf_layers(merged)
+    assert not [warning for warning in recwarn if "merged" in str(warning.message)]
+
+
 def _write(model: PeftModel) -> None:
     next(iter(svf_layers(model).values())).get_base_layer().weight.data[0, 0] += 1
 

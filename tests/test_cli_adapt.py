@@ -18,6 +18,7 @@ from peft_svf import (
     SelfAdaptiveModel,
     SVFConfig,
     evaluate,
+    load_examples,
     load_experts,
     svf_layers,
 )
@@ -117,7 +118,7 @@ def test_prompt_expert_and_answer_are_apart(world: Path) -> None:
         ("generate", ["--prompt", "x", "--dispatch", "mixture", "--weight", "sums=much"], "NAME=NUMBER"),
         ("generate", ["--prompt", "x", "--weight", "sums"], "--weight must be NAME=NUMBER, got 'sums'"),
         ("generate", ["--file", "nothing.jsonl"], "no file nothing.jsonl"),
-        ("evaluate", ["--task", "sums", "--output_dir", "x"], "--task must be EXPERT=RECIPE, got 'sums'"),
+        ("evaluate", ["--task", "sums", "--output_dir", "x"], "--task must be EXPERT=DATA, got 'sums'"),
         ("evaluate", ["--task", "other=x.yaml", "--output_dir", "x"], "'other', which is none of the experts"),
         ("evaluate", ["--task", "physics=x.yaml", "--output_dir", "x"], "'physics', which is none of the experts"),
     ],
@@ -154,6 +155,44 @@ def test_strategies_are_compared(world: Path, tmp_path: Path) -> None:
     assert "right, chosen" in again.stdout
     repeated = json.loads((tmp_path / "evaluation.json").read_text())
     assert {**repeated, "seconds": 0} == {**found, "seconds": 0}
+
+
+def test_data_of_the_user_is_evaluated_and_answered(world: Path, tmp_path: Path) -> None:
+    """Of a file the same questions as training holds out, with columns of any name."""
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text("q,a\n" + "".join(f"what is {n},{n:03}\n" for n in range(40)))
+    held_out = [row["prompt"] for row in load_examples(f"{pairs}:test", prompt_column="q")]
+    columns = ["--prompt_column", "q", "--answer_column", "a"]
+    more = [
+        "--task",
+        f"sums={pairs}",
+        "--task",
+        f"lists={pairs}:all",
+        "--strategy",
+        "nearest",
+        "--shots",
+        "3",
+        *columns,
+    ]
+    more += ["--reward", "test_cli_adapt.letters_and_answers", "--chat", "--output_dir", str(tmp_path), "--json"]
+    result = run(world, "evaluate", *more)
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["confusion"]["nearest"].keys() == {"sums", "lists"}
+    assert sum(found["confusion"]["nearest"]["sums"].values()) == len(held_out)
+    assert sum(found["confusion"]["nearest"]["lists"].values()) == 40
+    answered = run(world, "generate", "--data", f"{pairs}:test", *columns, "--json")
+    assert answered.exit_code == 0, answered.output
+    assert [json.loads(line)["prompt"] for line in answered.stdout.splitlines()] == held_out
+    wrong = run(world, "evaluate", "--task", f"sums={pairs}", "--output_dir", str(tmp_path / "x"))
+    assert wrong.exit_code == 1
+    assert "row 1 has no 'prompt'; it has 'q', 'a'. Name the right one with prompt_column" in wrong.stderr
+
+
+def letters_and_answers(completions: list[Any], prompts: list[Any], answer: list[str], **kwargs: Any) -> list[float]:
+    assert all(prompt[0]["role"] == "user" for prompt in prompts)
+    assert all(len(text) == 3 for text in answer)
+    return [float(text_of(completion) > "m") for completion in completions]
 
 
 # ------------------------------------------------------------------------------------------ evaluation

@@ -72,7 +72,7 @@ def one_line(result: Any) -> str:
     return " ".join(result.stderr.split())
 
 
-@pytest.mark.parametrize("reward", ["contains", "loglik", "test_adaptation.count_letters"])
+@pytest.mark.parametrize("reward", [f"{Path(__file__).parent / 'test_adaptation.py'}:count_letters", "loglik"])
 @pytest.mark.parametrize("examples", ["shots.jsonl", "shots.csv"])
 def test_a_search_leaves_an_ordinary_adapter(reward: str, examples: str, world: Path, tmp_path: Path) -> None:
     result = search(world, tmp_path / "mine", examples=examples, reward=reward, validation="none")
@@ -108,6 +108,29 @@ def test_the_result_as_json(world: Path, tmp_path: Path) -> None:
     assert content["evaluated_on"] == "cross-validation"
     assert content["settings"]["method"] == "cem"
     assert list(content["weights"]) == ["one", "two"]
+
+
+def never(completions: list[str], **columns: Any) -> list[float]:
+    return [0.0] * len(completions)
+
+
+@pytest.mark.parametrize("reward", ["contains", "test_cli_search.never"])
+def test_equal_scores_end_a_search_and_show_answers(reward: str, world: Path, tmp_path: Path) -> None:
+    options = {"reward": reward, "validation": "2", "num_generations": 5}
+    with pytest.warns(UserWarning, match="all baselines and candidates have the same score, 0"):
+        result = search(world, tmp_path / "mine", **options)
+    said = one_line(result)
+    assert said.count("prompt: ") == said.count("answer: ") == said.count("reference: ") == 3
+    assert "Nothing is saved, because no mixture is better than another" in said
+    assert f"--reward {reward}" in said
+    assert not (tmp_path / "mine").exists() or not list((tmp_path / "mine").iterdir())
+
+
+def test_answers_are_shown_on_request(world: Path, tmp_path: Path) -> None:
+    options = {"reward": "test_adaptation.count_letters", "validation": "none"}
+    result = search(world, tmp_path / "mine", **options, show_answers=2)
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count("answer: ") == 2
 
 
 @pytest.mark.slow
@@ -357,7 +380,7 @@ def test_a_dataset_in_the_place_of_a_file(tmp_path: Path) -> None:
         ("a.jsonl", '{"prompt": "a"}\n{"text": "a"}\n', "row 2 has no 'prompt'; it has 'text'"),
         ("a.csv", "prompt,answer\na,b\na,b,c\n", "line 3 has 3 fields, its header 2"),
         ("a.csv", 'prompt,answer\na,"b"c\n', "line 2 is no CSV"),
-        ("a.txt", "a", "must be a .jsonl, .json, .csv file"),
+        ("a.txt", "a", "must be a .jsonl, .json, .csv, .parquet file"),
     ],
 )
 def test_malformed_files(name: str, content: str, message: str, tmp_path: Path) -> None:
@@ -386,10 +409,12 @@ def test_a_file_in_another_encoding(tmp_path: Path) -> None:
         load_examples(str(tmp_path / "a.jsonl"))
 
 
-def test_a_file_has_no_splits(tmp_path: Path) -> None:
+def test_a_file_has_no_other_splits(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n')
-    with pytest.raises(ValueError, match="has no splits and no configurations"):
-        load_examples(str(tmp_path / "a.jsonl"), split="test")
+    with pytest.raises(ValueError, match="has no split 'dev'; it has train, all"):
+        load_examples(str(tmp_path / "a.jsonl"), split="dev")
+    with pytest.raises(ValueError, match="is a file, which has no configurations"):
+        load_examples(str(tmp_path / "a.jsonl"), config="main")
 
 
 def test_the_system_prompt_leads_messages_that_have_none(tmp_path: Path) -> None:

@@ -180,7 +180,7 @@ def options_of_training() -> set[str]:
     from peft_svf.training.arguments import OBJECTIVES, AdapterArguments, TrainArguments
 
     kinds: list[Any] = [TrainArguments, AdapterArguments, *(config for config, _ in OBJECTIVES.values())]
-    return {f"--{each.name}" for kind in kinds for each in fields(kind)} | {"--config", "--help"}
+    return {f"--{each.name}" for kind in kinds for each in fields(kind)} | {"--config", "--data", "--help"}
 
 
 def check_command(words: list[str]) -> None:

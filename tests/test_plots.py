@@ -52,8 +52,11 @@ def test_curves_have_labels_the_accuracy_before_and_whole_steps(drawn: list[Any]
 
 def test_the_second_panel_is_the_kl_or_the_loss_without_rewards(drawn: list[Any], tmp_path: Path) -> None:
     plots.plot_curves([{"step": 1, "reward": 5.0, "kl": -0.1}, {"step": 2, "kl": 0.1}], tmp_path / "kl.png")
-    plots.plot_curves([{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}], tmp_path / "loss.png")
-    assert [figure.axes[1].get_ylabel() for figure in drawn] == ["KL to the base model, per token", "training loss"]
+    plots.plot_curves(
+        [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 2, "eval_loss": 1.5}], tmp_path / "loss.png"
+    )
+    assert [figure.axes[1].get_ylabel() for figure in drawn] == ["KL to the base model, per token", "loss"]
+    assert labels(drawn[1].axes[1]) == ["training", "validation"]
     assert drawn[0].axes[1].get_ylim()[0] <= -0.1
     assert drawn[0].axes[0].get_ylim()[1] > 1
 

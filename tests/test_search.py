@@ -644,12 +644,35 @@ def test_a_search_keeps_to_its_time(
 
 
 def test_a_search_without_progress_stops(mixture: AdaptiveMixture) -> None:
+    class AnyExpert(Distance):
+        def score(self, model: Any, indices: Sequence[int]) -> list[float]:
+            return (self.weights(model, indices).abs().sum(-1) > 0).double().tolist()
+
+    result = mixture.search(objective=AnyExpert(TARGET), patience=3, num_generations=20)
+    assert (result.stopped, len(result.history)) == ("patience", 4)
+
+
+@pytest.mark.parametrize("racing", [False, True])
+def test_a_search_in_which_nothing_differs_stops_at_once(racing: bool, mixture: AdaptiveMixture) -> None:
     class Flat(Distance):
         def score(self, model: Any, indices: Sequence[int]) -> list[float]:
-            return [0.0] * len(indices)
+            return [0.25] * len(indices)
 
-    result = mixture.search(objective=Flat(TARGET), patience=3, num_generations=20)
-    assert (result.stopped, len(result.history)) == ("patience", 4)
+    with pytest.warns(UserWarning, match=r"all baselines and candidates have the same score, 0\.25"):
+        result = mixture.search(objective=Flat(TARGET, examples=8), validation=3, racing=racing, num_generations=20)
+    assert (result.stopped, len(result.history), result.evaluated_on) == ("equal_scores", 1, "search")
+    assert not result.improved
+
+
+def test_a_long_search_says_how_long(mixture: AdaptiveMixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    notes: list[str] = []
+    monkeypatch.setattr("peft_svf.search.validated.progress_note", notes.append)
+    monkeypatch.setattr("peft_svf.search.validated.LONG", 0)
+    mixture.search(objective=Distance(TARGET), num_generations=1)
+    assert any("will take up to about 0 min. Shorten it with max_seconds or" in note for note in notes)
+    notes.clear()
+    mixture.search(objective=Distance(TARGET), num_generations=1, max_seconds=60)
+    assert not any("will take" in note for note in notes)
 
 
 def test_ctrl_c_keeps_the_best_so_far(mixture: AdaptiveMixture) -> None:

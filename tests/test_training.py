@@ -614,7 +614,10 @@ def test_the_script_trains_and_leaves_a_whole_adapter(
     assert yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])["max_steps"] == 3
 
 
-def test_a_classification_expert_is_reported_by_category(base: Path, tmp_path: Path) -> None:
+def test_a_classification_expert_is_reported_by_category(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peft_svf.training.run.check_outcome", lambda trainer: None)  # a random model names none
     chat = tokenizer()
     chat.chat_template = "{% for message in messages %}{{ message['content'] + ';' }}{% endfor %}"
     chat.save_pretrained(base)
@@ -689,7 +692,7 @@ def test_every_recipe_parses_and_its_task_exists() -> None:
         ({"early_stopping_patience": 2, "eval_strategy": "no"}, "--early_stopping_patience would have no effect"),
         ({"peft_type": "lora", "peft_kwargs": '{"init_lora_weights": "nonsense"}'}, "init_lora_weights"),
         ({"resume_from_checkpoint": "nowhere"}, "no complete checkpoint in nowhere"),
-        ({"objective": "ppo"}, "`objective` must be one of grpo, rloo, reinforce, got 'ppo'"),
+        ({"objective": "ppo"}, "`objective` must be one of sft, dpo, grpo, rloo, reinforce, got 'ppo'"),
     ],
 )
 def test_options_that_make_no_sense(
@@ -770,11 +773,11 @@ def test_a_dataset_with_completions(base: Path, tmp_path: Path) -> None:
     """TRL keeps the column "completion" to itself."""
     folder = tmp_path / "completions"
     folder.mkdir()
-    lines = [json.dumps({"prompt": f"{n}+1=", "completion": str(n + 1)}) for n in range(20)]
+    lines = [json.dumps({"prompt": f"{n}+1=", "completion": "[a-m]"}) for n in range(20)]
     (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
-    options = {"prompt_column": None, "answer_column": None, "reward_funcs": "number", "max_steps": 1}
+    options = {"prompt_column": None, "answer_column": None, "reward_funcs": "regex", "max_steps": 1}
     record = main(script(base, folder, tmp_path / "expert", **options))
-    assert any("rewards/number/mean" in entry for entry in record.history)
+    assert any("rewards/regex/mean" in entry for entry in record.history)
 
 
 def test_a_streamed_dataset(base: Path, data: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -14,7 +15,9 @@ from .chat import converse
 from .choices import DISPATCHERS, one_of
 from .errors import in_a_line, prints_to_stderr, warnings_in_a_line
 from .options import (
+    DATA,
     BatchOption,
+    ChatOption,
     CheckOption,
     DtypeOption,
     ExpertOption,
@@ -23,6 +26,7 @@ from .options import (
     NewTokensOption,
     call,
     check_dtype,
+    data_columns,
     drawn,
     named,
     named_experts,
@@ -114,12 +118,11 @@ def answering(
     return {**options, "return_details": True} | ({"temperature": temperature} if do_sample else {})
 
 
-@takes(adaptive_model, answering)
+@takes(adaptive_model, answering, data_columns)
 def generate(
     prompt: Annotated[Optional[list[str]], typer.Option("--prompt", help="A prompt. May be repeated.")] = None,
     file: Annotated[
-        Optional[str],
-        typer.Option("--file", help="Prompts: one per line (.txt), or the column `prompt` (.jsonl, .json, .csv)."),
+        Optional[str], typer.Option("--data", "--file", help=f"Prompts: one per line (.txt), or {DATA}.")
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch_size", help="Prompts per batch.", min=1)] = 32,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON per prompt.")] = False,
@@ -131,9 +134,9 @@ def generate(
     --dispatch prompt --description math="sums and equations" --prompt "What is 3 + 4?"
     """
     with in_a_line(), warnings_in_a_line():
-        prompts: list[Any] = [*(prompt or []), *(_prompts(file) if file else [])]
+        prompts: list[Any] = [*(prompt or []), *(_prompts(file, call(data_columns, options)) if file else [])]
         if not prompts:
-            raise ValueError("There is nothing to answer. Pass --prompt or --file.")
+            raise ValueError("There is nothing to answer. Pass --prompt or --data.")
         adaptive = call(adaptive_model, options)
         chat_options = call(answering, options)
         for start in range(0, len(prompts), batch_size):
@@ -171,6 +174,7 @@ def _show_answer(
     print()
 
 
+@takes(data_columns)
 def evaluate(
     model_name_or_path: ModelOption,
     expert: ExpertOption,
@@ -178,8 +182,8 @@ def evaluate(
         list[str],
         typer.Option(
             "--task",
-            metavar="EXPERT=RECIPE",
-            help="The right expert, and the recipe whose test split is asked; `base` if no expert is right.",
+            metavar="EXPERT=DATA",
+            help="The right expert (`base` if none is), and a recipe (.yaml) or data whose test split is asked.",
         ),
     ],
     output_dir: Annotated[Path, typer.Option("--output_dir", help="Folder for evaluation.json and evaluation.png.")],
@@ -195,6 +199,13 @@ def evaluate(
     classifier: ClassifierOption = None,
     label: LabelOption = None,
     weight: WeightOption = None,
+    reward: Annotated[
+        str, typer.Option("--reward", help="Reward function for data; see `peft-svf search --help`.")
+    ] = "exact",
+    system_prompt: Annotated[
+        Optional[str], typer.Option("--system_prompt", help="System message for the prompts of data.")
+    ] = None,
+    chat: ChatOption = False,
     size: Annotated[int, typer.Option("--size", help="Questions of each task, at most.", min=1)] = 64,
     shots: Annotated[
         int,
@@ -202,7 +213,7 @@ def evaluate(
     ] = 16,
     max_new_tokens: Annotated[
         Optional[int],
-        typer.Option("--max_new_tokens", help="Longest answer, in tokens. Default: that of each recipe.", min=1),
+        typer.Option("--max_new_tokens", help="Longest answer, in tokens. Default: that of a recipe, else 256.", min=1),
     ] = None,
     batch_size: BatchOption = None,
     dtype: DtypeOption = "auto",
@@ -210,6 +221,7 @@ def evaluate(
     resume: Annotated[bool, typer.Option("--resume", help="Continue an evaluation that was stopped.")] = False,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
+    **options: Any,
 ) -> None:
     """Compare dispatch strategies by accuracy and time.
 
@@ -217,30 +229,31 @@ def evaluate(
     --task base=recipes/arithmetic.yaml --strategy prompt --strategy nearest --output_dir out
     """
     with in_a_line():
-        experts, recipes = named_experts(expert), pairs("--task", task, "EXPERT=RECIPE")
+        experts, sources = named_experts(expert), pairs("--task", task, "EXPERT=DATA")
         described = _described(description, label, weight)
         check_output(output_dir, EVALUATION, overwrite, resume=resume)
         check_dtype(dtype)
         from ..evaluation.dispatchers import make_dispatcher
-        from ..evaluation.strategies import EvaluationTask
         from ..evaluation.strategies import evaluate as evaluated
         from ..mixture.loading import load_experts
         from ..scoring.names import BASE
-        from ..training.recipe import recipe_answer_length, recipe_task
         from ..utils.files import write_whole
+        from .tasks import evaluation_task
 
-        if unknown := [name for name, _ in recipes if name not in (BASE, *experts)]:
+        if unknown := [name for name, _ in sources if name not in (BASE, *experts)]:
             raise ValueError(
                 f"--task names {unknown[0]!r}, which is none of the experts {', '.join(experts)}. "
-                f"For a task without an expert, pass {BASE}=RECIPE."
+                f"For a task without an expert, pass {BASE}=DATA."
             )
+        columns = {**call(data_columns, options), "system_prompt": system_prompt, "chat": chat}
+        shots = shots if "nearest" in (strategy or []) else 0
         tasks, examples = [], {}
-        for name, path in recipes:
-            questions, right = recipe_task(path), None if name == BASE else name
-            asked, length = list(questions.examples("test", size)), max_new_tokens or recipe_answer_length(path)
-            tasks.append(EvaluationTask(Path(path).stem, asked, questions.reward, right, length))
+        for name, source in sources:
+            right = None if name == BASE else name
+            asked, prompts = evaluation_task(source, right, size=size, shots=shots, reward=reward, columns=columns)
+            tasks.append(asked if max_new_tokens is None else replace(asked, max_new_tokens=max_new_tokens))
             if right:
-                examples[right] = [example["prompt"] for example in questions.examples("train", shots)]
+                examples[right] = prompts
         mixture = load_experts(model_name_or_path, experts, classifier=classifier, base_check=base_check, dtype=dtype)
         strategies = {
             name: make_dispatcher(
@@ -292,13 +305,13 @@ def _show(result: Evaluation, console: Console) -> None:
         )
 
 
-def _prompts(path: str) -> list[Any]:
+def _prompts(path: str, columns: dict[str, Any] | None = None) -> list[Any]:
     from ..scoring.datasets import load_examples
     from ..utils.files import read_text
 
     if Path(path).suffix == ".txt":
         return [line for line in read_text(path).split("\n") if line.strip()]
-    return [example["prompt"] for example in load_examples(path)]
+    return [example["prompt"] for example in load_examples(path, **(columns or {}))]
 
 
 def _described(description: list[str] | None, label: list[str] | None, weight: list[str] | None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from .errors import fail
 
 # Copies of names that live in modules which import torch. A test compares them.
 DISPATCHERS = ("prompt", "classifier", "nearest", "mixture")
-OBJECTIVES = ("grpo", "rloo", "reinforce")
+OBJECTIVES = ("sft", "dpo", "grpo", "rloo", "reinforce")
 REWARDS = ("number", "exact", "choice", "contains", "regex", "math_verify")
 BASE_CHECKS = ("error", "warn", "ignore")
 PARAMETRIZATIONS = ("sigmoid", "raw", "offset")

@@ -34,11 +34,11 @@ def fail(error: Exception) -> NoReturn:
 
 
 @contextmanager
-def in_a_line() -> Iterator[None]:
-    """Print an expected error within the context in one line."""
+def in_a_line(kinds: tuple[type[Exception], ...] = EXPECTED) -> Iterator[None]:
+    """Print an error of these kinds within the context in one line."""
     try:
         yield
-    except EXPECTED as error:
+    except kinds as error:
         fail(error)
 
 

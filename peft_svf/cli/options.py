@@ -11,6 +11,8 @@ import typer
 
 from .choices import BASE_CHECKS, one_of
 
+DATA = "a .jsonl, .json, .csv or .parquet file, a folder or a Hub id[:SPLIT]"
+
 ModelOption = Annotated[str, typer.Option("--model_name_or_path", help="The base model: a Hub id or a folder.")]
 ExpertOption = Annotated[
     list[str], typer.Option("--expert", metavar="NAME=PATH", help="An expert: a Hub id or a folder. May be repeated.")
@@ -30,7 +32,29 @@ BatchOption = Annotated[
     Optional[int], typer.Option("--batch_size", help="Batch rows. Default: found automatically.", min=1)
 ]
 NewTokensOption = Annotated[int, typer.Option("--max_new_tokens", help="Longest answer, in tokens.", min=1)]
+PromptColumnOption = Annotated[str, typer.Option("--prompt_column", help="Column with text or messages.")]
+CompletionColumnOption = Annotated[
+    Optional[str], typer.Option("--completion_column", help="Column with the answer to learn.", hidden=True)
+]
+AnswerColumnOption = Annotated[
+    Optional[str], typer.Option("--answer_column", help="Default: answer, solution or completion.")
+]
+MessagesColumnOption = Annotated[
+    str, typer.Option("--messages_column", help="Column with conversations, if there are no prompts.", hidden=True)
+]
+ChatOption = Annotated[bool, typer.Option("--chat", help="Ask text prompts as messages of a chat.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+
+
+def data_columns(
+    prompt_column: PromptColumnOption = "prompt",
+    completion_column: CompletionColumnOption = None,
+    answer_column: AnswerColumnOption = None,
+    messages_column: MessagesColumnOption = "messages",
+) -> dict[str, Any]:
+    """Return the columns of the data, as arguments of `load_examples`."""
+    columns = {"prompt_column": prompt_column, "messages_column": messages_column}
+    return {**columns, "completion_column": completion_column, "answer_column": answer_column}
 
 
 def takes(*functions: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

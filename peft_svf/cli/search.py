@@ -18,11 +18,17 @@ from ..search.config import METHODS, SearchConfig
 from .choices import check_reward, one_of
 from .errors import EXPECTED, fail, prints_to_stderr
 from .options import (
+    DATA,
+    AnswerColumnOption,
+    ChatOption,
     CheckOption,
+    CompletionColumnOption,
     DtypeOption,
     ExpertOption,
     JsonOption,
+    MessagesColumnOption,
     ModelOption,
+    PromptColumnOption,
     check_dtype,
     drawn,
     named_experts,
@@ -88,19 +94,23 @@ def _help(field: Field[Any]) -> str:
 def search(
     model_name_or_path: ModelOption,
     expert: ExpertOption,
-    examples: Annotated[str, typer.Option("--examples", help="A .jsonl, .json or .csv file, or a dataset of the Hub.")],
+    examples: Annotated[str, typer.Option("--data", "--examples", help=f"{DATA[0].upper()}{DATA[1:]}.")],
     output_dir: Annotated[Path, typer.Option("--output_dir", help="Where to save the mixture.")],
     reward: Annotated[
         str,
-        typer.Option("--reward", help="exact, contains, number, choice, regex, math_verify, a dotted path, or loglik."),
+        typer.Option(
+            "--reward",
+            help="exact, contains, number, choice, regex, math_verify, rewards.py:function, a dotted path, or loglik.",
+        ),
     ] = "exact",
     tie_break: Annotated[
         float, typer.Option("--tie_break", help="Weight of the log-likelihood, added to the reward.", hidden=True)
     ] = 0.0,
-    prompt_column: Annotated[str, typer.Option("--prompt_column", help="Column with text or messages.")] = "prompt",
-    answer_column: Annotated[
-        Optional[str], typer.Option("--answer_column", help="Default: completion, answer or solution.")
-    ] = None,
+    prompt_column: PromptColumnOption = "prompt",
+    completion_column: CompletionColumnOption = None,
+    answer_column: AnswerColumnOption = None,
+    messages_column: MessagesColumnOption = "messages",
+    chat: ChatOption = False,
     system_prompt: Annotated[
         Optional[str], typer.Option("--system_prompt", help="Ask prompts as chat messages, after this one.")
     ] = None,
@@ -113,6 +123,9 @@ def search(
     limit: Annotated[
         Optional[int], typer.Option("--limit", help="Only the first examples.", min=1, hidden=True)
     ] = None,
+    show_answers: Annotated[
+        int, typer.Option("--show_answers", help="Print this many answers of the result.", min=0, hidden=True)
+    ] = 0,
     dtype: DtypeOption = "auto",
     base_check: CheckOption = "error",
     overwrite: OverwriteOption = False,
@@ -125,7 +138,7 @@ def search(
     """Search a mixture of experts from a few examples.
 
     peft-svf search --model_name_or_path MODEL --expert math=experts/math --expert logic=experts/logic
-    --examples shots.jsonl --reward number --output_dir my-mixture
+    --data shots.jsonl --reward number --output_dir my-mixture
     """
     checkpoint = output_dir / "search-checkpoint.json"
     try:
@@ -136,7 +149,7 @@ def search(
                 raise ValueError(f"--output_dir {output_dir} is the folder of expert {name!r}. Pass another folder.")
         check_output(output_dir, ADAPTER, overwrite, resume=settings["resume"] or checkpoint.exists())
         validation, eval_examples = settings.pop("validation"), None
-        held_out = isinstance(_number_or_word(validation), str) and Path(validation).suffix != ""  # a file
+        held_out = _is_data(_number_or_word(validation))
         config = SearchConfig(
             **{name: _value(name, value) for name, value in settings.items()},
             validation="auto" if held_out else _number_or_word(validation),
@@ -147,11 +160,15 @@ def search(
         from ..scoring.datasets import load_examples
         from ..scoring.objectives import LogLikelihoodObjective, RewardObjective, WeightedObjective
         from ..scoring.rewards import find_reward
+        from ..search.loop import EQUAL_SCORES
         from ..utils.processes import by_main_process, leave, processes
 
         columns: dict[str, Any] = {
             "prompt_column": prompt_column,
+            "completion_column": completion_column,
             "answer_column": answer_column,
+            "messages_column": messages_column,
+            "chat": chat,
             "system_prompt": system_prompt,
             "split": dataset_split,
             "config": dataset_config,
@@ -182,6 +199,18 @@ def search(
             by_main_process(lambda: checkpoint.unlink(missing_ok=True))
         with prints_to_stderr(as_json):
             result = mixture.search(**data, config=config, eval_examples=eval_examples)
+        failed = result.stopped == EQUAL_SCORES
+        if (shown := 3 if failed else show_answers) and function is not None:
+            texts = _answers(mixture, rows[:shown], function, config)
+            if processes().is_main_process:
+                print("\n".join(texts), file=sys.stderr)
+        if failed:
+            checkpoint.unlink(missing_ok=True)
+            leave()
+            raise ValueError(
+                "Nothing is saved, because no mixture is better than another. Compare the answers above with --reward "
+                f"{reward}: it must accept their form."
+            )
         by_main_process(lambda: mixture.save_pretrained(output_dir))
         leave()
     except EXPECTED as error:
@@ -206,6 +235,22 @@ def search(
     console.print(f"saved in {output_dir}{plotted}", highlight=False, markup=False)
 
 
+def _answers(mixture: Any, rows: list[dict[str, Any]], function: Any, config: SearchConfig) -> list[str]:
+    """Return the question, the answer of the mixture and the reference answer of each example."""
+    from ..scoring.objectives import RewardObjective
+    from ..scoring.rewards import text_of
+
+    generation = {"max_new_tokens": config.max_new_tokens, **config.generation_kwargs}
+    objective = RewardObjective(rows, function, mixture.tokenizer, generation_kwargs=generation)
+    answers = objective.answers(mixture.model, range(len(rows)))
+    texts = mixture.tokenizer.batch_decode(answers, skip_special_tokens=True)
+    asked = [row["prompt"] if isinstance(row["prompt"], str) else text_of(row["prompt"]) for row in rows]
+    return [
+        f"prompt: {prompt!r}\nanswer: {text!r}\nreference: {row.get('answer')!r}\n"
+        for prompt, text, row in zip(asked, texts, rows, strict=True)
+    ]
+
+
 def _value(name: str, value: Any) -> Any:
     """Return the value of an option as the field takes it: dicts come as JSON."""
     if name in ("optimizer_kwargs", "generation_kwargs"):
@@ -216,6 +261,14 @@ def _value(name: str, value: Any) -> Any:
         return json.loads(value)
     except json.JSONDecodeError as error:
         raise ValueError(f"--{name} must be JSON, got {value!r}: {error}.") from error
+
+
+def _is_data(validation: Any) -> bool:
+    """Whether the value of `--validation` names data, as far as that is known before anything heavy is imported."""
+    if not isinstance(validation, str):
+        return False
+    place = validation.partition(":")[0]
+    return Path(place).suffix != "" or Path(place).exists()
 
 
 def _number_or_word(text: str | None) -> Any:

@@ -116,6 +116,7 @@ def training_card(
         test_questions=record["test_questions"],
         accuracy="" if after is None else f"{'' if before is None else f'{before:.3f} before, '}**{after:.3f}** after",
         categories=", ".join(f"{name} {value:.3f}" for name, value in record.get("accuracy_by_category", {}).items()),
+        measures=[(name, f"{old:.3f}", f"{new:.3f}") for name, (old, new) in record.get("measures", {}).items()],
         trainable=f"{record['trainable']:,}",
         seconds=f"{record['seconds']:.0f}",
         best_step=record["best_step"],

@@ -206,9 +206,10 @@ def plot_curves(
         ImportError: matplotlib is not installed.
     """
     reward, accuracy = _series(history, "reward"), _series(history, "eval_accuracy")
+    held_out = _series(history, "eval_loss")
     other, name, colour = _series(history, "kl"), "KL to the base model, per token", "tab:red"
     if not reward:  # the loss of reinforcement learning says nothing
-        other, name, colour = _series(history, "loss"), "training loss", "tab:purple"
+        other, name, colour = _series(history, "loss"), "loss", "tab:purple"
     picture = figure(9 if other else 5.5, 3.4)
     axes = picture.subplots(1, 2 if other else 1, squeeze=False)[0]
     if reward:
@@ -225,8 +226,11 @@ def plot_curves(
     if axes[0].get_legend_handles_labels()[1]:
         axes[0].legend(fontsize="small")
     if other:
-        axes[1].plot(*zip(*other, strict=True), c=colour)
+        axes[1].plot(*zip(*other, strict=True), c=colour, label="training")
         axes[1].set(ylabel=name)
+        if held_out and not reward:
+            axes[1].plot(*zip(*held_out, strict=True), "o", c=colour, label="validation")
+            axes[1].legend(fontsize="small")
         axes[1].set_ylim(bottom=min(0, *(value for _, value in other)))
     for each in axes:
         each.set(xlabel="step")

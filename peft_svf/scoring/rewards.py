@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import inspect
 import math
 import os
@@ -19,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from numbers import Number
+from pathlib import Path
 from typing import Any
 
 from ..utils.extras import needs
@@ -181,28 +183,40 @@ def _compare(right: Callable[[str, str], bool], completions: list[Any], columns:
 
 
 def find_reward(name: str) -> RewardFunc:
-    """Return a reward function by name: one of [`REWARDS`], or a dotted path such as `my_package.rewards.helpful`.
+    """Return a reward function by name: one of [`REWARDS`], a dotted path such as `my_package.rewards.helpful`, or a
+    file and a function, such as `rewards.py:helpful`.
 
     Raises:
         ValueError: There is no such name, the import fails, or it is no function.
     """
     if name in REWARDS:
         return REWARDS[name]
-    module_name, _, attribute = name.rpartition(".")
+    in_file = re.fullmatch(r"(.+\.py):(\w+)", name)
+    module_name, _, attribute = in_file.group(1, 0, 2) if in_file else name.rpartition(".")
     if not module_name:
         raise ValueError(
-            f"There is no reward function {name!r}. Expected one of {', '.join(REWARDS)}, or the dotted path of a "
-            "function, such as my_package.rewards.helpful."
+            f"There is no reward function {name!r}. Expected one of {', '.join(REWARDS)}, the dotted path of a "
+            "function, such as my_package.rewards.helpful, or rewards.py:helpful."
         )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as TRL's scripts
     try:
-        function = getattr(importlib.import_module(module_name), attribute)
+        module = _module_of_file(module_name) if in_file else importlib.import_module(module_name)
+        function = getattr(module, attribute)
     except Exception as error:  # the module may raise anything
         raise ValueError(f"The reward function {name!r} could not be imported: {error}.") from error
     if not callable(function):
         raise ValueError(f"The reward function {name!r} is no function but {function!r}.")
     return function
+
+
+def _module_of_file(path: str) -> Any:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def reward_name(function: Any) -> str:

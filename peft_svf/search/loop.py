@@ -19,6 +19,7 @@ from .selection import ranked
 
 FINALISTS = 4  # candidates that are compared at the end
 FEWEST_TO_RACE = 4  # examples
+EQUAL_SCORES = "equal_scores"
 
 
 @dataclass
@@ -46,6 +47,7 @@ def run_search(
     num_generations: int,
     start: np.ndarray | None = None,
     max_seconds: float | None = None,
+    level: float | None = None,
     on_generation: Callable[[dict[str, Any]], None] = lambda entry: None,
 ) -> Outcome:
     """
@@ -59,6 +61,8 @@ def run_search(
         num_generations (`int`): Most generations.
         start (`np.ndarray`, *optional*): The candidate that is kept unless another one is better.
         max_seconds (`float`, *optional*): Start no generation that would probably exceed this time.
+        level (`float`, *optional*): The score of all baselines, if it is the same. The search stops after the first
+            generation if all its candidates have this score, too.
         on_generation: Called with each entry of the history.
     """
     outcome, begun = Outcome(), time.perf_counter()
@@ -82,6 +86,11 @@ def run_search(
             outcome.history.append(entry)
             on_generation(entry)
             highest, waiting = (scores[leader], 0) if scores[leader] > highest else (highest, waiting + 1)
+            # racing puts the scores of dropped candidates a rounding error below the others
+            flat = level is not None and not optimizer.uses_gradient and np.allclose(scores, level, rtol=0, atol=1e-9)
+            if generation == 0 and flat:
+                outcome.stopped = EQUAL_SCORES
+                break
             spent = time.perf_counter() - begun
             if stopped := _reason_to_stop(optimizer, config.patience, waiting, spent, generation + 1, max_seconds):
                 outcome.stopped = stopped

@@ -46,8 +46,8 @@ class SearchResult:
         objective: Name of the objective.
         candidates: Number of candidates that were scored, baselines included.
         usage: Cost: `evaluations` (pairs of a candidate and an example), `tokens`, `seconds`.
-        stopped: Why the search ended: `"num_generations"`, `"patience"`, `"optimizer"`, `"max_seconds"` or
-            `"interrupted"`.
+        stopped: Why the search ended: `"num_generations"`, `"patience"`, `"optimizer"`, `"max_seconds"`,
+            `"interrupted"`, or `"equal_scores"`: all candidates and baselines had the same score.
         history: Per generation: `best` and `mean` score of the candidates, `elites` (the best scores), `incumbent` (the
             best candidate), and `evaluations` so far. With `expected_reward`, the scores are expected rewards.
         settings: The [`SearchConfig`] and what it led to.

@@ -20,7 +20,7 @@ from .checkpoint import Checkpoint
 from .config import SearchConfig, as_json
 from .evaluator import Evaluator
 from .in_context import in_context_scores
-from .loop import FINALISTS, Outcome, run_search
+from .loop import EQUAL_SCORES, FINALISTS, Outcome, run_search
 from .method import Method, choose_method, lack_of_signal
 from .optimizers import Optimizer, make_optimizer
 from .selection import per_question
@@ -28,6 +28,7 @@ from .space import SearchSpace
 from .statistics import IN_CONTEXT, SEARCHED, compared, interval
 from .validation import Split, questions
 
+LONG = 600  # seconds of a search that is worth an estimate
 GENERATIONS, STEPS = 6, 12  # default number of generations, and of steps of the gradient
 
 Scored = list[tuple[np.ndarray, list[int]]]  # candidates with the examples that they are evaluated on
@@ -108,6 +109,8 @@ class ValidatedSearch:
             bar.total = collected + self._evaluations(optimizer)
             scores = dict(zip(baselines, evaluator.scores([*baselines.values()], split.evaluated), strict=True))
             self._save()
+            self._estimate(bar.total - bar.n)
+            levels = {*evaluator.scores([*baselines.values()], split.search).mean(axis=1).tolist()}  # all are known
             prompted, interrupted = self._prompted(rewarded)
 
             def on_generation(entry: dict[str, Any]) -> None:
@@ -117,11 +120,19 @@ class ValidatedSearch:
             self._options: dict[str, Any] = {
                 "num_generations": 0 if interrupted else self._num_generations(optimizer),
                 "max_seconds": self._seconds_per_search(),
+                "level": levels.pop() if len(levels) == 1 else None,
                 "on_generation": on_generation,
             }
             main = run_search(evaluator, optimizer, split.search, config, start=start, **self._options)
             if interrupted:
                 main.stopped = "interrupted"
+            if main.stopped == EQUAL_SCORES:
+                warnings.warn(
+                    "The search stopped: all baselines and candidates have the same score, "
+                    f"{self._options['level']:.3g}. Check that the reward accepts the form of the answers, and that "
+                    "max_new_tokens does not cut them off. Otherwise use easier examples.",
+                    stacklevel=4,
+                )
             searched, scores[SEARCHED], evaluated_on, evaluated_by = self._evaluated(main)
             self._save()
             objective, expected = evaluator.objective, dict[str, np.ndarray]()
@@ -262,7 +273,7 @@ class ValidatedSearch:
 
         if split.held_out:
             return searched, score(split.held_out), "validation", [(searched, split.held_out)]
-        if split.parts and main.finalists and main.stopped != "interrupted":
+        if split.parts and main.finalists and main.stopped not in ("interrupted", EQUAL_SCORES):
             scores, by_part = np.empty(len(split.search)), []
             for number, part in enumerate(split.parts, start=1):
                 rest = split.rest(part)
@@ -313,6 +324,14 @@ class ValidatedSearch:
     def _seconds_per_search(self) -> float | None:
         limit = self.config.max_seconds
         return None if limit is None else (limit - self._evaluator.usage.seconds) / (1 + len(self.split.parts))
+
+    def _estimate(self, evaluations: int) -> None:
+        """Say how long a long search will take, by the time of the baselines."""
+        usage = self._evaluator.usage
+        seconds = evaluations * usage.seconds / max(1, usage.evaluations)
+        if self.config.max_seconds is None and seconds > LONG:
+            time = f"{seconds / 3600:.1f} h" if seconds > 3600 else f"{seconds / 60:.0f} min"
+            progress_note(f"The search will take up to about {time}. Shorten it with max_seconds or max_new_tokens.")
 
     def _settings(self, optimizer: Optimizer) -> dict[str, Any]:
         generation = self.objective.generation_kwargs

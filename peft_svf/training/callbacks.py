@@ -68,7 +68,7 @@ class EqualRewards(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if not logs or "frac_reward_zero_std" not in logs or getattr(args, "num_generations", 2) == 1:
             return
-        self.count = self.count + 1 if logs["frac_reward_zero_std"] >= 1.0 else 0
+        self.count = self.count + 1 if (logs["frac_reward_zero_std"] or 0.0) >= 1.0 else 0
         if self.count == self.patience and state.is_world_process_zero:
             warnings.warn(
                 f"In the last {self.patience} logged steps (up to step {state.global_step}, mean reward "
@@ -81,9 +81,11 @@ class EqualRewards(TrainerCallback):
 
 
 class RewardBar(TrainerCallback):
-    """One progress bar with reward, KL and accuracy, instead of the Trainer's bar and printed dicts."""
+    """One progress bar with reward, KL and accuracy, or the loss without rewards, instead of the Trainer's bar and
+    printed dicts."""
 
     SHOWN = ("reward", "kl", "eval_accuracy")
+    WITHOUT_REWARD = ("loss", "eval_loss", "eval_accuracy")
 
     def __init__(self, description: str = "Training") -> None:
         self.description = description
@@ -102,7 +104,8 @@ class RewardBar(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if self.bar is not None and logs:
-            self.latest |= {key: logs[key] for key in self.SHOWN if key in logs}
+            shown = self.SHOWN if "reward" in {*self.latest, *logs} else self.WITHOUT_REWARD
+            self.latest |= {key: logs[key] for key in shown if logs.get(key) is not None}
             self.bar.set_postfix({key.removeprefix("eval_"): f"{value:.3g}" for key, value in self.latest.items()})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""Continue the training of a saved adapter, which `--model_name_or_path` may name in place of a base model."""
+"""Continue the training of a saved adapter: `--adapter_name_or_path`, or `--model_name_or_path` in place of a model."""
 
 from __future__ import annotations
 
@@ -48,16 +48,21 @@ def continue_from(arguments: AdapterArguments, config: PeftConfig, given: Mappin
         ValueError: An option describes a new adapter.
     """
     kind = str(config.peft_type.value).lower()
+    expert = arguments.adapter_name_or_path or arguments.model_name_or_path
     for name in given:
         same = name == "peft_type" and given[name].lower() == kind
         if (name in _OF_A_NEW_ADAPTER or name.startswith("lora_")) and not same:
             raise ValueError(
-                f"--{name} would have no effect: {arguments.model_name_or_path} is a trained {kind} adapter, and the "
+                f"--{name} would have no effect: {expert} is a trained {kind} adapter, and the "
                 "training continues it as it is. Remove the option, or name a base model."
             )
     arguments.peft_type = kind
-    arguments.expert, arguments.expert_revision = arguments.model_name_or_path, arguments.model_revision
-    arguments.model_name_or_path, arguments.model_revision = config.base_model_name_or_path, config.revision
+    arguments.expert = expert
+    if arguments.adapter_name_or_path is None:
+        arguments.expert_revision = arguments.model_revision
+        arguments.model_name_or_path = arguments.model_revision = None
+    if arguments.model_name_or_path is None:
+        arguments.model_name_or_path, arguments.model_revision = config.base_model_name_or_path, config.revision
 
 
 def continued_model(arguments: AdapterArguments, training: Any) -> PeftModel:

@@ -6,13 +6,14 @@ choose the best model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
-from ..scoring.objectives import RewardObjective
+from ..scoring.objectives import LogLikelihoodObjective, Objective, RewardObjective
 from ..scoring.rewards import RewardFunc
 from ..utils.processes import is_sharded, processes
 
@@ -50,6 +51,26 @@ def greedy_scores(
     Raises:
         ValueError: There are no examples.
     """
+    generation = {"max_new_tokens": max_new_tokens, **(generation_kwargs or {})}
+
+    def objective(rows: Sequence[dict[str, Any]]) -> Objective:
+        return RewardObjective(rows, reward_funcs, tokenizer, batch_size=batch_size, generation_kwargs=generation)
+
+    return _scores(model, examples, objective)
+
+
+def answer_logps(
+    model: Any, tokenizer: Any, examples: Sequence[dict[str, Any]], column: str, *, batch_size: int = 8
+) -> list[float]:
+    """Return the mean log-probability per token of the answers in a column, one per example, as [`greedy_scores`]."""
+    rows = [{"prompt": row["prompt"], "completion": row[column]} for row in examples]
+    return _scores(model, rows, lambda part: LogLikelihoodObjective(part, tokenizer, batch_size=batch_size))
+
+
+def _scores(
+    model: Any, examples: Sequence[dict[str, Any]], make: Callable[[Sequence[dict[str, Any]]], Objective]
+) -> list[float]:
+    """Return the score of each example by the objective that is made for them."""
     rows, state = list(examples), processes()
     if not rows:
         raise ValueError("There are no examples to evaluate on; expected at least one.")
@@ -58,17 +79,11 @@ def greedy_scores(
     part = rows if together else rows[state.process_index :: state.num_processes]
     scores: list[float] = []
     if part:
-        objective = RewardObjective(
-            part,
-            reward_funcs,
-            tokenizer,
-            batch_size=batch_size,
-            generation_kwargs={"max_new_tokens": max_new_tokens, **(generation_kwargs or {})},
-        )
         was_training = model.training
         model.eval()
         try:
-            scores = objective(model)
+            with torch.no_grad():
+                scores = make(part)(model)
         finally:
             model.train(was_training)
     if together:

@@ -11,13 +11,16 @@ from typing import Any
 
 from trl import DatasetMixtureConfig, TrlParser
 
-from ..scoring.rewards import checked, find_reward
+from ..scoring.rewards import REWARDS, checked, find_reward
+from ..scoring.sources import place_and_split
 from ..utils.recipes import read_recipe
-from .arguments import OBJECTIVES, AdapterArguments, TrainArguments, check_given, defaults
+from .arguments import OBJECTIVES, AdapterArguments, TrainArguments, check_given, defaults, warn_of_low_rate
 from .continuing import continue_from, saved_config
+from .supervised import SUPERVISED
 from .tasks import ClassificationTask, Task, find_task
 
 # Options without meaning for the run, or private to the machine. They are left out of the model card.
+_OF_THE_MODEL = ("model_name_or_path", "model_revision", "adapter_name_or_path")
 _LEFT_OUT = ("base_model_name", "config", "disable_tqdm", "env", "output_dir", "resume_from_checkpoint")
 
 
@@ -30,12 +33,15 @@ def parse(argv: Sequence[str]) -> tuple[TrainArguments, Any, AdapterArguments, D
         ValueError: An option is invalid, or would have no effect.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--config", "--objective", "--peft_type", "--categories", "--model_name_or_path", "--model_revision"):
-        first.add_argument(name)
+    for name in ("config", "objective", "peft_type", "categories", *_OF_THE_MODEL):
+        first.add_argument(f"--{name}")
     known, _ = first.parse_known_args(argv)
     recipe = read_recipe(known.config) if known.config else {}
     objective = known.objective or recipe.get("objective", "grpo")
-    saved = saved_config(*(getattr(known, key) or recipe.get(key) for key in ("model_name_or_path", "model_revision")))
+    model, revision, expert = (getattr(known, key) or recipe.get(key) for key in _OF_THE_MODEL)
+    saved = saved_config(model, revision) if expert is None else saved_config(expert)
+    if expert is not None and saved is None:
+        raise ValueError(f"--adapter_name_or_path {expert} is no adapter: it has no adapter_config.json.")
     peft_type = known.peft_type or recipe.get("peft_type") or (saved.peft_type.value if saved else "svf")
     if objective not in OBJECTIVES:
         raise ValueError(f"`objective` must be one of {', '.join(OBJECTIVES)}, got {objective!r}.")
@@ -58,7 +64,11 @@ def parse(argv: Sequence[str]) -> tuple[TrainArguments, Any, AdapterArguments, D
     if saved is not None:
         continue_from(adapter, saved, given)
     check_given(given, script, adapter, training)
+    warn_of_low_rate(training, peft_type)
     given = {name: value for name, value in given.items() if name not in _LEFT_OUT and not name.endswith("_token")}
+    place, split = place_and_split(script.dataset_name or "")
+    if "dataset_name" in given and Path(place).is_absolute():  # the rest of the path is private
+        given["dataset_name"] = Path(place).name + (f":{split}" if split else "")
     if script.base_model_name and saved is None:
         given["model_name_or_path"] = script.base_model_name
     return script, training, adapter, mixture, given
@@ -86,14 +96,16 @@ def recipe_task(recipe: str | Path) -> Task:
     return task
 
 
-def recipe_answer_length(recipe: str | Path) -> int:
-    """Return the longest answer that the training of a recipe allows, in tokens."""
-    return int(parse(["--config", str(recipe)])[1].max_completion_length)
+def recipe_answer_length(recipe: str | Path) -> int | None:
+    """Return the longest answer of a recipe in tokens; `None` if its training finds it in the data."""
+    length: int | None = parse(["--config", str(recipe)])[1].max_completion_length
+    return length
 
 
-def load_rewards(script: TrainArguments, task: Task | None) -> list[Any]:
+def load_rewards(script: TrainArguments, task: Task | None, *, answers: bool) -> list[Any]:
     """
-    Return the reward model and the reward functions, whose errors name the completion.
+    Return the reward model and the reward functions, whose errors name the completion. SFT and DPO need none, and use
+    them in the evaluation only; for SFT with `answers` it is `exact` by default.
 
     Raises:
         ValueError: There are none.
@@ -101,6 +113,8 @@ def load_rewards(script: TrainArguments, task: Task | None) -> list[Any]:
     functions = [find_reward(name) for name in script.reward_funcs or []]
     models = [script.reward_model_name_or_path] if script.reward_model_name_or_path else []
     if not functions and not models:
+        if task is None and script.objective in SUPERVISED:
+            return [REWARDS["exact"]] if answers and script.objective == "sft" else []
         if task is None:
             raise ValueError("The dataset has no rewards. Pass --reward_funcs or --reward_model_name_or_path.")
         functions = [task.reward]

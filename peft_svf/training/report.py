@@ -31,6 +31,9 @@ class Record:
         base_model: Name of the base model.
         trainable: Number of trainable parameters.
         accuracy_before, accuracy_after: Greedy accuracy on the test examples; `None` if there are none.
+        measures: Values before and after the training on the test examples, by name: the `loss` of the reference
+            answers per token (SFT), or the `preference`, the fraction of pairs whose better answer is more probable per
+            token (DPO).
         continues: The adapter that the training started from, by folder or Hub id. `accuracy_before` is then its own.
         accuracy_by_category: Accuracy of a classification expert by category, after the training.
         test_size: Number of test examples.
@@ -48,6 +51,7 @@ class Record:
     accuracy_before: float | None = None
     accuracy_after: float | None = None
     accuracy_by_category: Mapping[str, float] | None = None
+    measures: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     test_size: int = 0
     example: tuple[str, str] | None = None
     seconds: float = 0.0
@@ -68,11 +72,22 @@ class Record:
             "accuracy_before": self.accuracy_before,
             "accuracy_after": self.accuracy_after,
             **({"accuracy_by_category": dict(self.accuracy_by_category)} if self.accuracy_by_category else {}),
+            **({"measures": {name: list(values) for name, values in self.measures.items()}} if self.measures else {}),
             "best_step": self.best_step,
             "seconds": round(self.seconds, 1),
             "machine": dict(self.machine),
             "history": [{name: _finite(value) for name, value in entry.items()} for entry in self.history],
         }
+
+    def summary(self) -> str:
+        """Return the results on the test examples before and after the training, a line each."""
+        found = {**self.measures}
+        if self.accuracy_before is not None and self.accuracy_after is not None:
+            found["greedy accuracy"] = self.accuracy_before, self.accuracy_after
+        return "\n".join(
+            f"{self.name}: {name} on {self.test_size} test questions {before:.3f} -> {after:.3f}"
+            for name, (before, after) in found.items()
+        )
 
 
 def _finite(value: Any) -> Any:
@@ -119,5 +134,6 @@ def example_of(row: Mapping[str, Any]) -> tuple[str, str]:
     prompt = row["prompt"]
     if not isinstance(prompt, str):  # the last message may be the beginning of an answer
         prompt = next(message["content"] for message in reversed(prompt) if message["role"] != "assistant")
-    answer = next((row[name] for name in ("answer", "completion", "solution") if name in row), "")
+    names = ("answer", "completion", "solution", "chosen")
+    answer = next((row[name] for name in names if row.get(name) is not None), "")
     return prompt, text_of(answer) if isinstance(answer, (str, list)) else str(answer)

@@ -653,10 +653,12 @@ class SVFModel(BaseTuner):
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
         """Merge adapters and return the base model; warnings and errors as `merge_adapter`."""
-        with self._merging(adapter_names):
-            merged: nn.Module = super().merge_and_unload(
-                progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
-            )
+        if safe_merge:  # first, because this undoes an error half way
+            self.merge_adapter(adapter_names, safe_merge=True)
+        with self._merging(adapter_names), warnings.catch_warnings():
+            if safe_merge:
+                warnings.filterwarnings("ignore", message="All adapters are already merged")
+            merged: nn.Module = super().merge_and_unload(progressbar=progressbar, adapter_names=adapter_names)
         return merged
 
     @contextmanager
