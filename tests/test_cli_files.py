@@ -184,7 +184,10 @@ def test_the_cache_is_listed_and_cleared(world: Path, tmp_path: Path, monkeypatc
     entries = list_cache()
     listed = json.loads(run("cache", "list", "--json").stdout)
     assert [row["key"] for row in listed] == [entry.key for entry in entries] != []
+    assert {row["model"] for row in listed} == {str(world / "base")}
+    monkeypatch.setenv("COLUMNS", "300")
     table = run("cache", "list").stdout
+    assert str(world / "base") in table
     assert "float32" in table
     assert str(len(entries)) in table
     elsewhere = run("cache", "clear", "--cache_dir", tmp_path / "elsewhere", "--json")

@@ -264,7 +264,7 @@ def test_an_interrupted_search_goes_on(world: Path, tmp_path: Path) -> None:
         (("--expert", "one=a", "--expert", "one=b"), {}, "--expert one is given twice, as 'a' and 'b'"),
         (("--expert", "one=nowhere"), {}, "nowhere"),
         ((), {"reward": "nubmer"}, "There is no reward function 'nubmer'"),
-        ((), {"method": "cme"}, "`method` must be one of 'auto', 'gradient', 'cem', 'cma-es', got 'cme'"),
+        ((), {"method": "cme"}, "--method must be auto, gradient, cem or cma-es, got 'cme'"),
         ((), {"optimizer_kwargs": "std=1"}, "--optimizer_kwargs must be JSON, got 'std=1'"),
         ((), {"optimizer_kwargs": "[1]"}, "`optimizer_kwargs` must be a dict, got [1]"),
         ((), {"granularity": '{"a": "b"'}, "--granularity must be JSON"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -10,7 +11,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .errors import in_a_line, prints_to_stderr
+from .chat import converse
+from .choices import DISPATCHERS, one_of
+from .errors import in_a_line, prints_to_stderr, warnings_in_a_line
 from .options import (
     DATA,
     BatchOption,
@@ -22,7 +25,7 @@ from .options import (
     ModelOption,
     NewTokensOption,
     call,
-    checked_base_check,
+    check_dtype,
     data_columns,
     drawn,
     named,
@@ -30,6 +33,7 @@ from .options import (
     pairs,
     takes,
 )
+from .output import EVALUATION, OverwriteOption, check_output
 
 if TYPE_CHECKING:
     from ..evaluation.strategies import Evaluation
@@ -57,7 +61,12 @@ def adaptive_model(
     model_name_or_path: ModelOption,
     expert: ExpertOption,
     dispatch: Annotated[
-        str, typer.Option("--dispatch", help="prompt, classifier, nearest, or mixture: one mixture for all prompts.")
+        str,
+        typer.Option(
+            "--dispatch",
+            help="prompt, classifier, nearest, or mixture: one mixture for all prompts.",
+            **one_of(DISPATCHERS),
+        ),
     ] = "prompt",
     description: DescriptionOption = None,
     classifier: ClassifierOption = None,
@@ -80,24 +89,17 @@ def adaptive_model(
     base_check: CheckOption = "error",
 ) -> Any:
     """Return the [`SelfAdaptiveModel`] that these options describe."""
+    experts, described = named_experts(expert), _described(description, label, weight)
+    files = named("--nearest_examples", nearest_examples, "NAME=FILE")
+    check_dtype(dtype)
     from ..evaluation.dispatchers import make_dispatcher
     from ..mixture.loading import load_experts
     from ..routing.self_adaptive import SelfAdaptiveModel
 
-    mixture = load_experts(
-        model_name_or_path,
-        named_experts(expert),
-        classifier=classifier,
-        base_check=checked_base_check(base_check),
-        dtype=dtype,
-    )
+    examples = {name: _prompts(path) for name, path in files.items()}
+    mixture = load_experts(model_name_or_path, experts, classifier=classifier, base_check=base_check, dtype=dtype)
     options: dict[str, Any] = {} if threshold is None else {"threshold": threshold}
-    examples = {
-        name: _prompts(path) for name, path in named("--nearest_examples", nearest_examples, "NAME=FILE").items()
-    }
-    dispatcher = make_dispatcher(
-        dispatch, mixture, examples=examples, **_described(description, label, weight), **options
-    )
+    dispatcher = make_dispatcher(dispatch, mixture, examples=examples, **described, **options)
     return SelfAdaptiveModel(mixture.model, mixture.tokenizer, dispatcher, soft=soft)
 
 
@@ -131,56 +133,45 @@ def generate(
     peft-svf generate --model_name_or_path MODEL --expert math=experts/math --expert logic=experts/logic
     --dispatch prompt --description math="sums and equations" --prompt "What is 3 + 4?"
     """
-    with in_a_line():
+    with in_a_line(), warnings_in_a_line():
         prompts: list[Any] = [*(prompt or []), *(_prompts(file, call(data_columns, options)) if file else [])]
         if not prompts:
             raise ValueError("There is nothing to answer. Pass --prompt or --data.")
         adaptive = call(adaptive_model, options)
-    console, chat_options = Console(), call(answering, options)
-    for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
-        found = adaptive.chat(batch, **chat_options)
-        for i, (asked, text, chosen) in enumerate(zip(batch, found.texts, found.experts, strict=True)):
-            if as_json:
+        chat_options = call(answering, options)
+        for start in range(0, len(prompts), batch_size):
+            batch = prompts[start : start + batch_size]
+            found = adaptive.chat(batch, **chat_options)
+            for i, asked in enumerate(batch):
                 shares = dict(zip(found.dispatch.labels, found.dispatch.probabilities[i].tolist(), strict=True))
-                about = {"prompt": asked, "text": text, "expert": chosen, "error": found.errors.get(i)}
-                print(json.dumps({**about, "probabilities": shares}, ensure_ascii=False))
-            else:
-                console.print(f"[bold]{chosen}[/]", end=" ")
-                console.print(text if text is not None else found.errors[i], highlight=False, markup=False)
+                about = {"prompt": asked, "text": found.texts[i], "expert": found.experts[i]}
+                about |= {"error": found.errors.get(i), "probabilities": shares}
+                if as_json:
+                    print(json.dumps(about, ensure_ascii=False))
+                else:
+                    _show_answer(**about)
 
 
 @takes(adaptive_model, answering)
 def chat(**options: Any) -> None:
-    """Talk to a model that adapts to each message. An empty line ends the chat, /clear starts a new one.
+    """Talk to a model that adapts to each message. /help lists what you can do.
 
     peft-svf chat --model_name_or_path MODEL --expert math=experts/math --expert logic=experts/logic
     """
     with in_a_line():
-        adaptive = call(adaptive_model, options)
-    from transformers import TextStreamer
+        converse(call(adaptive_model, options), call(answering, options))
 
-    console, chat_options = Console(), call(answering, options)
-    messages: list[dict[str, str]] = []
-    while True:
-        try:
-            text = console.input("[bold]> [/]").strip()
-        except (EOFError, KeyboardInterrupt):
-            break
-        if not text:
-            break
-        if text == "/clear":
-            messages = []
-            continue
-        messages.append({"role": "user", "content": text})
-        streamer = TextStreamer(adaptive.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        found = adaptive.chat(messages, streamer=streamer, **chat_options)
-        console.print(f"[dim]({found.experts[0]}, {found.seconds['first']:.1f} + {found.seconds['second']:.1f} s)[/]")
-        if found.texts[0] is None:
-            console.print(found.errors[0], markup=False)
-            messages.pop()
-        else:
-            messages.append({"role": "assistant", "content": found.texts[0]})
+
+def _show_answer(
+    prompt: Any, text: str | None, expert: str, error: str | None, probabilities: dict[str, float]
+) -> None:
+    """Print a prompt, its expert and its answer, each under its name."""
+    asked = prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+    sure = f" ({probabilities[expert]:.2f})" if expert in probabilities else ""
+    answer = ("error", error) if text is None else ("answer", text)
+    for name, content in (("prompt", asked), ("expert", f"{expert}{sure}"), answer):
+        print(f"{name}: {content}")
+    print()
 
 
 @takes(data_columns)
@@ -198,7 +189,11 @@ def evaluate(
     output_dir: Annotated[Path, typer.Option("--output_dir", help="Folder for evaluation.json and evaluation.png.")],
     strategy: Annotated[
         Optional[list[str]],
-        typer.Option("--strategy", help="prompt, classifier, nearest or mixture. May be repeated. Default: prompt."),
+        typer.Option(
+            "--strategy",
+            help="prompt, classifier, nearest or mixture. May be repeated. Default: prompt.",
+            **one_of(DISPATCHERS),
+        ),
     ] = None,
     description: DescriptionOption = None,
     classifier: ClassifierOption = None,
@@ -216,11 +211,15 @@ def evaluate(
         int,
         typer.Option("--shots", help="Example prompts per expert, from its task's training split (nearest).", min=1),
     ] = 16,
-    max_new_tokens: NewTokensOption = 256,
+    max_new_tokens: Annotated[
+        Optional[int],
+        typer.Option("--max_new_tokens", help="Longest answer, in tokens. Default: that of a recipe, else 256.", min=1),
+    ] = None,
     batch_size: BatchOption = None,
     dtype: DtypeOption = "auto",
     base_check: CheckOption = "error",
     resume: Annotated[bool, typer.Option("--resume", help="Continue an evaluation that was stopped.")] = False,
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
     **options: Any,
 ) -> None:
@@ -230,6 +229,10 @@ def evaluate(
     --task base=recipes/arithmetic.yaml --strategy prompt --strategy nearest --output_dir out
     """
     with in_a_line():
+        experts, sources = named_experts(expert), pairs("--task", task, "EXPERT=DATA")
+        described = _described(description, label, weight)
+        check_output(output_dir, EVALUATION, overwrite, resume=resume)
+        check_dtype(dtype)
         from ..evaluation.dispatchers import make_dispatcher
         from ..evaluation.strategies import evaluate as evaluated
         from ..mixture.loading import load_experts
@@ -237,8 +240,6 @@ def evaluate(
         from ..utils.files import write_whole
         from .tasks import evaluation_task
 
-        experts = named_experts(expert)
-        sources = pairs("--task", task, "EXPERT=DATA")
         if unknown := [name for name, _ in sources if name not in (BASE, *experts)]:
             raise ValueError(
                 f"--task names {unknown[0]!r}, which is none of the experts {', '.join(experts)}. "
@@ -250,28 +251,27 @@ def evaluate(
         for name, source in sources:
             right = None if name == BASE else name
             asked, prompts = evaluation_task(source, right, size=size, shots=shots, reward=reward, columns=columns)
-            tasks.append(asked)
+            tasks.append(asked if max_new_tokens is None else replace(asked, max_new_tokens=max_new_tokens))
             if right:
                 examples[right] = prompts
-        mixture = load_experts(
-            model_name_or_path, experts, classifier=classifier, base_check=checked_base_check(base_check), dtype=dtype
-        )
+        mixture = load_experts(model_name_or_path, experts, classifier=classifier, base_check=base_check, dtype=dtype)
         strategies = {
             name: make_dispatcher(
                 name,
                 mixture,
                 examples=examples if name == "nearest" else None,
-                **_described(description, label, weight),
+                **described,
             )
             for name in strategy or ["prompt"]
         }
+        if overwrite:
+            (output_dir / "scores.json").unlink(missing_ok=True)
         with prints_to_stderr(as_json):
             result = evaluated(
                 mixture.model,
                 mixture.tokenizer,
                 tasks,
                 strategies,
-                generation_kwargs={"max_new_tokens": max_new_tokens},
                 batch_size=batch_size,
                 output=output_dir / "scores.json",
                 resume=resume,

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
+from .choices import PARAMETRIZATIONS, one_of
 from .errors import in_a_line, warnings_in_a_line
-from .options import CheckOption, DtypeOption, JsonOption, check_dtype, checked_base_check
+from .options import CheckOption, DtypeOption, JsonOption, check_device, check_dtype
+from .output import ADAPTER, MODEL, PACK, OverwriteOption, check_output, emptied
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -43,6 +46,8 @@ def inspect_command(
 ) -> None:
     """Show what an adapter contains. With a model, check that it fits.
 
+    The exit status is 1 if the adapter is broken or does not fit the model.
+
     peft-svf inspect experts/math --plot math.png --model_name_or_path MODEL
     """
     with in_a_line():
@@ -55,9 +60,10 @@ def inspect_command(
             from ..reporting.plots import plot_deltas
 
             plot_deltas(deltas, plot, title=Path(adapter).name)
+    wrong = bool(different or summary.broken or summary.problem)
     if as_json:
         print(json.dumps({**summary.to_dict(), "adapted_fraction": fraction, "different": different}, indent=1))
-        return
+        raise typer.Exit(int(wrong))
     table = Table(show_header=False, box=None)
     revision = f" ({summary.revision})" if summary.revision else ""
     table.add_row("base model", f"{summary.base_model}{revision}")
@@ -81,6 +87,7 @@ def inspect_command(
     if summary.more:
         table.add_row("other tensors", ", ".join(summary.more))
     Console().print(table)
+    raise typer.Exit(int(wrong))
 
 
 @export.command()
@@ -95,6 +102,7 @@ def lora(
     ] = None,
     dtype: DtypeOption = "auto",
     base_check: CheckOption = "error",
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write an expert as a LoRA adapter: exact, or the best approximation of a lower rank.
@@ -102,6 +110,7 @@ def lora(
     peft-svf export lora experts/math --rank 64 --output_dir math-lora
     """
     with in_a_line():
+        check_output(output_dir, ADAPTER, overwrite)
         from ..interop.lora import to_lora
 
         found = to_lora(_loaded(adapter, model_name_or_path, dtype, base_check), rank=rank, energy=energy)
@@ -121,6 +130,7 @@ def merged(
         Optional[str], typer.Option("--revision", help="Revision of the base model on the Hub.")
     ] = None,
     base_check: CheckOption = "error",
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write an expert and its base model as one model, file by file.
@@ -128,16 +138,20 @@ def merged(
     peft-svf export merged experts/math --output_dir math-model
     """
     with in_a_line(), warnings_in_a_line():
+        check_output(output_dir, MODEL, overwrite)
         from ..interop.merged import merge_to_folder
+        from ..tuner.config import load_svf_config
 
-        found = merge_to_folder(
-            adapter, output_dir, model_name_or_path, revision=revision, base_check=checked_base_check(base_check)
-        )
+        base = model_name_or_path or load_svf_config(adapter).base_model_name_or_path
+        if base and Path(base).resolve() == output_dir.resolve():
+            raise ValueError(f"--output_dir {output_dir} is the folder of the base model. Pass another folder.")
+        with emptied(output_dir, overwrite) as folder:
+            found = merge_to_folder(adapter, folder, model_name_or_path, revision=revision, base_check=base_check)
     least = min(found.shares.values())
     if as_json:
-        print(json.dumps({"folder": str(found.folder), "weights": len(found.shares), "least_share": least}))
+        print(json.dumps({"folder": str(output_dir), "weights": len(found.shares), "least_share": least}))
     else:
-        print(f"{len(found.shares)} weights changed; saved in {found.folder}")
+        print(f"{len(found.shares)} weights changed; saved in {output_dir}")
 
 
 @files.command()
@@ -172,6 +186,7 @@ def decompose(
     ] = "auto",
     device: Annotated[str, typer.Option("--device", help="The device that computes.")] = "cpu",
     revision: Annotated[Optional[str], typer.Option("--revision", help="Revision of the model on the Hub.")] = None,
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write the singular bases of a model to a pack. It can be shared, serves quantized models, and can be resumed.
@@ -179,11 +194,13 @@ def decompose(
     peft-svf decompose MODEL --output_dir MODEL-basis
     """
     with in_a_line():
+        check_output(output_dir, PACK, overwrite, resume=_is_pack_of(output_dir, model, r))
+        check_dtype(dtype)
+        check_device(device)
         import torch
 
         from ..interop.packs import decompose as decomposed
 
-        check_dtype(dtype)
         kind = None if dtype == "auto" else getattr(torch, dtype)
         targets: Any = target_modules or "all-linear"
         pack = decomposed(
@@ -205,7 +222,11 @@ def import_command(
     output_dir: OutputOption,
     parametrization: Annotated[
         Optional[str],
-        typer.Option("--parametrization", help="sigmoid, raw or offset. Default: that of the file format."),
+        typer.Option(
+            "--parametrization",
+            help="sigmoid, raw or offset. Default: that of the file format.",
+            **one_of(PARAMETRIZATIONS),
+        ),
     ] = None,
     max_mult: Annotated[float, typer.Option("--max_mult", help="Largest value of the sigmoid.")] = 1.0,
     layer: Annotated[
@@ -213,6 +234,7 @@ def import_command(
     ] = None,
     skip: Annotated[Optional[list[str]], typer.Option("--skip", help="A module to leave out. May be repeated.")] = None,
     dtype: DtypeOption = "auto",
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Import an expert of the paper's released code. Also TRINITY's. Only tensors are loaded.
@@ -220,13 +242,14 @@ def import_command(
     peft-svf import policy_params.pt --model_name_or_path meta-llama/Meta-Llama-3-8B-Instruct --output_dir expert
     """
     with in_a_line(), warnings_in_a_line():
+        check_output(output_dir, ADAPTER, overwrite)
+        if not path.is_file():
+            raise FileNotFoundError(f"There is no file {path}.")
+        check_dtype(dtype)
         from transformers import AutoModelForCausalLM
 
         from ..interop.released import import_expert
 
-        if (output_dir / "adapter_config.json").exists():
-            raise ValueError(f"{output_dir} holds an adapter. Write to another folder.")
-        check_dtype(dtype)
         options: dict[str, Any] = {"parametrization": parametrization, "max_mult": max_mult, "skip": skip or []}
         if layer:
             options["layers"] = layer
@@ -246,7 +269,7 @@ def list_command(
     cache_dir: CacheOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List the cached singular bases with their size.
+    """List the cached singular bases by model, with their size.
 
     peft-svf cache list
     """
@@ -255,18 +278,16 @@ def list_command(
     with in_a_line():
         entries = list_cache(cache_dir)
     if as_json:
-        rows = [
-            {"key": e.key, "path": str(e.path), "shape": e.shape, "dtype": e.dtype, "size": e.size} for e in entries
-        ]
-        print(json.dumps(rows, indent=1))
+        print(json.dumps([{**asdict(entry), "path": str(entry.path)} for entry in entries], indent=1))
         return
-    sizes: dict[str, list[int]] = {}
+    sizes: dict[tuple[str, str], list[int]] = {}
     for entry in entries:
-        sizes.setdefault(f"{' x '.join(map(str, entry.shape))}, {entry.dtype}", []).append(entry.size)
-    table = Table("weights", "number", "MiB")
-    for kind, each in sorted(sizes.items()):
-        table.add_row(kind, str(len(each)), f"{sum(each) / 2**20:.1f}")
-    table.add_row("all", str(len(entries)), f"{sum(entry.size for entry in entries) / 2**20:.1f}")
+        kind = f"{' x '.join(map(str, entry.shape))}, {entry.dtype}"
+        sizes.setdefault((entry.model or "unknown", kind), []).append(entry.size)
+    table = Table(Column("model", overflow="fold"), "weights", "number", "MiB")
+    for (model, kind), each in sorted(sizes.items()):
+        table.add_row(model, kind, str(len(each)), f"{sum(each) / 2**20:.1f}")
+    table.add_row("all", "", str(len(entries)), f"{sum(entry.size for entry in entries) / 2**20:.1f}")
     Console().print(table)
 
 
@@ -286,13 +307,23 @@ def clear_command(
     print(json.dumps({"freed": freed}) if as_json else f"{freed / 2**20:.1f} MiB freed")
 
 
+def _is_pack_of(folder: Path, model: str, r: int | None) -> bool:
+    """Whether a folder holds a basis pack of this model, which `decompose` verifies and completes."""
+    from ..spectral.pack import INDEX, BasisPack
+
+    if not (folder / INDEX).exists():
+        return False
+    about = BasisPack(folder).about
+    return bool(about["base_model"] == model and about["r"] == r)
+
+
 def _loaded(adapter: str, base: str | None, dtype: str, base_check: str) -> PeftModel:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     from ..mixture.loading import expert_config
 
-    config = expert_config("adapter", adapter, checked_base_check(base_check))
+    config = expert_config("adapter", adapter, base_check)
     name = base or config.base_model_name_or_path
     if not name:
         raise ValueError("The adapter's config names no base model. Pass --model_name_or_path.")

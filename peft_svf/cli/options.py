@@ -9,6 +9,8 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from .choices import BASE_CHECKS, one_of
+
 DATA = "a .jsonl, .json, .csv or .parquet file, a folder or a Hub id[:SPLIT]"
 
 ModelOption = Annotated[str, typer.Option("--model_name_or_path", help="The base model: a Hub id or a folder.")]
@@ -17,7 +19,14 @@ ExpertOption = Annotated[
 ]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="Of the base model: auto, float32, bfloat16, ...")]
 CheckOption = Annotated[
-    str, typer.Option("--base_check", help="If an adapter was made for another base model: error, warn or ignore.")
+    Any,  # a word that `one_of` has checked
+    typer.Option(
+        "--base_check",
+        metavar="<str>",
+        parser=str,
+        help="If an adapter was made for another base model: error, warn or ignore.",
+        **one_of(BASE_CHECKS),
+    ),
 ]
 BatchOption = Annotated[
     Optional[int], typer.Option("--batch_size", help="Batch rows. Default: found automatically.", min=1)
@@ -102,17 +111,6 @@ def named_experts(texts: Sequence[str]) -> dict[str, str]:
     return named("--expert", texts, "NAME=PATH, such as math=experts/math")
 
 
-def checked_base_check(base_check: str) -> Any:
-    """Return the value of `--base_check`.
-
-    Raises:
-        ValueError: The value is unknown.
-    """
-    if base_check not in ("error", "warn", "ignore"):
-        raise ValueError(f"--base_check must be error, warn or ignore, got {base_check!r}.")
-    return base_check
-
-
 def check_dtype(dtype: str) -> None:
     """Check the value of `--dtype`.
 
@@ -121,8 +119,26 @@ def check_dtype(dtype: str) -> None:
     """
     import torch
 
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+    kind = getattr(torch, dtype, None)
+    if dtype != "auto" and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
         raise ValueError(f"--dtype must be auto or a torch dtype such as float32, got {dtype!r}.")
+
+
+def check_device(device: str) -> None:
+    """Check the value of `--device`.
+
+    Raises:
+        ValueError: torch does not have the device.
+    """
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch is built without CUDA
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"--device {device!r} cannot be used: {reason}. Pass cpu, or a device such as cuda."
+        ) from error
 
 
 def drawn(result: Any, path: Path) -> bool:

@@ -14,8 +14,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..search.config import SearchConfig
-from .errors import fail, prints_to_stderr
+from ..search.config import METHODS, SearchConfig
+from .choices import check_reward, one_of
+from .errors import EXPECTED, fail, prints_to_stderr
 from .options import (
     DATA,
     AnswerColumnOption,
@@ -28,10 +29,11 @@ from .options import (
     MessagesColumnOption,
     ModelOption,
     PromptColumnOption,
-    checked_base_check,
+    check_dtype,
     drawn,
     named_experts,
 )
+from .output import ADAPTER, OverwriteOption, check_output
 
 # Set by other options, or for several reward functions.
 _LEFT_OUT = ("checkpoint", "reward_weights")
@@ -68,7 +70,8 @@ def _with_config(command: Callable[..., None]) -> Callable[..., None]:
         switch = f"--{each.name}/--no_{each.name}" if kind in (bool, Optional[bool]) else f"--{each.name}"
         switch = f"--{each.name}" if each.name == "resume" else switch
         metavar = "JSON" if each.default_factory is dict else None
-        option = typer.Option(switch, help=_help(each), metavar=metavar, hidden=each.metadata["advanced"])
+        checked = one_of(METHODS) if each.name == "method" else {}
+        option = typer.Option(switch, help=_help(each), metavar=metavar, hidden=each.metadata["advanced"], **checked)
         made.append(
             inspect.Parameter(
                 each.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
@@ -125,6 +128,7 @@ def search(
     ] = 0,
     dtype: DtypeOption = "auto",
     base_check: CheckOption = "error",
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
     help_all: Annotated[
         bool, typer.Option("--help_all", help="Show all options.", is_eager=True, callback=_show_all)
@@ -138,11 +142,24 @@ def search(
     """
     checkpoint = output_dir / "search-checkpoint.json"
     try:
+        experts = named_experts(expert)
+        check_reward(reward)
+        for name, path in experts.items():
+            if output_dir.resolve() == Path(path).resolve():
+                raise ValueError(f"--output_dir {output_dir} is the folder of expert {name!r}. Pass another folder.")
+        check_output(output_dir, ADAPTER, overwrite, resume=settings["resume"] or checkpoint.exists())
+        validation, eval_examples = settings.pop("validation"), None
+        held_out = _is_data(_number_or_word(validation))
+        config = SearchConfig(
+            **{name: _value(name, value) for name, value in settings.items()},
+            validation="auto" if held_out else _number_or_word(validation),
+            checkpoint=str(checkpoint),
+        )
+        check_dtype(dtype)
         from ..mixture.mixture import AdaptiveMixture
         from ..scoring.datasets import load_examples
         from ..scoring.objectives import LogLikelihoodObjective, RewardObjective, WeightedObjective
         from ..scoring.rewards import find_reward
-        from ..scoring.sources import is_data
         from ..search.loop import EQUAL_SCORES
         from ..utils.processes import by_main_process, leave, processes
 
@@ -157,23 +174,12 @@ def search(
             "config": dataset_config,
         }
         rows = load_examples(examples, **columns, limit=limit)
-        validation, eval_examples = settings.pop("validation"), None
-        if is_data(str(validation)):
-            eval_examples = load_examples(validation, **columns)
-        config = SearchConfig(
-            **{name: _value(name, value) for name, value in settings.items()},
-            validation="auto" if eval_examples is not None else _number_or_word(validation),
-            checkpoint=str(checkpoint),
-        )
+        eval_examples = load_examples(validation, **columns) if held_out else None
         function = None if reward == "loglik" else find_reward(reward)
-        experts = named_experts(expert)
-        for name, path in experts.items():
-            if output_dir.resolve() == Path(path).resolve():
-                raise ValueError(f"--output_dir {output_dir} is the folder of expert {name!r}. Pass another folder.")
         mixture = AdaptiveMixture.from_pretrained(
             model_name_or_path,
             experts,
-            base_check=checked_base_check(base_check),
+            base_check=base_check,
             dtype=dtype,
         )
         if function is None:
@@ -189,6 +195,8 @@ def search(
             config = config.changed(max_new_tokens=SearchConfig.max_new_tokens, generation_kwargs={})
         else:
             data = {"examples": rows, "reward_funcs": function}
+        if overwrite and not config.resume:
+            by_main_process(lambda: checkpoint.unlink(missing_ok=True))
         with prints_to_stderr(as_json):
             result = mixture.search(**data, config=config, eval_examples=eval_examples)
         failed = result.stopped == EQUAL_SCORES
@@ -205,7 +213,7 @@ def search(
             )
         by_main_process(lambda: mixture.save_pretrained(output_dir))
         leave()
-    except (ValueError, TypeError, ImportError, OSError) as error:
+    except EXPECTED as error:
         fail(error)
     if not processes().is_main_process:
         return
@@ -253,6 +261,14 @@ def _value(name: str, value: Any) -> Any:
         return json.loads(value)
     except json.JSONDecodeError as error:
         raise ValueError(f"--{name} must be JSON, got {value!r}: {error}.") from error
+
+
+def _is_data(validation: Any) -> bool:
+    """Whether the value of `--validation` names data, as far as that is known before anything heavy is imported."""
+    if not isinstance(validation, str):
+        return False
+    place = validation.partition(":")[0]
+    return Path(place).suffix != "" or Path(place).exists()
 
 
 def _number_or_word(text: str | None) -> Any:

@@ -34,12 +34,13 @@ def evaluation_task(
     from ..scoring.datasets import load_examples
     from ..scoring.rewards import find_reward
     from ..scoring.sources import place_and_split
-    from ..training.recipe import recipe_task
+    from ..training.recipe import recipe_answer_length, recipe_task
 
     if Path(source).suffix in (".yaml", ".yml"):
         task = recipe_task(source)
         prompts = [row["prompt"] for row in task.examples("train", shots)] if shots else []
-        return EvaluationTask(Path(source).stem, list(task.examples("test", size)), task.reward, expert), prompts
+        questions, length = list(task.examples("test", size)), recipe_answer_length(source)
+        return EvaluationTask(Path(source).stem, questions, task.reward, expert, length), prompts
     place, split = place_and_split(source)
     rows = load_examples(place, split=split or "test", limit=size, **columns)
     prompts = [row["prompt"] for row in load_examples(place, split="train", limit=shots, **columns)] if shots else []

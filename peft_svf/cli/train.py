@@ -6,7 +6,8 @@ import json
 
 import typer
 
-from .errors import in_a_line, prints_to_stderr
+from .errors import EXPECTED, in_a_line, prints_to_stderr
+from .training_options import check_words
 
 
 def train(context: typer.Context) -> None:
@@ -14,18 +15,20 @@ def train(context: typer.Context) -> None:
 
     peft-svf train --objective sft --model_name_or_path MODEL --data pairs.jsonl --chat true --output_dir my-expert
 
-    For several processes: `accelerate launch -m peft_svf train` with the same options. `--json` prints the content of
-    `training.json`; everything else goes to standard error.
+    For several processes: `accelerate launch -m peft_svf train` with the same options.
     """
     as_json = "--json" in context.args
-    words = ["--help" if word == "--help_all" else word for word in context.args if word != "--json"]
+    words = ["--help" if word == "--help_all" else word for word in context.args]
+    words = [word for word in words if word not in ("--json", "--overwrite")]
     with prints_to_stderr(as_json):
         with in_a_line():
+            if "--help" not in words:
+                check_words(words, "--overwrite" in context.args)
             from ..training.outcome import NothingLearnedError
             from ..training.run import prepare
 
             run = prepare(words)
-        with in_a_line((NothingLearnedError,)):
+        with in_a_line((*EXPECTED, NothingLearnedError)):
             record = run()
     if as_json:
         print(json.dumps(record.to_dict(), default=str))

@@ -19,7 +19,7 @@ from ..scoring.objectives import RewardObjective
 from ..scoring.rewards import RewardFunc
 from ..search.evaluator import Evaluator
 from ..search.identity import description_of, digest_of_experts, digest_of_rows
-from ..search.statistics import interval
+from ..search.statistics import interval_of_accuracy
 from ..utils.progress import progress_bar
 from .store import ScoreFile
 
@@ -36,12 +36,18 @@ class EvaluationTask:
         examples: Examples with `"prompt"` (messages or text) and the columns that the reward needs.
         reward: A reward function of TRL's protocol: 1 for right, 0 for wrong.
         expert: The right expert; `None` for a task without an expert, for which the base model is right.
+        max_new_tokens: Longest answer in tokens; that of `generation_kwargs` if `None`.
     """
 
     name: str
     examples: Sequence[dict[str, Any]]
     reward: RewardFunc
     expert: str | None = None
+    max_new_tokens: int | None = None
+
+    def generation(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return arguments of `generate` with the answer length of this task."""
+        return {**options, **({} if self.max_new_tokens is None else {"max_new_tokens": self.max_new_tokens})}
 
     @property
     def right(self) -> str:
@@ -57,7 +63,7 @@ class Evaluation:
     Attributes:
         tasks: Names of the tasks.
         accuracy: Strategy → task → mean reward; `"all"` is the mean over all questions.
-        intervals: Strategy → task → 95 % interval, by bootstrap over the questions.
+        intervals: Strategy → task → 95 % interval: Wilson's if all rewards are 0 or 1, else by bootstrap.
         dispatch_accuracy: Strategy → task → fraction of the questions with the right label; also for `"all"`.
         confusion: Strategy → right label → chosen label → number of questions.
         seconds: Strategy → seconds of the `"first"` and the `"second"` pass for one batch, and its number of
@@ -128,7 +134,9 @@ def evaluate(
     adapters = _adapters(model, tasks, labels)
     space = WeightSpace(adapters, [])
     options = dict(generation_kwargs or {})
-    objectives = {t.name: RewardObjective(t.examples, t.reward, tokenizer, generation_kwargs=options) for t in tasks}
+    objectives = {
+        t.name: RewardObjective(t.examples, t.reward, tokenizer, generation_kwargs=t.generation(options)) for t in tasks
+    }
     evaluators = {name: Evaluator(model, space, its, batch_size=batch_size) for name, its in objectives.items()}
     identity = {
         "base model": str(getattr(model.config, "_name_or_path", "")),
@@ -153,14 +161,15 @@ def evaluate(
                 store.save()
             together = {**scores, "all": np.concatenate([*scores.values()])}
             result.accuracy[name] = {task: float(its.mean()) for task, its in together.items()}
-            result.intervals[name] = {task: interval(its) for task, its in together.items()}
+            result.intervals[name] = {task: interval_of_accuracy(its) for task, its in together.items()}
             if {task.right for task in tasks} & {*labels.get(name, [])}:
                 result.confusion[name], result.dispatch_accuracy[name] = _count(tasks, choices)
     if timed_prompts:
         prompts = [example["prompt"] for task in tasks for example in task.examples]
         timed = random.Random(seed).sample(prompts, min(timed_prompts, len(prompts)))
+        longest = max(tasks, key=lambda task: task.max_new_tokens or 0).generation(options)
         for name, dispatcher in strategies.items():
-            result.seconds[name] = _timed(SelfAdaptiveModel(model, tokenizer, dispatcher), timed, options)
+            result.seconds[name] = _timed(SelfAdaptiveModel(model, tokenizer, dispatcher), timed, longest)
     return result
 
 

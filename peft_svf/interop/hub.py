@@ -8,10 +8,9 @@ import tempfile
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from peft.utils.save_and_load import load_peft_weights
 
 from ..reporting.cards import publish_card
-from ..tuner.checkpoint import Checkpoint
+from ..tuner.checkpoint import Checkpoint, adapter_tensors
 from ..tuner.config import load_svf_config
 
 # trainer checkpoints and logs
@@ -49,7 +48,7 @@ def push_expert(
     config = load_svf_config(folder)
     if config.checkpoint is None:
         raise ValueError(f"{folder} holds the config of an adapter, but not its file. Save the adapter again.")
-    config.check_checkpoint(folder, Checkpoint.of_tensors(load_peft_weights(str(folder), device="cpu")))
+    config.check_checkpoint(folder, Checkpoint.of_tensors(adapter_tensors(folder)))
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None:

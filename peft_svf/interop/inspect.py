@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from peft.utils.save_and_load import load_peft_weights
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..spectral.cache import BasisCache
 from ..spectral.fingerprint import fingerprint, fingerprint_differences
-from ..tuner.checkpoint import Checkpoint
+from ..tuner.checkpoint import Checkpoint, adapter_tensors
 from ..tuner.config import SVFConfig, load_svf_config
 from ..tuner.renames import current_names
 from ..tuner.targets import adapted_fraction, linear_weights
@@ -80,7 +79,7 @@ def inspect_adapter(
         ValueError: There is no adapter, or it uses another PEFT method.
     """
     config = load_svf_config(path)
-    weights = load_peft_weights(str(path), device="cpu")
+    weights = adapter_tensors(path)
     deltas = {
         key.removeprefix("base_model.model.").removesuffix(_SUFFIX): value.float().numpy()
         for key, value in weights.items()
@@ -166,7 +165,7 @@ def check_spectrum(
     expected, deltas = config.expected_fingerprint, config.checkpoint.deltas if config.checkpoint else {}
     if not expected:
         raise ValueError(f"{path} does not record the spectrum of its base model, so it cannot be checked.")
-    source, cache = model_folder(base, revision), BasisCache(cache_dir)
+    source, cache = model_folder(base, revision), BasisCache(cache_dir, model=str(base))
     model = meta_model(source)
     names = current_names(model, expected)
     config.rename_modules(names)

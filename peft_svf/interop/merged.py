@@ -17,7 +17,6 @@ from typing import Any, Literal
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import CONFIG_NAME
-from peft.utils.save_and_load import load_peft_weights
 from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -28,7 +27,7 @@ from ..spectral.cache import BasisCache
 from ..spectral.fingerprint import fingerprint
 from ..spectral.rounding import surviving_fraction
 from ..tuner.base_check import base_differences, refuse_base
-from ..tuner.checkpoint import Checkpoint
+from ..tuner.checkpoint import Checkpoint, adapter_tensors
 from ..tuner.config import SVFConfig, load_svf_config
 from ..tuner.fold import SMALLEST_FRACTION
 from ..tuner.renames import current_names
@@ -93,7 +92,7 @@ def merge_to_folder(
             method. Or the folder is not empty.
     """
     config = load_svf_config(adapter)
-    checkpoint = load_peft_weights(str(adapter), device="cpu")
+    checkpoint = adapter_tensors(adapter)
     config.check_checkpoint(adapter, Checkpoint.of_tensors(checkpoint))
     target = Path(save_directory).resolve()
     made = not target.exists()
@@ -115,9 +114,9 @@ def merge_to_folder(
     unfinished.mkdir(parents=True)
     moved: list[Path] = []
     try:
-        found = _write_weights(
-            source, unfinished, files, names, transposed, deltas, stored, BasisCache(cache_dir), shares
-        )
+        name = str(base or config.base_model_name_or_path)
+        cache = BasisCache(cache_dir, model=name)
+        found = _write_weights(source, unfinished, files, names, transposed, deltas, stored, cache, shares)
         differences, count = base_differences(config.expected_fingerprint, found)
         if differences:
             refuse_base(
@@ -129,7 +128,6 @@ def merge_to_folder(
                 override='pass `base_check="warn"`',
             )
         _copy_rest(source, unfinished)
-        name = str(base or config.base_model_name_or_path)
         write_whole(unfinished / "README.md", merged_card(str(adapter), name, len(shares)))
         # the config last: without it nothing loads
         for path in sorted(unfinished.iterdir(), key=lambda path: path.name == "config.json"):

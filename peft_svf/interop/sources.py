@@ -30,12 +30,17 @@ def model_folder(base: str | os.PathLike[str] | None, revision: str | None) -> P
 
     Raises:
         ValueError: No model is named.
+        FileNotFoundError: There is no such model.
     """
     if base is None:
         raise ValueError("The adapter does not name its base model. Pass `base=`.")
     if Path(base).is_dir():
         return Path(base)
-    return Path(snapshot_download(str(base), revision=revision, ignore_patterns=[*OTHER_WEIGHTS, "original/*"]))
+    try:
+        return Path(snapshot_download(str(base), revision=revision, ignore_patterns=[*OTHER_WEIGHTS, "original/*"]))
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(f"There is no folder {base}, nor can the Hub's {base} be loaded: {reason}") from error
 
 
 def meta_model(source: Path) -> nn.Module:

@@ -104,6 +104,15 @@ class AdaptiveMixture:
         self.result: MixtureResult | None = None
         self.sources: dict[str, str] = {}  # where the experts were loaded from
 
+    def __repr__(self) -> str:
+        """The base model, the weights of the experts (their mean over groups), and what a search kept."""
+        base = getattr(self.model.config, "_name_or_path", "") or type(self.model.get_base_model()).__name__
+        weights = ", ".join(f"{name} {alpha:.3g}" for name, alpha in self.weights.items())
+        groups = self._alpha.shape[1]
+        per = f", separate weights for {groups} groups of modules" if groups > 1 else ""
+        kept = f", searched: kept {self.result.choice}" if self.result else ""
+        return f"AdaptiveMixture({self.adapter_name!r} on {base}: {weights}{per}{kept})"
+
     def _warn_of_gaps(self) -> None:
         """Warn if the experts do not all adapt the same singular values."""
         ranks_of = {

@@ -98,29 +98,36 @@ def plot_evaluation(found: Any, path: str | Path) -> None:
         means = np.array([by_task[task] for task in (*found.tasks, "all")])
         ends = np.array([found.intervals[name][task] for task in (*found.tasks, "all")])
         errors = np.maximum(0, np.abs(ends.T - means))
-        axes[0].bar(places + (i - (len(found.accuracy) - 1) / 2) * width, means, width, yerr=errors, label=name)
-    axes[0].set(xticks=places, xticklabels=[*found.tasks, "all"], ylabel="accuracy", ylim=(0, 1))
+        left = places + (i - (len(found.accuracy) - 1) / 2) * width
+        axes[0].bar(left, means, width, yerr=errors, error_kw={"lw": 1, "ecolor": "dimgray"}, label=name)
+    axes[0].set(xticks=places, xticklabels=[*found.tasks, "all"], ylabel="accuracy, 95 % interval", ylim=(0, 1))
     axes[0].tick_params(axis="x", rotation=30)
-    axes[0].legend(fontsize="small")
+    # above the bars, which may fill the whole height
+    axes[0].legend(fontsize="small", ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
     for its, (name, confusion) in zip(axes[1:], found.confusion.items(), strict=True):
         rows = list(confusion)
         columns = list(dict.fromkeys([*rows, *(label for row in confusion.values() for label in row)]))
         counts = np.array([[confusion[row].get(label, 0) for label in columns] for row in rows])
-        its.imshow(counts / np.maximum(1, counts.sum(axis=1, keepdims=True)), cmap="Blues", vmin=0, vmax=1)
+        fractions = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
+        its.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
         for (y, x), count in np.ndenumerate(counts):
-            its.text(x, y, str(count), ha="center", va="center", fontsize="small")
+            colour = "white" if fractions[y, x] > 0.5 else "black"
+            its.text(x, y, str(count), ha="center", va="center", c=colour)
         its.set(xticks=range(len(columns)), xticklabels=columns, yticks=range(len(rows)), yticklabels=rows)
-        its.set(title=name, xlabel="chosen", ylabel="right")
+        its.set(title=f"questions by {name}", xlabel="chosen expert", ylabel="right expert")
         its.tick_params(axis="x", rotation=30)
     picture.savefig(path, dpi=110)
 
 
+_BINS = 16  # parts of the spectrum
 Deltas = Mapping[str, NDArray[np.float32]]
 
 
 def plot_deltas(deltas: Deltas, path: str | Path, *, title: str = "") -> None:
     """
-    Draw the size of δ by layer and module, and its entries sorted by size.
+    Draw the size of δ by layer and module, and along the spectrum.
+
+    Both scales begin at 0, so that modules with almost the same δ look the same.
 
     Args:
         deltas: δ by module name, as returned by [`adapter_deltas`].
@@ -133,21 +140,33 @@ def plot_deltas(deltas: Deltas, path: str | Path, *, title: str = "") -> None:
     layers, kinds, sizes = delta_sizes(deltas)
     picture = figure(11, 1.8 + 0.1 * max(len(layers), 20))
     left, right = picture.subplots(1, 2, width_ratios=(1, 1.2))
-    image = left.imshow(sizes, aspect="auto", cmap="viridis")
+    image = left.imshow(sizes, aspect="auto", cmap="viridis", vmin=0)
     left.set_xticks(range(len(kinds)), kinds, rotation=60, ha="right", fontsize="small")
     step = max(1, len(layers) // 15)
     left.set_yticks(range(0, len(layers), step), layers[::step])
     left.set(ylabel="layer", title="rms of δ")
     picture.colorbar(image, ax=left)
-    for kind in kinds:
-        values = np.sort(np.abs(np.concatenate([d for name, d in deltas.items() if _place(name)[1] == kind])))[::-1]
-        right.plot(np.linspace(0, 1, len(values)), values, label=kind)
-    right.set(xlabel="fraction of the singular values, by size of δ", title="|δ|, sorted", yscale="log")
-    right.set_ylim(bottom=max(1e-6, right.get_ylim()[0]))
+    edges = np.linspace(0, 1, _BINS + 1)
+    low, middle, high = np.nanquantile(
+        [_along_the_spectrum(delta) for delta in deltas.values()], (0.1, 0.5, 0.9), axis=0
+    )
+    right.stairs(high, edges, baseline=low, fill=True, alpha=0.3, label="80 % of the modules")
+    right.stairs(middle, edges, baseline=None, lw=2, label="median module")
+    right.set(
+        xlabel="singular values, from the largest to the smallest", title="rms of δ along the spectrum", xlim=(0, 1)
+    )
+    right.set_xticks([0, 0.5, 1], ["largest", "middle", "smallest"])
+    right.set_ylim(bottom=0)
     right.legend(fontsize="small")
     if title:
         picture.suptitle(title)
     picture.savefig(path, dpi=110)
+
+
+def _along_the_spectrum(delta: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return the rms of δ in each part of the spectrum, NaN where a short δ has no value."""
+    parts = np.array_split(delta.astype(np.float64), _BINS)
+    return np.array([np.sqrt(np.mean(np.square(part))) if len(part) else np.nan for part in parts])
 
 
 def delta_sizes(deltas: Deltas) -> tuple[list[int], list[str], NDArray[np.float64]]:
@@ -167,37 +186,55 @@ def _place(name: str) -> tuple[int, str]:
     return (int(found[1]), f".{name}."[found.end() :].strip(".")) if found else (0, name)
 
 
-def plot_curves(history: Sequence[Mapping[str, float]], path: str | Path, *, title: str = "") -> None:
+def plot_curves(
+    history: Sequence[Mapping[str, float]],
+    path: str | Path,
+    *,
+    title: str = "",
+    accuracy_before: float | None = None,
+) -> None:
     """
-    Draw the mean reward, the KL divergence and the greedy accuracy per step.
+    Draw the mean reward and the greedy accuracy per step, beside the KL divergence, or the loss if there is no reward.
 
     Args:
         history: A trainer's `state.log_history`.
         path: The image file to write.
         title (`str`): Title of the figure.
+        accuracy_before (`float`, *optional*): The accuracy before the training, as a line to compare with.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    kl = _series(history, "kl")
-    picture = figure(9 if kl else 5, 3.2)
-    axes = picture.subplots(1, 2 if kl else 1, squeeze=False)
-    left = axes[0, 0]
     reward, accuracy = _series(history, "reward"), _series(history, "eval_accuracy")
+    held_out = _series(history, "eval_loss")
+    other, name, colour = _series(history, "kl"), "KL to the base model, per token", "tab:red"
+    if not reward:  # the loss of reinforcement learning says nothing
+        other, name, colour = _series(history, "loss"), "loss", "tab:purple"
+    picture = figure(9 if other else 5.5, 3.4)
+    axes = picture.subplots(1, 2 if other else 1, squeeze=False)[0]
     if reward:
-        left.plot(*zip(*reward, strict=True), label="mean reward of the completions")
+        axes[0].plot(*zip(*reward, strict=True), label="reward in training")
     if accuracy:
-        left.plot(*zip(*accuracy, strict=True), "o-", c="tab:green", label="greedy accuracy, validation")
-    losses = [] if reward else [(_series(history, "loss"), "loss"), (_series(history, "eval_loss"), "loss, validation")]
-    for loss, label in losses:
-        if loss:
-            left.plot(*zip(*loss, strict=True), "." if "validation" in label else "-", label=label)
-    left.set(xlabel="step", title=title)
-    if reward or accuracy or any(loss for loss, _ in losses):
-        left.legend(fontsize="small")
-    if kl:
-        axes[0, 1].plot(*zip(*kl, strict=True), c="tab:red")
-        axes[0, 1].set(xlabel="step", ylabel="KL to the base model, per token", title="KL")
+        axes[0].plot(*zip(*accuracy, strict=True), "o-", c="tab:green", label="accuracy on validation")
+    if accuracy_before is not None:
+        label = f"accuracy before, on test: {accuracy_before:.2f}"
+        axes[0].axhline(accuracy_before, ls="--", c="dimgray", label=label)
+    values = [value for _, value in (*reward, *accuracy)]
+    if values and min(values) >= 0 and max(values) <= 1:
+        axes[0].set_ylim(-0.02, 1.02)
+    axes[0].set(ylabel=" and ".join(["reward"] * bool(reward) + ["accuracy"] * bool(accuracy)) or None, title=title)
+    if axes[0].get_legend_handles_labels()[1]:
+        axes[0].legend(fontsize="small")
+    if other:
+        axes[1].plot(*zip(*other, strict=True), c=colour, label="training")
+        axes[1].set(ylabel=name)
+        if held_out and not reward:
+            axes[1].plot(*zip(*held_out, strict=True), "o", c=colour, label="validation")
+            axes[1].legend(fontsize="small")
+        axes[1].set_ylim(bottom=min(0, *(value for _, value in other)))
+    for each in axes:
+        each.set(xlabel="step")
+        each.xaxis.get_major_locator().set_params(integer=True)
     picture.savefig(path, dpi=110)
 
 

@@ -83,6 +83,10 @@ class NearestDispatcher:
         self._centres = np.array([_unit(vectors.mean(axis=0)) for vectors in centred])
         self.thresholds = np.array([_least_similarity(v) - margin if threshold is None else threshold for v in centred])
 
+    def __repr__(self) -> str:
+        nearest = ", ".join(f"{name} from {low:.2f}" for name, low in zip(self.experts, self.thresholds, strict=True))
+        return f"NearestDispatcher(cosine similarity in layer {self.layer}: {nearest}; else {BASE})"
+
     def __call__(self, prompts: Sequence[Any]) -> Dispatch:
         """Choose an expert for each prompt, see [`Dispatcher`]."""
         start = time.perf_counter()

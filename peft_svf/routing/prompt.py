@@ -98,6 +98,16 @@ class PromptDispatcher:
                 raise ValueError("`calibrate` needs method='likelihood': generated answers have no probability.")
             self._bias = self._prior([CONTENT_FREE] if calibrate is True else calibrate)
 
+    def __repr__(self) -> str:
+        asks = f"the adapter {self.adapter_name!r}" if self.adapter_name else "the base model"
+        labels = [
+            name if name == answer else f"{name} as {answer!r}"
+            for name, answer in zip(self.labels, self.answers, strict=True)
+        ]
+        calibrated = ", calibrated" if self._bias is not None else ""
+        below = f"; below {self.threshold:g} {BASE}" if self.threshold else ""
+        return f"PromptDispatcher({self.method} of {asks}{calibrated}: {', '.join(labels)}{below})"
+
     def __call__(self, prompts: Sequence[Any]) -> Dispatch:
         """Choose an expert for each prompt, see [`Dispatcher`]."""
         start = time.perf_counter()

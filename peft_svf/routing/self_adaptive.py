@@ -75,6 +75,9 @@ class SelfAdaptiveModel:
         if getattr(dispatcher, "model", model) is not model:
             raise ValueError("The dispatcher belongs to another model. Make one for the model that is passed here.")
 
+    def __repr__(self) -> str:
+        return f"SelfAdaptiveModel({self.dispatcher!r}{', soft=True' if self.soft else ''})"
+
     def __getattr__(self, name: str) -> Any:
         if name == "model":  # not set yet while this object is copied or unpickled
             raise AttributeError(name)
@@ -189,7 +192,9 @@ class SelfAdaptiveModel:
                 errors[i] = f"{type(error).__name__}: {error}"
                 continue
             if len(tokens) > room:
-                errors[i] = f"it has {len(tokens)} tokens, and the model's context has room for {room}."
+                errors[i] = (
+                    f"it has {len(tokens)} tokens, and beside the answer the context has room for {max(room, 0)}."
+                )
             else:
                 ids[i] = tokens
         texts: list[str | None] = [None] * len(conversations)

@@ -23,6 +23,8 @@ from numbers import Number
 from pathlib import Path
 from typing import Any
 
+from ..utils.extras import needs
+
 RewardFunc = Callable[..., Sequence["float | None"]]
 
 # not "completion", which TRL does not pass to reward functions
@@ -144,7 +146,7 @@ def math_verify(completions: list[Any], **columns: Any) -> list[float | None]:
     try:
         from trl.rewards import accuracy_reward
     except ImportError as error:
-        raise ImportError("The reward 'math_verify' needs TRL: `pip install peft-svf[train]`.") from error
+        raise needs("train", "The reward 'math_verify'", "TRL") from error
     messages = [[{"role": "assistant", "content": text_of(completion)}] for completion in completions]
     found: list[float | None] = accuracy_reward(messages, [text_of(answer) for answer in _references(columns)])
     return found
@@ -201,7 +203,7 @@ def find_reward(name: str) -> RewardFunc:
     try:
         module = _module_of_file(module_name) if in_file else importlib.import_module(module_name)
         function = getattr(module, attribute)
-    except (ImportError, AttributeError, OSError, SyntaxError) as error:
+    except Exception as error:  # the module may raise anything
         raise ValueError(f"The reward function {name!r} could not be imported: {error}.") from error
     if not callable(function):
         raise ValueError(f"The reward function {name!r} is no function but {function!r}.")
@@ -260,7 +262,7 @@ def checked(function: RewardFunc, timeout: float | None = None) -> RewardFunc:
 
     Returns:
         A function of the same name. It raises `ValueError` if the rewards are not one finite number or `None` per
-        completion, `RuntimeError` if the function raised, and `TimeoutError`.
+        completion, [`RewardError`] if the function raised, and `TimeoutError`.
     """
     name = reward_name(function)
     if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
@@ -270,7 +272,7 @@ def checked(function: RewardFunc, timeout: float | None = None) -> RewardFunc:
             try:
                 rewards = await function(**columns)  # type: ignore[misc]
             except Exception as error:
-                raise RuntimeError(_failed(name, error, "")) from error
+                raise RewardError(_failed(name, error, "")) from error
             return check_rewards(rewards, function, columns["prompts"], columns["completions"])
 
         return wrapped_coroutine  # type: ignore[return-value]
@@ -288,11 +290,15 @@ def checked(function: RewardFunc, timeout: float | None = None) -> RewardFunc:
         except MemoryError:  # says nothing about a completion
             raise
         except Exception as error:
-            raise RuntimeError(_failed(name, error, _culprit(function, columns))) from error
+            raise RewardError(_failed(name, error, _culprit(function, columns))) from error
         return check_rewards(rewards, function, prompts, completions)
 
     wrapped.__name__ = name
     return wrapped
+
+
+class RewardError(RuntimeError, ValueError):
+    """A reward function raised an error. As a `ValueError` it is a mistake of the user, not of this library."""
 
 
 class _StillRunningError(Exception):

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..utils.extras import needs
 from ..utils.files import read_text
 
 FILES = (".jsonl", ".json", ".csv", ".parquet")
@@ -85,10 +86,7 @@ def _datasets(place: str) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise ImportError(
-            f"{place!r} is no {', '.join(FILES)} file, and datasets, which could load it, is not installed: "
-            "`pip install peft-svf[train]`."
-        ) from error
+        raise needs("train", f"{place!r} is no {', '.join(FILES)} file. Loading it", "datasets") from error
     return datasets
 
 
@@ -131,7 +129,7 @@ def _parquet(path: Path) -> list[dict[str, Any]]:
     try:
         from pyarrow import ArrowInvalid, parquet
     except ImportError as error:
-        raise ImportError(f"{path} needs pyarrow, which is not installed: `pip install peft-svf[train]`.") from error
+        raise needs("train", f"Reading {path}", "pyarrow") from error
     try:
         rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
     except ArrowInvalid as error:

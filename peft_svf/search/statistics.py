@@ -29,6 +29,21 @@ def interval(scores: Sequence[float] | np.ndarray, seed: int = 0) -> tuple[float
     return float(low), float(high)
 
 
+def interval_of_accuracy(scores: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """
+    Return the 95 % confidence interval of an accuracy, by Wilson's score: scores of 0 and 1.
+
+    Unlike a bootstrap, it has a width where all answers are right, or none. Other scores fall back to [`interval`].
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    if not np.isin(values, (0.0, 1.0)).all():
+        return interval(values)
+    count, mean, z = len(values), values.mean(), NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+    centre = (mean + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * np.sqrt(mean * (1 - mean) / count + z**2 / (4 * count**2))
+    return max(0.0, float(centre - half)), min(1.0, float(centre + half))
+
+
 def _widening(count: int) -> float:
     """Return the factor for n scores. Student's quantile by the expansion of Cornish and Fisher, to 1 % from n = 6."""
     free = max(1, count - 1)

@@ -39,13 +39,17 @@ def default_cache_dir() -> Path:
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """One decomposed weight on disk: `shape` is the weight's `[out, in]`, `size` is in bytes."""
+    """One decomposed weight on disk: `shape` is the weight's `[out, in]`, `size` is in bytes.
+
+    `model` is the first model that the weight was decomposed for, where its name was known. Others may share it.
+    """
 
     key: str
     path: Path
     shape: tuple[int, ...]
     dtype: str
     size: int
+    model: str | None = None
 
 
 class BasisCache:
@@ -53,9 +57,11 @@ class BasisCache:
 
     Args:
         cache_dir (`str` or `os.PathLike`, *optional*): Folder of the entries; default [`default_cache_dir`].
+        model (`str`, *optional*): Name of the model whose weights are decomposed, to list the entries by.
     """
 
-    def __init__(self, cache_dir: str | os.PathLike[str] | None = None) -> None:
+    def __init__(self, cache_dir: str | os.PathLike[str] | None = None, *, model: str | None = None) -> None:
+        self.model = model
         self.directory = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
         self._writable = True
         self._giving_up = threading.Lock()
@@ -99,7 +105,8 @@ class BasisCache:
             ):
                 about = file.metadata() or {}
                 shape = tuple(int(n) for n in about["shape"].split("x"))
-                found.append(CacheEntry(path.stem, path, shape, about["dtype"], path.stat().st_size))
+                size, model = path.stat().st_size, about.get("model")
+                found.append(CacheEntry(path.stem, path, shape, about["dtype"], size, model))
         return found
 
     def clear(self) -> int:
@@ -145,6 +152,7 @@ class BasisCache:
             "shape": "x".join(map(str, weight.shape)),
             "dtype": str(weight.dtype).removeprefix("torch."),
             "sha256": checksum(key, basis),
+            **({"model": self.model} if self.model else {}),
         }
         tensors = {"vectors": basis.vectors.cpu(), "spectrum": basis.spectrum}
         temporary = self.directory / f"{key[:16]}-{uuid.uuid4().hex}.tmp"

@@ -1,5 +1,7 @@
 """Training of experts by reinforcement learning with TRL's trainers."""
 
+from ..utils.extras import needs
+
 try:
     from .callbacks import EqualRewards, ExactState, RewardBar
     from .checks import DeltaIsTrained
@@ -9,7 +11,7 @@ try:
     from .tasks import ClassificationTask, ReasoningGymTask, Task, find_task, split_of
 except ModuleNotFoundError as error:
     if error.name in ("trl", "datasets", "yaml"):
-        raise ImportError(f"peft_svf.training needs {error.name}: `pip install peft-svf[train]`.") from error
+        raise needs("train", "Training", error.name) from error
     raise
 
 __all__ = [

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 import copy
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from trl import DatasetMixtureConfig, TrlParser
 
 from ..scoring.rewards import REWARDS, checked, find_reward
 from ..scoring.sources import place_and_split
-from ..utils.files import read_text
+from ..utils.recipes import read_recipe
 from .arguments import OBJECTIVES, AdapterArguments, TrainArguments, check_given, defaults, warn_of_low_rate
 from .continuing import continue_from, saved_config
 from .supervised import SUPERVISED
@@ -36,7 +36,7 @@ def parse(argv: Sequence[str]) -> tuple[TrainArguments, Any, AdapterArguments, D
     for name in ("config", "objective", "peft_type", "categories", *_OF_THE_MODEL):
         first.add_argument(f"--{name}")
     known, _ = first.parse_known_args(argv)
-    recipe = _read_recipe(known.config) if known.config else {}
+    recipe = read_recipe(known.config) if known.config else {}
     objective = known.objective or recipe.get("objective", "grpo")
     model, revision, expert = (getattr(known, key) or recipe.get(key) for key in _OF_THE_MODEL)
     saved = saved_config(model, revision) if expert is None else saved_config(expert)
@@ -48,7 +48,9 @@ def parse(argv: Sequence[str]) -> tuple[TrainArguments, Any, AdapterArguments, D
 
     config_class: Any = OBJECTIVES[objective][0]
     kinds = (TrainArguments, config_class, AdapterArguments, DatasetMixtureConfig)
-    parser = TrlParser(kinds, prog="peft-svf train", allow_abbrev=False)
+    usage = "peft-svf train [--config RECIPE.yaml] [--OPTION VALUE]..."  # in an error, all options would fill screens
+    parser = TrlParser(kinds, prog="peft-svf train", usage=usage, allow_abbrev=False)
+    _check_options(parser, [*(word.partition("=")[0] for word in argv), *(f"--{name}" for name in recipe)])
     chosen = defaults(objective, peft_type)
     if known.categories or recipe.get("categories"):
         chosen["shuffle_dataset"] = False  # each step then has as many prompts of each category
@@ -94,6 +96,12 @@ def recipe_task(recipe: str | Path) -> Task:
     return task
 
 
+def recipe_answer_length(recipe: str | Path) -> int | None:
+    """Return the longest answer of a recipe in tokens; `None` if its training finds it in the data."""
+    length: int | None = parse(["--config", str(recipe)])[1].max_completion_length
+    return length
+
+
 def load_rewards(script: TrainArguments, task: Task | None, *, answers: bool) -> list[Any]:
     """
     Return the reward model and the reward functions, whose errors name the completion. SFT and DPO need none, and use
@@ -113,16 +121,19 @@ def load_rewards(script: TrainArguments, task: Task | None, *, answers: bool) ->
     return [*models, *(checked(function, script.reward_timeout) for function in functions)]
 
 
-def _read_recipe(path: str) -> dict[str, Any]:
-    content = yaml.safe_load(read_text(path))
-    if not isinstance(content, dict):
-        raise ValueError(f"The recipe {path} must be a YAML mapping of options, got {type(content).__name__}.")
-    return content
+def _check_options(parser: TrlParser, words: Sequence[str]) -> None:
+    """Refuse an option that does not exist, with the name of a similar one."""
+    known = {*parser._option_string_actions, "--config", "--env"}
+    for word in words:
+        if word.startswith("--") and word not in known:
+            close = difflib.get_close_matches(word, known, 1, cutoff=0.75)
+            hint = f"Did you mean {close[0]}?" if close else "`peft-svf train --help_all` lists all options."
+            raise ValueError(f"There is no option {word}. {hint}")
 
 
 def _given_on_command_line(parser: TrlParser, argv: Sequence[str]) -> dict[str, Any]:
     """Parse the command line again without any defaults."""
-    bare = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    bare = argparse.ArgumentParser(parser.prog, parser.usage, add_help=False, argument_default=argparse.SUPPRESS)
     for action in parser._actions:
         if action.option_strings and action.dest != "help":
             action = copy.copy(action)

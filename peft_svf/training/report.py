@@ -117,11 +117,12 @@ def write_report(model: Any, record: Record, folder: str | Path) -> None:
     images = []
     deltas = adapter_deltas(model)
     try:
-        plot_curves(record.history, folder / "curve.png", title=record.name)
+        before = record.accuracy_before
+        plot_curves(record.history, folder / "curve.png", title=record.name, accuracy_before=before)
         images.append("![reward and accuracy per step](curve.png)")
         if deltas:
             plot_deltas(deltas, folder / "delta.png", title=record.name)
-            images.append("![δ by layer and module, and sorted by size](delta.png)")
+            images.append("![δ by layer and module, and along the spectrum](delta.png)")
     except ImportError:
         pass
     card = training_card(values, str(folder), example=record.example, images=images, svf=bool(deltas))

@@ -28,6 +28,7 @@ from datasets import Dataset
 
 from ..scoring.categories import classification_prompt, right_category
 from ..scoring.rewards import ANSWERS, RewardFunc, text_of
+from ..utils.extras import install_command
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -89,7 +90,11 @@ def find_task(spec: str, *, system_prompt: str | None = None, answer_format: str
         raise ValueError(
             f"There is no task {spec!r}; expected MODULE:NAME, such as reasoning_gym:chain_sum?max_terms=2."
         )
-    settings = {key: _value(text) for key, text in parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))}
+    try:
+        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
+    except ValueError as error:
+        raise ValueError(f"The settings of the task {spec!r} must be NAME=VALUE&NAME=VALUE: {error}.") from error
+    settings = {key: _value(text) for key, text in pairs}
     if settings.keys() & {"seed", "size"}:
         raise ValueError(f"The task {spec!r} must not set seed or size; the splits set them.")
     entry = create_dataset(name, seed=0, size=1, **settings)[0]
@@ -254,7 +259,10 @@ def create_dataset(name: str, **settings: Any) -> Any:
         ValueError: The module, the dataset or a setting is unknown; the message lists what exists.
     """
     if importlib.util.find_spec("reasoning_gym") is None:
-        raise ImportError("Tasks need reasoning-gym, which is not installed: `pip install peft-svf[tasks]`.")
+        raise ImportError(
+            f"Tasks need reasoning-gym, which is not installed. Run `{install_command('tasks')}`, then "
+            "`pip install --no-deps reasoning-gym`. With its dependencies it would need a C compiler."
+        )
     # Its zebra puzzles import pycosat, which needs a C compiler to install. All other tasks work with an empty module.
     if "pycosat" not in sys.modules and importlib.util.find_spec("pycosat") is None:
         sys.modules["pycosat"] = types.ModuleType("pycosat")
@@ -266,7 +274,7 @@ def create_dataset(name: str, **settings: Any) -> Any:
         sys.path.insert(0, os.getcwd())  # custom modules, as for rewards
     try:
         importlib.import_module(module)
-    except ImportError as error:
+    except Exception as error:  # a custom module may raise anything
         raise ValueError(f"The module {module!r} of a task cannot be imported: {error}.") from error
 
     package = module.partition(".")[0]

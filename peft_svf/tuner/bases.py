@@ -36,7 +36,7 @@ def build_bases(layers: Sequence[AdaptedLayer]) -> None:
     if pack is None and any(layer.quantization_backend is not None for layer in layers):
         path = os.environ.get("PEFT_SVF_BASIS")
         pack_of_quantized = BasisPack(path) if path else None
-    cache = BasisCache(runtime.cache_dir) if runtime.use_cache else None
+    cache = BasisCache(runtime.cache_dir, model=layers[0].whole_model.name) if runtime.use_cache else None
     share = pack is None and _must_share(layers, cache)  # all ranks read the same pack
 
     def build(layer: AdaptedLayer) -> None:

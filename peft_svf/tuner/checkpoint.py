@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -9,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 from safetensors import SafetensorError, safe_open
 
 _PREFIX, _SUFFIX = "base_model.model.", ".svf_delta.weight"
@@ -141,6 +142,22 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"{file} is damaged or cut short ({error}). Save or download the adapter again.") from error
     return None
+
+
+def adapter_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+    """Return the tensors of a saved adapter.
+
+    Args:
+        path: Folder or Hub id.
+
+    Raises:
+        ValueError: The folder has no adapter file.
+    """
+    folder = Path(path)
+    if folder.is_dir() and not any((folder / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
+        raise ValueError(f"{path} holds no {SAFETENSORS_WEIGHTS_NAME}. Save or download the adapter again.")
+    tensors: dict[str, torch.Tensor] = load_peft_weights(str(path), device="cpu")
+    return tensors
 
 
 def _read(file: Path, key: str) -> torch.Tensor:

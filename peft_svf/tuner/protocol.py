@@ -37,6 +37,7 @@ class AdaptedLayer(Protocol):
     merge_state: Merge
     merged_adapters: list[str]
     rows: Any
+    whole_model: Any  # a WholeModel
     training: bool
     # of torch: looking an attribute up in these costs a fraction of `nn.Module.__getattr__`
     _modules: dict[str, Any]

@@ -48,8 +48,7 @@ def register(config_cls: type, model_cls: type) -> None:
     elif (known.__module__, known.__qualname__) != (config_cls.__module__, config_cls.__qualname__):
         raise ImportError(
             f"The installed PEFT already has a method called SVF ({known.__module__}.{known.__qualname__}), which "
-            "peft_svf does not overwrite. Use the one in PEFT, or install a matching version of peft-svf "
-            "(`pip install -U peft-svf`)."
+            "peft_svf does not overwrite. Use the one in PEFT, or update peft-svf."
         )
 
 

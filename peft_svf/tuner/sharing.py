@@ -27,6 +27,12 @@ class WholeModel:
     def __call__(self) -> nn.Module | None:
         return None if self._model is None else self._model()
 
+    @property
+    def name(self) -> str | None:
+        """The Hub id or folder of the model, as far as transformers knows it."""
+        name: str | None = getattr(getattr(self(), "config", None), "_name_or_path", None)
+        return name or None
+
     def __reduce__(self) -> tuple[Any, ...]:
         return WholeModel, ()
 

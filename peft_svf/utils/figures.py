@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .extras import needs
+
 
 def figure(width: float, height: float) -> Any:
     """Return a figure of this size in inches, without pyplot, which would choose a backend for the whole process.
@@ -14,5 +16,5 @@ def figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("Plots need matplotlib: `pip install peft-svf[plot]`.") from error
+        raise needs("plot", "A plot", "matplotlib") from error
     return Figure(figsize=(width, height), layout="constrained")

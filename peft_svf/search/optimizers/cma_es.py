@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ...utils.extras import needs
 from .optimizer import Optimizer, Solutions
 
 
@@ -27,7 +28,7 @@ class CMAES(Optimizer):
         try:
             from cmaes import CMA
         except ImportError as error:
-            raise ImportError("CMA-ES needs the package cmaes: `pip install peft-svf[search]`.") from error
+            raise needs("search", "CMA-ES", "cmaes") from error
         self._cma = CMA(np.array(mean, dtype=np.float64), std, **kwargs)
         self.population_size = int(self._cma.population_size)
 
