@@ -110,7 +110,7 @@ class SVFModel(BaseTuner):
             self._kept_order = [*self._kept_order, *keep_order(model)]
             config, self._unusable = self.peft_config[adapter_name], unusable_modules(model)
             if config.base_model_name_or_path is None:  # PEFT sets it after the first save, too late for embeddings
-                config.base_model_name_or_path = model.__dict__.get("name_or_path")
+                config.base_model_name_or_path = model.__dict__.get("name_or_path") or None
             checkpoint = being_loaded() or config.checkpoint  # before PEFT resolves `target_modules`
             config.rename_modules(current_names(model, config.expected_fingerprint))
             if checkpoint is not None:
