@@ -104,9 +104,9 @@ def test_the_first_process_alone_has_the_checkpoint(run: Run) -> None:
 def test_a_reward_that_fails_in_one_process_stops_all(run: Run) -> None:
     first, second = run("search_that_fails")
     raised = "raised ZeroDivisionError: in one process"
-    assert first["error"].startswith("RuntimeError: The evaluation failed in process 1: RuntimeError: Reward function")
+    assert first["error"].startswith("RuntimeError: The evaluation failed in process 1: RewardError: Reward function")
     assert raised in first["error"]
-    assert second["error"].startswith("RuntimeError: Reward function")
+    assert second["error"].startswith("RewardError: Reward function")
     assert raised in second["error"]
 
 
