@@ -44,7 +44,7 @@ def output(model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
 
 
 def alone(model: Any, names: list[str], ids: torch.Tensor) -> torch.Tensor:
-    """Each row in a batch of its own, with its adapter active."""
+    """Each row alone in a batch, with its adapter active."""
     found = []
     for name, row in zip(names, ids, strict=True):
         model.set_adapter(name)

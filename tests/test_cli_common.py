@@ -145,7 +145,7 @@ EXPERT = ("--model_name_or_path", "nowhere", "--expert", "a=b")
         (["import", "x", *EXPERT[:2], "--output_dir", "o", "--parametrization", "sigmod"], "Did you mean sigmoid?"),
         (["export", "lora", "x", "--output_dir", "o", "--base_check", "warning"], "Did you mean warn?"),
         (["export", "merged", "x", "--output_dir", "file"], "is a file. Pass a folder."),
-        (["train", "--config", "bad.yaml"], "The recipe bad.yaml is no YAML: while parsing a flow sequence"),
+        (["train", "--config", "bad.yaml"], "The recipe bad.yaml is not valid YAML: while parsing a flow sequence"),
         (["train", "--config", "list.yaml"], "must be a YAML mapping of options, got list"),
         (["train", "--config", "nowhere.yaml"], "No such file or directory: 'nowhere.yaml'"),
         (["train", "--output_dir", "expert"], "expert exists and holds an adapter of type SVF. Pass --overwrite"),

@@ -373,13 +373,13 @@ def test_a_dataset_in_the_place_of_a_file(tmp_path: Path) -> None:
     [
         ("a.jsonl", "", "holds no examples"),
         ("a.csv", "prompt,answer\n", "holds no examples"),
-        ("a.jsonl", '{"prompt": "a"}\n{"prompt": \n', "line 2 is no JSON"),
-        ("a.json", "[", "is no JSON"),
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt": \n', "line 2 is not valid JSON"),
+        ("a.json", "[", "is not valid JSON"),
         ("a.json", '{"prompt": "a"}', "must hold a list of examples, got dict"),
         ("a.jsonl", '"a"\n', "row 1 must be a mapping"),
         ("a.jsonl", '{"prompt": "a"}\n{"text": "a"}\n', "row 2 has no 'prompt'; it has 'text'"),
         ("a.csv", "prompt,answer\na,b\na,b,c\n", "line 3 has 3 fields, its header 2"),
-        ("a.csv", 'prompt,answer\na,"b"c\n', "line 2 is no CSV"),
+        ("a.csv", 'prompt,answer\na,"b"c\n', "line 2 is not valid CSV"),
         ("a.txt", "a", "must be a .jsonl, .json, .csv, .parquet file"),
     ],
 )

@@ -172,7 +172,7 @@ def test_the_card_names_the_file_without_its_folder(base: Path, tmp_path: Path) 
 
 def test_a_parquet_file_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_text("no")
-    with pytest.raises(ValueError, match=r"a\.parquet is no parquet file"):
+    with pytest.raises(ValueError, match=r"a\.parquet is not a valid parquet file"):
         load_examples(str(tmp_path / "a.parquet"))
 
 

@@ -194,6 +194,46 @@ def test_grpo_on_a_quantized_model_trains_in_fp32(
     assert {p.dtype for name, p in found.named_parameters() if "svf_delta" in name} == {torch.float32}
 
 
+@pytest.mark.parametrize("door", ["PeftModel", "load_adapter", "transformers", "AdaptiveMixture"])
+def test_doors_of_a_quantized_model(door: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same verdict as on a full-precision model, for every damage of tests/test_doors.py."""
+    from test_doors import DAMAGE
+
+    def load(model: Any, adapter: Path) -> Any:
+        if door == "PeftModel":
+            return PeftModel.from_pretrained(model, adapter)
+        if door == "AdaptiveMixture":
+            return AdaptiveMixture.from_pretrained(model, {"only": adapter}).model
+        if door == "transformers":
+            model.load_adapter(str(adapter))
+            return model
+        whole = PeftModel.from_pretrained(model, folder / "expert")
+        whole.load_adapter(adapter, "second")
+        whole.set_adapter("second")
+        return whole
+
+    monkeypatch.setenv("PEFT_SVF_BASIS", str(folder / "pack"))
+    expected = logits(PeftModel.from_pretrained(quantized(folder, "nf4"), folder / "expert", config=config(folder)))
+    assert difference(logits(load(quantized(folder, "nf4"), folder / "expert")), expected) < 1e-4
+    plain = logits(quantized(folder, "nf4"))  # of another one: inference changes how the weights are stored
+    for name, (damage, message) in DAMAGE.items():
+        adapter = Path(shutil.copytree(folder / "expert", tmp_path / name))
+        damage(adapter)
+        base = quantized(folder, "nf4")
+        modules = [type(module) for module in base.modules()]
+        with pytest.raises(ValueError, match=message):
+            load(base, adapter)
+        if door != "load_adapter":  # there the first adapter stays
+            assert [type(module) for module in base.modules()] == modules
+            assert torch.equal(logits(base), plain)
+    full_model(seed=5).save_pretrained(tmp_path / "other")
+    other = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "other", quantization_config=quantization("nf4"), dtype=torch.float32, device_map="cpu"
+    )
+    with pytest.raises(ValueError, match=r"another base model|other weights"):
+        load(other, folder / "expert")
+
+
 def test_bitsandbytes_keeps_its_order(folder: Path) -> None:
     """On CPUs with bf16 instructions it orders 4-bit weights anew at the first inference, and then neither passes
     gradients nor saves them right: training went to 0 after its first checkpoint."""

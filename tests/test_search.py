@@ -411,7 +411,7 @@ def test_groups_of_modules() -> None:
     [
         ({"granularity": "head"}, "'expert', 'layer', 'module'"),
         ({"granularity": {"q": "x"}}, "no group for 1 modules, the first is 'up'"),
-        ({"granularity": {"q": "x", "up": "y", "down": "z"}}, "names 'down', which is no adapted module"),
+        ({"granularity": {"q": "x", "up": "y", "down": "z"}}, "names 'down', which is not an adapted module"),
         ({"bounds": (0.1, 1.0)}, "`bounds` must be .* with 0 between them"),
         ({"bounds": (0.0, 0.0)}, "`bounds`"),
         ({"bounds": (0.0, float("inf"))}, "`bounds`"),

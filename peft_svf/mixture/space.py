@@ -111,7 +111,7 @@ def _groups(granularity: Any, modules: Sequence[str]) -> tuple[dict[str, int] | 
     if missing := [module for module in modules if module not in granularity]:
         raise ValueError(f"`granularity` has no group for {len(missing)} modules, the first is {missing[0]!r}.")
     if unknown := [name for name in granularity if name not in modules]:
-        raise ValueError(f"`granularity` names {unknown[0]!r}, which is no adapted module, such as {modules[0]!r}.")
+        raise ValueError(f"`granularity` names {unknown[0]!r}, which is not an adapted module, such as {modules[0]!r}.")
     labels = list(dict.fromkeys(str(granularity[module]) for module in modules))
     return {module: labels.index(str(granularity[module])) for module in modules}, labels
 

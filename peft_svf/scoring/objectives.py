@@ -167,7 +167,7 @@ class RewardObjective(Objective):
         for function in self.reward_funcs:
             if not callable(function) or isinstance(function, torch.nn.Module):
                 raise TypeError(
-                    f"{function!r} is no reward function. Expected a function; reward models are not supported."
+                    f"{function!r} is not a reward function. Expected a function; reward models are not supported."
                 )
         self.reward_weights = [1.0] * len(self.reward_funcs) if reward_weights is None else list(reward_weights)
         if len(self.reward_weights) != len(self.reward_funcs):

@@ -86,7 +86,7 @@ def _datasets(place: str) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise needs("train", f"{place!r} is no {', '.join(FILES)} file. Loading it", "datasets") from error
+        raise needs("train", f"{place!r} is not a {', '.join(FILES)} file. Loading it", "datasets") from error
     return datasets
 
 
@@ -133,7 +133,7 @@ def _parquet(path: Path) -> list[dict[str, Any]]:
     try:
         rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
     except ArrowInvalid as error:
-        raise ValueError(f"{path} is no parquet file: {error}.") from error
+        raise ValueError(f"{path} is not a valid parquet file: {error}.") from error
     return rows
 
 
@@ -149,11 +149,11 @@ def _csv(text: str, path: Path) -> Iterator[dict[str, Any]]:
             if fields:
                 yield dict(zip(header, fields, strict=True))
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num} is no CSV: {error}.") from error
+        raise ValueError(f"{path}, line {reader.line_num} is not valid CSV: {error}.") from error
 
 
 def _parsed(text: str, place: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{place} is no JSON: {error}.") from error
+        raise ValueError(f"{place} is not valid JSON: {error}.") from error

@@ -1,4 +1,4 @@
-"""Checks at the begin of a training that δ is trained."""
+"""Checks at the start of a training that δ is trained."""
 
 from __future__ import annotations
 

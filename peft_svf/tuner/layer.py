@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate.utils import align_module_device, has_offloaded_params
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge, onload_layer
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _get_in_out_features,
+    check_adapters_to_merge,
+    delete_adapter,
+    onload_layer,
+)
+from peft.utils import ModulesToSaveWrapper
 from peft.utils.integrations import gather_params_ctx
 from torch import nn
 from torch.nn.functional import linear, pad
@@ -640,6 +647,19 @@ class Linear(nn.Module, SVFLayer):
 
     def __repr__(self) -> str:
         return "svf." + super().__repr__()
+
+
+def take_out(model: nn.Module, adapter_name: str) -> None:
+    """Delete an adapter from a model, and put the base modules back where it was the last one.
+
+    PEFT's `delete_adapter` leaves empty layers.
+    """
+    delete_adapter(model, adapter_name=adapter_name, prefix="svf_", layer_cls=SVFLayer)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, SVFLayer) and not module.svf_delta:
+            model.set_submodule(name, module.base_layer)
+        elif isinstance(module, ModulesToSaveWrapper) and not module.modules_to_save:
+            model.set_submodule(name, module.original_module)
 
 
 def svf_layers(model: nn.Module, adapter_name: str | None = None) -> list[SVFLayer]:

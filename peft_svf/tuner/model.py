@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from accelerate.utils import has_offloaded_params
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, delete_adapter, onload_layer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     AuxiliaryTrainingWrapper,
-    ModulesToSaveWrapper,
     get_quantization_kwargs,
     resolve_quantization_backend,
 )
@@ -35,7 +34,7 @@ from .embeddings import forget_replaced_bases, with_resized_embeddings
 from .entries import adapter_entries, as_of_base, check_loadable, foreign_biases, put_back, without_adapter_name
 from .fold import SMALLEST_FRACTION
 from .frozen import frozen_message
-from .layer import Linear, SVFLayer, svf_layers
+from .layer import Linear, SVFLayer, svf_layers, take_out
 from .loading import check_before_attaching, check_checkpoint, current_key, prefixed_key, weight_key
 from .names import check_adapter_name
 from .quantized import is_coarse, keep_order, reorder
@@ -103,10 +102,6 @@ class SVFModel(BaseTuner):
         with self._undone_on_error(model, adapter_name):
             check_adapter_name(adapter_name)
             check_no_other_tuner(adapter_name, self.peft_config[adapter_name], model)
-            had_adapters = any(isinstance(module, BaseTunerLayer) for module in model.modules())
-            trainable = _trainable(model) if had_adapters else []
-            when_enabled = [(layer, layer.trainable_when_enabled) for layer in svf_layers(model)]
-            in_wrappers = self._trainable_in_wrappers
             self._kept_order = [*self._kept_order, *keep_order(model)]
             config, self._unusable = self.peft_config[adapter_name], unusable_modules(model)
             if config.base_model_name_or_path is None:  # PEFT sets it after the first save, too late for embeddings
@@ -117,16 +112,14 @@ class SVFModel(BaseTuner):
                 check_before_attaching(model, adapter_name, checkpoint, config)
             if all_linear := str(config.target_modules).lower() == "all-linear":
                 leave_out_of_all_linear(config, model, self._unusable)
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
-            _restore(trainable)  # PEFT does, except for modules that are called like the adapter
-            self._trainable_in_wrappers = in_wrappers
-            for layer, kept in when_enabled:
-                layer.trainable_when_enabled = kept
+            with self._others_as_trainable_as_before(model):
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
             for layer in svf_layers(model):
                 layer.whole_model = WholeModel(model)
             link(svf_layers(model), adapter_name)
             layers = svf_layers(model, adapter_name)
             build_bases(first_owners(layer for layer in layers if layer.needs_basis()))
+            # the other owners of a weight take the basis of the first
             build_bases([layer for layer in layers if layer.needs_basis()])
             if checkpoint is not None:
                 forget_replaced_bases(layers, checkpoint)
@@ -198,6 +191,22 @@ class SVFModel(BaseTuner):
         return Linear(target, adapter_name, config=svf_config, name=name, quantization_backend=backend)
 
     @contextmanager
+    def _others_as_trainable_as_before(self, model: nn.Module) -> Iterator[None]:
+        """Keep which parameters of other adapters require gradients, now and once they are enabled again.
+
+        PEFT does, except for modules that are called like the new adapter.
+        """
+        had_adapters = any(isinstance(module, BaseTunerLayer) for module in model.modules())
+        trainable = _trainable(model) if had_adapters else []
+        when_enabled = [(layer, layer.trainable_when_enabled) for layer in svf_layers(model)]
+        in_wrappers = self._trainable_in_wrappers
+        yield
+        _restore(trainable)
+        self._trainable_in_wrappers = in_wrappers
+        for layer, kept in when_enabled:
+            layer.trainable_when_enabled = kept
+
+    @contextmanager
     def _undone_on_error(self, model: nn.Module, adapter_name: str) -> Iterator[None]:
         trainable = _trainable(model)
         active = [(layer, layer.active_adapters) for layer in svf_layers(model)]
@@ -235,12 +244,7 @@ class SVFModel(BaseTuner):
 
     def _take_out(self, model: nn.Module, adapter_name: str) -> None:
         self.peft_config.pop(adapter_name, None)
-        delete_adapter(model, adapter_name=adapter_name, prefix=self.prefix, layer_cls=SVFLayer)
-        for name, module in list(model.named_modules()):
-            if isinstance(module, SVFLayer) and not module.svf_delta:
-                model.set_submodule(name, module.base_layer)
-            elif isinstance(module, ModulesToSaveWrapper) and not module.modules_to_save:
-                model.set_submodule(name, module.original_module)
+        take_out(model, adapter_name)
         if not self.peft_config and getattr(model, "_hf_peft_config_loaded", False):
             setattr(model, "_hf_peft_config_loaded", False)  # noqa: B010  # transformers sets it before attaching
 

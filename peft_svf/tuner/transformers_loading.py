@@ -17,14 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import delete_adapter
-from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.integrations.peft import PeftAdapterMixin
 
 from .checkpoint import Checkpoint, read_checkpoint
 from .config import SVFConfig
-from .layer import SVFLayer, svf_layers
+from .layer import svf_layers, take_out
 from .loading import check_checkpoint, current_key
 
 
@@ -120,12 +118,7 @@ def _unchanged_on_error(model: Any) -> Iterator[Callable[[], list[str]]]:
 
 
 def _take_out(model: Any, adapter_name: str) -> None:
-    delete_adapter(model, adapter_name=adapter_name, prefix="svf_", layer_cls=SVFLayer)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, SVFLayer) and not module.svf_delta:
-            model.set_submodule(name, module.base_layer)
-        elif isinstance(module, AuxiliaryTrainingWrapper) and not module._adapters:
-            model.set_submodule(name, module.original_module)
+    take_out(model, adapter_name)
     del model.peft_config[adapter_name]
     if not model.peft_config:
         del model.peft_config

@@ -14,7 +14,7 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     Return the options in a recipe.
 
     Raises:
-        ValueError: It is no YAML mapping.
+        ValueError: It is not a YAML mapping.
         ImportError: PyYAML is not installed.
         OSError: It cannot be read.
     """
@@ -25,7 +25,7 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         content = yaml.safe_load(read_text(path))
     except yaml.YAMLError as error:
-        raise ValueError(f"The recipe {path} is no YAML: {' '.join(str(error).split())}.") from error
+        raise ValueError(f"The recipe {path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(content, dict):
         raise ValueError(f"The recipe {path} must be a YAML mapping of options, got {type(content).__name__}.")
     return content
