@@ -107,3 +107,20 @@ def test_a_whole_model_next_to_an_adapter_config_is_a_model(base: Path, data: Pa
     AutoModelForCausalLM.from_pretrained(base).save_pretrained(expert)
     _, _, adapter, *_ = parse(script(expert, data, tmp_path / "more"))
     assert (adapter.expert, adapter.model_name_or_path) == (None, str(expert))
+
+
+def test_a_wrong_option_is_refused_before_the_hub_is_asked(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("peft_svf.training.continuing.find_adapter_config_file", lambda name, **_: asked.append(name))
+    with pytest.raises(ValueError, match=r"no option --dta\. Did you mean --data"):
+        parse([*script(Path("someone/model"), data, tmp_path / "out"), "--dta", "x"])
+    assert asked == []
+    parse(script(Path("someone/model"), data, tmp_path / "out"))
+    assert asked == ["someone/model"]
+
+
+def test_a_missing_folder_is_not_taken_for_a_name_on_the_hub(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"There is no folder .*nowhere\. Pass a folder or a Hub id"):
+        parse(script(tmp_path / "nowhere", data, tmp_path / "out"))

@@ -191,7 +191,7 @@ def test_an_adapter_on_a_base_model_by_another_name(base: Path, tmp_path: Path) 
     more = {"adapter_name_or_path": tmp_path / "first", "max_steps": 1}
     record = main(options(moved, data, tmp_path / "second", **more))
     assert record.base_model == str(moved)
-    with pytest.raises(ValueError, match=r"is no adapter: it has no adapter_config\.json"):
+    with pytest.raises(ValueError, match=r"is not an adapter: it has no adapter_config\.json"):
         parse(options(moved, data, tmp_path / "third", adapter_name_or_path=moved))
 
 

@@ -26,7 +26,10 @@ def saved_config(name: str | None, revision: str | None = None) -> PeftConfig | 
 
     Raises:
         ValueError: The adapter does not name its base model.
+        FileNotFoundError: There is no such folder.
     """
+    if name is not None and name.startswith(("/", "./", "../")) and not Path(name).exists():
+        raise FileNotFoundError(f"There is no folder {name}. Pass a folder or a Hub id.")
     if name is None or Path(name, "config.json").is_file():
         return None
     if find_adapter_config_file(name, revision=revision) is None:

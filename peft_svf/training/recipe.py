@@ -39,10 +39,6 @@ def parse(argv: Sequence[str]) -> tuple[TrainArguments, Any, AdapterArguments, D
     recipe = read_recipe(known.config) if known.config else {}
     objective = known.objective or recipe.get("objective", "grpo")
     model, revision, expert = (getattr(known, key) or recipe.get(key) for key in _OF_THE_MODEL)
-    saved = saved_config(model, revision) if expert is None else saved_config(expert)
-    if expert is not None and saved is None:
-        raise ValueError(f"--adapter_name_or_path {expert} is no adapter: it has no adapter_config.json.")
-    peft_type = known.peft_type or recipe.get("peft_type") or (saved.peft_type.value if saved else "svf")
     if objective not in OBJECTIVES:
         raise ValueError(f"`objective` must be one of {', '.join(OBJECTIVES)}, got {objective!r}.")
 
@@ -51,6 +47,10 @@ def parse(argv: Sequence[str]) -> tuple[TrainArguments, Any, AdapterArguments, D
     usage = "peft-svf train [--config RECIPE.yaml] [--OPTION VALUE]..."  # in an error, all options would fill screens
     parser = TrlParser(kinds, prog="peft-svf train", usage=usage, allow_abbrev=False)
     _check_options(parser, [*(word.partition("=")[0] for word in argv), *(f"--{name}" for name in recipe)])
+    saved = saved_config(model, revision) if expert is None else saved_config(expert)
+    if expert is not None and saved is None:
+        raise ValueError(f"--adapter_name_or_path {expert} is not an adapter: it has no adapter_config.json.")
+    peft_type = known.peft_type or recipe.get("peft_type") or (saved.peft_type.value if saved else "svf")
     chosen = defaults(objective, peft_type)
     if known.categories or recipe.get("categories"):
         chosen["shuffle_dataset"] = False  # each step then has as many prompts of each category
