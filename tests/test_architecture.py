@@ -26,7 +26,7 @@ FLOORS = [
     {"tuner"},
     {"search", "routing", "training", "interop"},
     {"mixture"},
-    {"evaluation"},
+    {"evaluation", "serving"},
     {"cli"},
     {"peft_svf"},  # the root and `python -m peft_svf`
 ]
