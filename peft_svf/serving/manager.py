@@ -23,7 +23,8 @@ from ..tuner.fold import SMALLEST_FRACTION
 from ..utils.progress import progress_bar
 from .bases import ServedBases, name_in
 from .experts import ServedModel, checked_deltas, read_expert
-from .layer import Part, SVFLinearMethod, local_weight
+from .gated import Part
+from .layer import SVFLinearMethod, local_weight, packed_linear
 from .loaded import LoadedExperts
 from .options import ServingOptions, check_vllm, prefix_cache_ignores_paths
 from .shards import Shard, gate_factors, local_product, shards_of_layer
@@ -89,7 +90,7 @@ class SVFWorkerManager:
                 lengths[name] = basis.vectors.shape[1]
                 Q = basis.vectors.to(self.device)
                 factors = gate_factors(Q, shard, partial(_whole_product, layer, Q, shard))
-                parts[-1].append(Part.of(name, shard, factors))
+                parts[-1].append(Part.of(name, shard, factors, packed_linear))
         tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self.table = SlotTable(lengths, lora_config.max_loras, tokens, self.device)
         self.served = ServedModel(set(bases.names), lengths, fingerprints, self.options.base_check)
@@ -255,8 +256,7 @@ def gated_layers(
 
 def _whole_product(layer: Any, Q: torch.Tensor, shard: Shard) -> torch.Tensor:
     """Return the product of the whole weight and Q, from the parts of all processes."""
-    own = local_weight(lambda x, bias: layer.quant_method.apply(layer, x, bias), layer)
-    part = local_product(own[shard.start : shard.stop].float(), Q.float(), shard)
+    part = local_product(local_weight(layer)[shard.start : shard.stop].float(), Q.float(), shard)
     found: torch.Tensor = tensor_model_parallel_all_reduce(part)
     return found.to(Q.dtype)
 
@@ -268,11 +268,11 @@ def _check_rounding(method: SVFLinearMethod, row: torch.Tensor, name: str) -> No
         ValueError: It does not.
     """
     weight = method.weight()
-    for part in method.parts:
+    for part in method.linear.parts:
         if part.place not in ("output", "input"):
             continue
-        W = weight[part.shard.start : part.shard.stop]
-        delta = row[method.table.ranges[part.name]].to(W.device)
+        W = weight[part.columns]
+        delta = row[method.linear.table.ranges[part.name]].to(W.device)
         kept = surviving_fraction(W, part.factors(W).up, delta, W.dtype)
         if kept < SMALLEST_FRACTION:
             raise ValueError(

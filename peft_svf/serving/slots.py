@@ -41,6 +41,10 @@ class SlotTable:
     def __contains__(self, expert: int) -> bool:
         return expert in self._slot_of
 
+    def of_tokens(self, name: str, tokens: int) -> torch.Tensor:
+        """Return δ of a module for each of the first tokens, `[tokens, r]`."""
+        return self.values[:, self.ranges[name]][self.index[:tokens]]
+
     def flat(self, deltas: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return δ of all weights as one row, on the CPU. A shorter δ is filled up with zeros.
 

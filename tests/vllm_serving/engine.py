@@ -1,10 +1,11 @@
 """Runs in vLLM's environment: does the steps of a job in one engine, and writes what came of each.
 
-    python engine.py job.json results.json
+python engine.py job.json results.json
 """
 
 import json
 import os
+import shutil
 import sys
 import time
 import traceback
@@ -14,6 +15,24 @@ from typing import Any
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+
+def compile_with_adapters() -> None:
+    """vLLM turns compilation off on a CPU if there are adapters. This hides them from that decision."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    original = CpuPlatform.check_and_update_config.__func__
+
+    def check(cls: Any, config: Any) -> None:
+        kept, config.lora_config = config.lora_config, None
+        original(cls, config)
+        config.lora_config = kept
+
+    CpuPlatform.check_and_update_config = classmethod(check)
+
+
+if os.environ.get("PEFT_SVF_TEST_COMPILED"):  # here, because the processes of an engine import this file
+    compile_with_adapters()
 
 
 def cpu_seconds() -> float:
@@ -91,6 +110,9 @@ class Job:
         start = time.perf_counter()
         update_expert(self.llm, name, load_file(file))
         return time.perf_counter() - start
+
+    def replace(self, file: str, folder: str) -> None:
+        shutil.copy(file, Path(folder) / "adapter_model.safetensors")
 
     def reset(self) -> bool:
         return bool(self.llm.reset_prefix_cache())
