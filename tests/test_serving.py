@@ -422,7 +422,7 @@ def test_an_expert_is_read_with_the_checks_of_a_model(folders: Path, tmp_path: P
         read_expert(str(folders / "other"), model)
     with pytest.warns(UserWarning, match="was made for another base model"):
         read_expert(str(folders / "other"), served(base_check="warn"))
-    with pytest.raises(ValueError, match=r"adapts \d+ modules that have no basis in this engine"):
+    with pytest.raises(ValueError, match=r"adapts \d+ modules that have no gate in this engine"):
         read_expert(str(folders / "whole"), served(names=["model.layers.0.mlp.up_proj"]))
     with pytest.raises(ValueError, match="and the engine serves 4"):
         read_expert(str(folders / "narrow"), served(r=4))
@@ -618,7 +618,12 @@ def test_a_server_resolves_mixtures_if_it_serves_experts(monkeypatch: Any) -> No
     peft_svf_vllm._patch_server(server)
     peft_svf_vllm._patch_server(server)
     assert Models(SimpleNamespace(vllm_config=SimpleNamespace(additional_config={}))).lora_resolvers == []
-    (found,) = Models(SimpleNamespace(vllm_config=engine(max_mixtures=2))).lora_resolvers
+    config = engine(max_mixtures=2)
+    config.lora_config = None
+    with pytest.raises(ValueError, match="needs `--enable-lora`"):
+        Models(SimpleNamespace(vllm_config=config))
+    config.lora_config = SimpleNamespace()
+    (found,) = Models(SimpleNamespace(vllm_config=config)).lora_resolvers
 
     def resolve(name: str) -> Any:
         return asyncio.run(found.resolve_lora("base", name))

@@ -19,7 +19,7 @@ class ServedModel:
     """What an expert is checked against.
 
     Attributes:
-        names: The modules with a basis, of all stages of a pipeline.
+        names: The modules with a gate, of all stages of a pipeline.
         lengths (`dict[str, int]`): The served length of δ of each module in this process.
         fingerprints: The fingerprint and the shape `[out, in]` of each of them.
         base_check (`str`): As in `ServingOptions`.
@@ -65,7 +65,7 @@ def checked_deltas(subject: str, checkpoint: Checkpoint, served: ServedModel) ->
         )
     if unknown := sorted(checkpoint.deltas.keys() - set(served.names)):
         raise ValueError(
-            f"{subject} adapts {len(unknown)} modules that have no basis in this engine, the first is {unknown[0]}. "
+            f"{subject} adapts {len(unknown)} modules that have no gate in this engine, the first is {unknown[0]}. "
             "Start the engine with a basis pack that has them, or use an expert of its model."
         )
     for name, shape in checkpoint.deltas.items():

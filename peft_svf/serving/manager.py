@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.distributed import get_pp_group, tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.utils import get_packed_modules_mapping
 
@@ -93,7 +93,7 @@ class SVFWorkerManager:
                 parts[-1].append(Part.of(name, shard, factors, packed_linear))
         tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self.table = SlotTable(lengths, lora_config.max_loras, tokens, self.device)
-        self.served = ServedModel(set(bases.names), lengths, fingerprints, self.options.base_check)
+        self.served = ServedModel(_of_all_stages(lengths), lengths, fingerprints, self.options.base_check)
         self.experts = LoadedExperts(
             self.table,
             lambda path: read_expert(self.options.checked_path(path), self.served),
@@ -116,17 +116,21 @@ class SVFWorkerManager:
             ValueError: It cannot be served. Everything stays as it was.
         """
         # vLLM leaves `load_inplace` set in the requests of a server, so it counts here only
-        self.experts.add(request.lora_int_id, request.lora_name, request.lora_path, again=request.load_inplace)
-        if self._folded is not None and request.load_inplace:
-            self._fold(self._folded)
+        again = getattr(request, "load_inplace", False)
+        self.experts.add(request.lora_int_id, request.lora_name, request.lora_path, again=again)
+        if again:
+            self._fold_again()
         return True
 
     def remove_adapter(self, number: int) -> bool:
         """Forget an expert. Return whether it was loaded."""
+        if number == self._folded:
+            self.fold(None)
         return self.experts.remove(number)
 
     def remove_all_adapters(self) -> None:
         """Forget all experts."""
+        self.fold(None)
         self.experts.clear()
 
     def list_adapters(self) -> set[int]:
@@ -180,8 +184,7 @@ class SVFWorkerManager:
         """
         deltas = checked_deltas(f"The new δ of {name!r}", Checkpoint.of_tensors(tensors), self.served)
         self.experts.update(name, self.table.flat(deltas))
-        if self._folded is not None:
-            self._fold(self._folded)
+        self._fold_again()
 
     def fold(self, name: str | None) -> None:
         """Compute the weights of one expert for the steps that need no other, or drop them.
@@ -213,6 +216,11 @@ class SVFWorkerManager:
             "table_bytes": self.table.values.nbytes,
             "host_bytes": self.experts.host_bytes(),
         }
+
+    def _fold_again(self) -> None:
+        """Bring folded weights up to date. They may be those of a mixture of what has changed."""
+        if self._folded is not None:
+            self._fold(self._folded) if self._folded in self.experts else self.fold(None)
 
     def _fold(self, number: int) -> None:
         loaded = self.experts[number]
@@ -252,6 +260,15 @@ def gated_layers(
         if any(name for name, _ in weights):
             found.append((module, weights))
     return found
+
+
+def _of_all_stages(names: Collection[str]) -> set[str]:
+    """Return the names of the gated modules of all stages of a pipeline, given those of this one."""
+    group = get_pp_group()
+    found: list[Any] = [list(names)] * group.world_size
+    if group.world_size > 1:
+        torch.distributed.all_gather_object(found, list(names), group=group.cpu_group)
+    return {name for stage in found for name in stage}
 
 
 def _whole_product(layer: Any, Q: torch.Tensor, shard: Shard) -> torch.Tensor:

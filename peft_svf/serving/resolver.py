@@ -17,7 +17,14 @@ def mixture_resolver(models: Any, vllm_config: Any) -> Any:
     Args:
         models: Its `OpenAIServingModels`, which knows the loaded experts.
         vllm_config: Configuration of its engine.
+
+    Raises:
+        ValueError: The engine was not started for adapters, or its settings are not valid.
     """
+    if vllm_config.lora_config is None:
+        raise ValueError(
+            "An engine that serves experts needs `--enable-lora`, because they take the place of LoRA adapters."
+        )
     from vllm.lora.request import LoRARequest
     from vllm.lora.resolver import LoRAResolver
 
