@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare import Count
+from compare import Comparison
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
@@ -108,7 +108,8 @@ class Run:
 
     def __init__(self, python: str, work: Path) -> None:
         self.python, self.work, self.failed = python, work, 0
-        self.model, tokenizer = transformers_model()
+        model, tokenizer = transformers_model()
+        self.comparison = Comparison(model)
         self.prompts = prompts(tokenizer)
         rows = ["", *EXPERTS, *mixtures()]
         self.names = list(itertools.islice(itertools.cycle(rows), PROMPTS))
@@ -143,9 +144,8 @@ class Run:
         return {"do": "generate", "prompts": self.prompts[:count], "names": names[:count], "tokens": TOKENS, **more}
 
     def tokens(self, title: str, step: dict[str, Any], result: Any) -> None:
-        count = Count()
         names = [name or "__base__" for name in step["names"]]
-        count.add(self.model, names, step["prompts"], result["tokens"])
+        count = self.comparison.count(names, step["prompts"], result["tokens"])
         self.check(title, not count.different, "; ".join([str(count), *count.different[:3]]))
 
     # ------------------------------------------------------------------------------------------------------- engines
