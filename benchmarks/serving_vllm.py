@@ -26,7 +26,7 @@ from smollm2 import model_name
 
 ROOT = Path(__file__).parents[1]
 EXPERTS = ("sums", "lists", "letters", "retrieval")
-REQUESTS, TOKENS, TIMES = 32, 32, 3
+REQUESTS, TOKENS, TIMES = 32, 32, 2
 HIDDEN = 576
 ENGINE = {"enforce_eager": True, "max_num_seqs": 32, "enable_prefix_caching": False}
 

@@ -232,7 +232,8 @@ class Run:
         """Three processes, as the model has three key and value heads."""
         whole, alone = self.generate(64), {**self.generate(16), "names": ["letters"] * 16}
         steps = [*self.add, whole, {"do": "fold", "name": "letters"}, alone]
-        results = self.engine(steps, serving={"slots": 16}, tensor_parallel_size=3)
+        environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # more processes than cores
+        results = self.engine(steps, serving={"slots": 16}, tensor_parallel_size=3, environment=environment)
         self.tokens("three processes", whole, results[2])
         self.tokens("three processes, folded", alone, results[4])
 
