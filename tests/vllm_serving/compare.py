@@ -44,7 +44,7 @@ class Count:
 class Comparison:
     """Compares answers with transformers, each only once: engines repeat each other's requests.
 
-    The answers of one expert are compared in one batch, with its merged weights. That is several times faster than rows.
+    The answers of one expert are compared in one batch, with its merged weights, which is several times faster.
     """
 
     def __init__(self, model: Any) -> None:
