@@ -3,8 +3,9 @@
     python benchmarks/serving_vllm.py PYTHON_OF_VLLM [--quick] [--output docs/results/serving-vllm.md]
 
 `make test-vllm` makes that Python. The same requests go to an engine without experts and to engines with them: base
-rows, one expert, four experts in one batch and in turn, one folded expert, experts with r = k/4, and 256 resident
-experts (the last two not with --quick). CPU seconds are those of all processes of the engine. Wall time is only comparable on an idle machine.
+rows, one expert, four experts in one batch and in turn, and one folded expert. Without --quick also experts with
+r = k/4, and 256 resident experts. CPU seconds are those of all processes of the engine. Wall time is only comparable on
+an idle machine.
 """
 
 from __future__ import annotations
@@ -120,12 +121,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
-    load = os.getloadavg()[0]
+    load, times = os.getloadavg()[0], 1 if arguments.quick else TIMES
     with tempfile.TemporaryDirectory() as folder:
         rows, more = measure(arguments.python, Path(folder), arguments.quick)
     base = rows["engine without experts"]["cpu"]
     lines = [
-        f"{REQUESTS} requests of {TOKENS} tokens, mean of {1 if arguments.quick else TIMES} runs. {os.cpu_count()} CPU cores, load "
+        f"{REQUESTS} requests of {TOKENS} tokens, mean of {times} runs. {os.cpu_count()} CPU cores, load "
         f"{load:.1f} before and {os.getloadavg()[0]:.1f} after.",
         "",
         "| requests | CPU seconds | tokens per CPU second | relative to an engine without experts | wall seconds |",
