@@ -236,6 +236,23 @@ class ExpertLibrary(Mapping[str, LibraryExpert]):
             self._replaced.add(old.source.path)
         self._experts[name] = LibraryExpert(source, description, list(examples), dict(scores))
 
+    def include(self, name: str, place: str | os.PathLike[str]) -> None:
+        """
+        Add an expert for the present use, without a look at its files. Loading checks them.
+
+        Args:
+            name (`str`): Its name.
+            place: Folder or Hub id of the adapter.
+
+        Raises:
+            ValueError: The name is taken or not allowed.
+            FileNotFoundError: There is no such folder.
+        """
+        check_expert_name(name)
+        if name in self:
+            raise ValueError(f"The library has an expert {name!r} already ({self[name].source}). Use another name.")
+        self._experts[name] = LibraryExpert(Source.of(place, linked=Path(place).is_dir()))
+
     def remove(self, name: str) -> None:
         """
         Remove an expert. Its files stay.
