@@ -223,7 +223,11 @@ def evaluate(
     size: Annotated[int, typer.Option("--size", help="Questions of each task, at most.", min=1)] = 64,
     shots: Annotated[
         int,
-        typer.Option("--shots", help="Example prompts per expert, from its task's training split (nearest).", min=1),
+        typer.Option(
+            "--shots",
+            help="Example prompts per expert, from its task's training split (nearest). A library's come first.",
+            min=1,
+        ),
     ] = 16,
     max_new_tokens: Annotated[
         Optional[int],
@@ -261,19 +265,21 @@ def evaluate(
                 f"For a task without an expert, pass {BASE}=DATA."
             )
         columns = {**call(data_columns, options), "system_prompt": system_prompt, "chat": chat}
-        shots = shots if "nearest" in (strategy or []) else 0
+        strategy = strategy or [chosen.library.dispatch.method if chosen.library else "prompt"]
+        known = {name for name, its in chosen.library.examples.items() if its} if chosen.library else set()
         tasks, examples = [], {}
         for name, source in sources:
             right = None if name == BASE else name
-            asked, prompts = evaluation_task(source, right, size=size, shots=shots, reward=reward, columns=columns)
+            wanted = shots if "nearest" in strategy and name not in known else 0
+            asked, prompts = evaluation_task(source, right, size=size, shots=wanted, reward=reward, columns=columns)
             tasks.append(asked if max_new_tokens is None else replace(asked, max_new_tokens=max_new_tokens))
-            if right and not (chosen.library and chosen.library[right].examples):
+            if right and prompts:
                 examples[right] = prompts
         mixture = load_experts(
             chosen.base_model, experts, classifier=classifier, base_check=base_check, dtype=dtype, **chosen.options
         )
         strategies = {}
-        for name in strategy or [chosen.library.dispatch.method if chosen.library else "prompt"]:
+        for name in strategy:
             about = {**described, "examples": examples if name == "nearest" else None}
             about = _with_library(chosen.library, name, about) if chosen.library else about
             strategies[name] = make_dispatcher(name, mixture, **about)

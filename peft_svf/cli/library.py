@@ -7,6 +7,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
 
 from .choices import one_of
@@ -81,8 +82,7 @@ def remove(
     with in_a_line():
         from ..library import ExpertLibrary
 
-        ExpertLibrary.from_pretrained(folder)  # a library that does not exist is not made
-        with ExpertLibrary.edit(folder) as edited:
+        with ExpertLibrary.edit(folder, create=False) as edited:
             source = edited.sources.get(name)
             edited.remove(name)
     print(json.dumps({"library": folder, "removed": name, "source": source}) if as_json else f"{source} is kept")
@@ -109,8 +109,7 @@ def dispatch(
         settings = {name: _json(name, value) for name, value in named("--setting", setting, "NAME=JSON").items()}
         from ..library import ExpertLibrary
 
-        ExpertLibrary.from_pretrained(folder)
-        with ExpertLibrary.edit(folder) as edited:
+        with ExpertLibrary.edit(folder, create=False) as edited:
             edited.set_dispatch(method, classifier=classifier, **settings)
     about = {"library": folder, "method": method, "classifier": classifier, "settings": settings}
     print(json.dumps(about) if as_json else repr(edited))
@@ -132,9 +131,10 @@ def list_command(folder: PlaceArgument, as_json: JsonOption = False) -> None:
     table = Table("expert", Column("source", overflow="fold"), "description", "examples", "scores")
     for name, expert in found.items():
         scores = ", ".join(f"{each} {value:.3g}" for each, value in expert.scores.items())
-        table.add_row(name, str(expert.source), expert.description, str(len(expert.examples)), scores)
+        cells = (name, str(expert.source), expert.description, str(len(expert.examples)), scores)
+        table.add_row(*map(escape, cells))
     console = Console()
-    console.print(table, highlight=False, markup=False)
+    console.print(table)
     console.print(f"base model: {found.base_model}", highlight=False, markup=False)
     console.print(f"dispatch: {found.dispatch.method}", highlight=False, markup=False)
 

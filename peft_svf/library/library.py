@@ -101,15 +101,21 @@ class ExpertLibrary(Mapping[str, LibraryExpert]):
 
     @classmethod
     @contextmanager
-    def edit(cls, folder: str | os.PathLike[str]) -> Iterator[ExpertLibrary]:
+    def edit(cls, folder: str | os.PathLike[str], *, create: bool = True) -> Iterator[ExpertLibrary]:
         """
-        Load the library of a folder, or an empty one, and save what is changed in the `with` block.
+        Load the library of a folder, and save what is changed in the `with` block.
 
         A lock makes others wait that edit it at the same time. After an error nothing is saved.
+
+        Args:
+            folder: The folder.
+            create (`bool`): Begin an empty library if there is none.
 
         Raises:
             ValueError, OSError: As `from_pretrained` and `save_pretrained`.
         """
+        if not create and not Path(folder, FILE).is_file():
+            raise FileNotFoundError(f"There is no library in {folder}. Make one with `peft-svf library add`.")
         Path(folder).mkdir(parents=True, exist_ok=True)
         with locked(Path(folder, ".library.lock")):
             library = cls.from_pretrained(folder) if Path(folder, FILE).exists() else cls()
@@ -313,7 +319,7 @@ class ExpertLibrary(Mapping[str, LibraryExpert]):
         if self.dispatch.method == "nearest":
             for name, expert in self.items():
                 if not expert.examples:
-                    problems.setdefault(name, "It has no example prompts, which the dispatch by the nearest needs.")
+                    problems.setdefault(name, "It has no example prompts. Dispatch to the nearest examples needs them.")
         return problems
 
     def _kept(self, source: Source, target: Path) -> Source:
