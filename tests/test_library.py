@@ -514,8 +514,6 @@ def test_search_and_evaluate_take_a_library(library: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "There are no experts. Pass --expert"),
-        (["--expert", "a=b"], "There is no base model"),
         (["--library", "nowhere"], "There is no folder nowhere"),
         (["--library", "LIBRARY", "--expert", "sums=b"], "has an expert 'sums' already"),
         (["--library", "LIBRARY", "--expert", "base=b"], "the name of the base model"),
@@ -529,6 +527,13 @@ def test_experts_of_a_command_that_cannot_be(words: list[str], said: str, librar
     result = run("generate", "--prompt", "a", *(places.get(word, word) for word in words))
     assert result.exit_code == 1
     assert said in result.output
+
+
+def test_a_command_without_experts_or_model_is_a_matter_of_usage(library: Path) -> None:
+    for words, option in (([], "--expert"), (["--expert", "a=b"], "--model_name_or_path")):
+        result = run("generate", "--prompt", "a", *words)
+        assert result.exit_code == 2
+        assert f"{option}: It is missing. Pass it, or a --library." in " ".join(result.output.split())
 
 
 def test_the_methods_are_the_same_everywhere() -> None:
