@@ -159,7 +159,7 @@ LoRA r=16 on all linear layers, SFT with {raw["steps"]} steps of {ROWS} pairs pe
 Each row is the accuracy on the tasks seen so far.
 
 Earlier answers stay the same because each task has separate parameters. LoRA adapters that are kept apart have the same
-property, and one SVF expert that is trained on several tasks in turn does not.
+property. One SVF expert that is trained on several tasks in turn has no such guarantee.
 
 {raw["cpu_seconds"] / 60:.0f} minutes of CPU time, {content["machine"]["threads"]} thread,
 {content["machine"]["cpu"]}.
