@@ -95,8 +95,9 @@ def adaptive_model(
     from ..evaluation.dispatchers import make_dispatcher
     from ..mixture.loading import load_experts
     from ..routing.self_adaptive import SelfAdaptiveModel
+    from ..scoring.datasets import load_prompts
 
-    examples = {name: _prompts(path) for name, path in files.items()}
+    examples = {name: load_prompts(path) for name, path in files.items()}
     mixture = load_experts(model_name_or_path, experts, classifier=classifier, base_check=base_check, dtype=dtype)
     options: dict[str, Any] = {} if threshold is None else {"threshold": threshold}
     dispatcher = make_dispatcher(dispatch, mixture, examples=examples, **described, **options)
@@ -134,7 +135,11 @@ def generate(
     --dispatch prompt --description math="sums and equations" --prompt "What is 3 + 4?"
     """
     with in_a_line(), warnings_in_a_line():
-        prompts: list[Any] = [*(prompt or []), *(_prompts(file, call(data_columns, options)) if file else [])]
+        prompts: list[Any] = list(prompt or [])
+        if file:
+            from ..scoring.datasets import load_prompts
+
+            prompts += load_prompts(file, **call(data_columns, options))
         if not prompts:
             raise ValueError("There is nothing to answer. Pass --prompt or --data.")
         adaptive = call(adaptive_model, options)
@@ -303,15 +308,6 @@ def _show(result: Evaluation, console: Console) -> None:
             "s (second)",
             highlight=False,
         )
-
-
-def _prompts(path: str, columns: dict[str, Any] | None = None) -> list[Any]:
-    from ..scoring.datasets import load_examples
-    from ..utils.files import read_text
-
-    if Path(path).suffix == ".txt":
-        return [line for line in read_text(path).split("\n") if line.strip()]
-    return [example["prompt"] for example in load_examples(path, **(columns or {}))]
 
 
 def _described(description: list[str] | None, label: list[str] | None, weight: list[str] | None) -> dict[str, Any]:

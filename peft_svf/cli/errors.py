@@ -9,11 +9,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, redi
 from typing import Any, NoReturn
 
 from rich.console import Console
-from safetensors import SafetensorError
 
-# Errors that a user can cause, such as a damaged file or a value of the wrong type in a recipe. All others are bugs,
-# which need their traceback.
-EXPECTED = (ValueError, TypeError, ImportError, OSError, SafetensorError)
+from ..utils.errors import EXPECTED as EXPECTED
 
 _debug = False
 

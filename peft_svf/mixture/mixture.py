@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from ..search.checkpoint import Checkpoint
 from ..search.config import SearchConfig
 from ..search.identity import description_of, digest_of_base, digest_of_experts, digest_of_rows
 from ..search.optimizers import as_optimizer
+from ..search.progress import SearchProgress, ignore
 from ..search.statistics import IN_CONTEXT, SEARCHED
 from ..search.validated import ValidatedSearch
 from ..search.validation import hold_out, split_examples
@@ -260,6 +261,7 @@ class AdaptiveMixture:
         objective: Objective | None = None,
         eval_examples: Sequence[dict[str, Any]] | None = None,
         optimizer: Any = None,
+        on_progress: Callable[[SearchProgress], None] = ignore,
         **overrides: Any,
     ) -> MixtureResult:
         """
@@ -281,6 +283,8 @@ class AdaptiveMixture:
             optimizer (*optional*): A custom optimizer in the place of `config.method`: an [`Optimizer`], or any object
                 with `ask()`, `tell(solutions)` and `population_size` as in the package `cmaes`. It minimizes over
                 experts × groups variables.
+            on_progress (`Callable`, *optional*): Called with a [`SearchProgress`] after each batch and each generation.
+                If it raises `KeyboardInterrupt`, the search ends as with Ctrl-C.
             overrides: Fields of [`SearchConfig`], such as `method="cem"` or `seed=1`.
 
         Returns:
@@ -318,7 +322,8 @@ class AdaptiveMixture:
         trained = self.model.training
         self.model.eval()
         try:
-            found = ValidatedSearch(self.model, objective, split, config, make_space, custom, checkpoint).run()
+            search = ValidatedSearch(self.model, objective, split, config, make_space, custom, checkpoint, on_progress)
+            found = search.run()
         except BaseException:
             self.model.train(trained)
             raise

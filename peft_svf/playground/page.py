@@ -1,0 +1,218 @@
+"""The page in Gradio: which control calls what. What the calls do is in `session.py`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
+
+import gradio as gr
+
+from ..scoring.names import BASE
+from ..scoring.rewards import REWARDS
+from ..utils.errors import EXPECTED
+from . import html
+from .session import LOGLIK, MIXTURE, Searched, Session
+from .setup import AUTO, CHOOSERS, Setup
+
+EXAMPLES = '{"prompt": "3 + 4 =", "answer": "7"}\n{"prompt": "9 - 2 =", "answer": "7"}'
+_ABOUT = (
+    "NAME=TEXT on each line. For prompt: what an expert is for. For nearest: a file of example prompts. "
+    "For classifier: its label."
+)
+# Events that use the model wait for each other here, so that the page can say how long.
+_QUEUE: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "hidden"}
+
+
+def build(session: Session, setup: Setup, *, system_prompt: str = "", max_new_tokens: int = 256) -> gr.Blocks:
+    """
+    Return the page.
+
+    Args:
+        session ([`Session`]): The model, which may be loaded already.
+        setup ([`Setup`]): What the fields of the model hold at first.
+        system_prompt (`str`): What its field holds at first.
+        max_new_tokens (`int`): What its field holds at first.
+    """
+    with gr.Blocks(title="peft-svf playground", analytics_enabled=False) as page:
+        gr.Markdown("# peft-svf playground")
+        turns, experts = gr.State([]), gr.State([])
+        with gr.Tabs(selected="chat" if session.experts else "model"):
+            with gr.Tab("Chat", id="chat"):
+                said = gr.HTML(html.conversation([]), elem_id="conversation")
+                told = gr.HTML(elem_id="chat-message")
+                question = gr.Textbox(label="Question", placeholder="What is 3 + 4?", lines=1, elem_id="question")
+                with gr.Row():
+                    send = gr.Button("Send", variant="primary", min_width=80, elem_id="send")
+                    stop = gr.Button("Stop", min_width=80, elem_id="stop")
+                    clear = gr.Button("Clear", min_width=80, elem_id="clear")
+                columns = gr.CheckboxGroup(label="Answers of", elem_id="columns")
+                sliders_here = gr.Column()
+                with gr.Accordion("Settings", open=False):
+                    system = gr.Textbox(system_prompt, label="System prompt", elem_id="system")
+                    tokens = gr.Slider(1, 1024, max_new_tokens, step=1, label="Longest answer in tokens")
+            with gr.Tab("Search", id="search"):
+                pasted = gr.Textbox(
+                    label="Examples",
+                    info="JSON Lines, or a table with the columns prompt and answer.",
+                    placeholder=EXAMPLES,
+                    lines=6,
+                    max_lines=16,
+                    elem_id="examples",
+                )
+                with gr.Row():
+                    reward = gr.Dropdown(
+                        [*REWARDS, LOGLIK], value="exact", label="Reward", min_width=200, elem_id="reward"
+                    )
+                    short = gr.Slider(1, 512, 64, step=1, label="Longest answer in tokens", min_width=200)
+                with gr.Row():
+                    start = gr.Button("Search", variant="primary", min_width=80, elem_id="search")
+                    halt = gr.Button("Stop", min_width=80, elem_id="halt")
+                found = gr.HTML(elem_id="found")
+            with gr.Tab("δ", id="delta"):
+                shown = gr.Dropdown([], label="δ of", elem_id="delta-of")
+                picture = gr.HTML(elem_id="delta")
+            with gr.Tab("Model", id="model"):
+                model = gr.Textbox(setup.model, label="Base model", info="Hub id or folder.", elem_id="base")
+                library = gr.Textbox(
+                    setup.experts,
+                    label="Experts",
+                    info="NAME=PATH on each line, or a folder of experts.",
+                    lines=3,
+                    elem_id="experts",
+                )
+                chooser = gr.Dropdown([*CHOOSERS], value=setup.dispatch, label="auto chooses by", elem_id="chooser")
+                about = gr.Textbox(setup.about, label="About the experts", info=_ABOUT, lines=3, elem_id="about")
+                classifier = gr.Textbox(
+                    setup.classifier, label="Classification expert", info="For classifier only.", elem_id="classifier"
+                )
+                load = gr.Button("Load", variant="primary", elem_id="load")
+                status = gr.HTML(elem_id="status")
+
+        known = [experts, columns, shown]
+
+        def offered() -> list[Any]:
+            """What can be chosen now; what was chosen may be gone."""
+            values = session.columns
+            chosen = [name for name in (BASE, MIXTURE, AUTO) if name in values]
+            drawn = [name for name in values if name not in (BASE, AUTO)]
+            return [
+                session.experts,
+                gr.CheckboxGroup(choices=values, value=chosen),
+                gr.Dropdown(choices=drawn, value=drawn[0] if drawn else None),
+            ]
+
+        def loaded(*fields: str) -> Iterator[list[Any]]:
+            yield [html.note(f"Loading {fields[0]} ..."), *([gr.skip()] * 4)]
+            try:
+                for line in session.load(Setup(*fields)):
+                    yield [html.note(line), *offered(), []]
+            except EXPECTED as error:
+                yield [html.message(error), *([gr.skip()] * 4)]
+
+        load.click(loaded, [model, library, chooser, about, classifier], [status, *known, turns], **_QUEUE).success(
+            html.conversation, turns, said, show_progress="hidden"
+        )
+        page.load(offered, None, known, show_progress="hidden")
+        stop.click(session.jobs.stop, queue=False)
+        halt.click(session.jobs.stop, queue=False)
+        clear.click(lambda: ([], html.conversation([]), ""), None, [turns, said, told], show_progress="hidden")
+
+        with sliders_here:
+
+            @gr.render(inputs=experts, show_progress="hidden")
+            def sliders(names: list[str]) -> None:
+                """Make a slider for each expert. Events that read them must be made here, too."""
+                with gr.Accordion("Weights of the mixture", open=bool(names), visible=bool(names)), gr.Row():
+                    weights = [
+                        gr.Slider(0, 1, 1 / len(names), step=0.01, label=name, min_width=200, elem_id=f"weight-{i}")
+                        for i, name in enumerate(names)
+                    ]
+                fields = {turns, columns, question, system, tokens, shown, *weights}
+
+                def ask(values: dict[Any, Any]) -> Iterator[dict[Any, Any]]:
+                    before = values[turns]
+                    try:
+                        for turn in session.ask(
+                            values[question],
+                            [column for column in session.columns if column in values[columns]],
+                            _weights(names, weights, values),
+                            before,
+                            system_prompt=values[system],
+                            max_new_tokens=int(values[tokens]),
+                        ):
+                            after = [*before, turn]
+                            yield {turns: after, said: html.conversation(after), told: "", question: ""}
+                    except EXPECTED as error:
+                        yield {told: html.message(error)}
+
+                def draw(values: dict[Any, Any]) -> str:
+                    if not values[shown]:
+                        return ""
+                    try:
+                        (content,) = session.heat_map(values[shown], _weights(names, weights, values))
+                    except EXPECTED as error:
+                        return html.message(error)
+                    return html.image(content, f"size of δ of {values[shown]} by layer and module")
+
+                gr.on([send.click, question.submit], ask, fields, [turns, said, told, question], **_QUEUE)
+                gr.on([shown.change, *(each.release for each in weights)], draw, fields, picture, **_QUEUE)
+
+        def search(text: str, name: str, length: float, prompt: str) -> Iterator[list[Any]]:
+            yield [html.note("Searching ..."), gr.skip(), gr.skip()]
+            try:
+                for step in session.search(text, name, system_prompt=prompt, max_new_tokens=int(length)):
+                    if isinstance(step, Searched):
+                        values = session.columns
+                        drawn = [each for each in values if each not in (BASE, AUTO)]
+                        chosen = [BASE, step.name] if step.name else None
+                        answers = gr.CheckboxGroup(choices=values, value=chosen) if chosen else gr.skip()
+                        yield [html.searched(step, _plot(step)), answers, gr.Dropdown(choices=drawn)]
+                    else:
+                        yield [html.progress(step), gr.skip(), gr.skip()]
+            except EXPECTED as error:
+                yield [html.message(error), gr.skip(), gr.skip()]
+
+        start.click(search, [pasted, reward, short, system], [found, columns, shown], **_QUEUE)
+    return page
+
+
+def _weights(names: list[str], sliders: list[Any], values: dict[Any, Any]) -> dict[str, float]:
+    return {name: values[slider] for name, slider in zip(names, sliders, strict=True)}
+
+
+def _plot(found: Searched) -> bytes | None:
+    try:
+        return html.png(found.result.plot())
+    except ImportError:  # without matplotlib the table says the same
+        return None
+
+
+def serve(page: gr.Blocks, port: int | None = None, ready: Callable[[str], None] = print) -> None:
+    """
+    Serve the page on this machine only, until Ctrl-C.
+
+    Args:
+        page: The page.
+        port (`int`, *optional*): The port. Default: the first free one from 7860.
+        ready: Called with the address.
+
+    Raises:
+        OSError: The port is taken.
+    """
+    page.queue()
+    _, address, _ = page.launch(
+        server_name="127.0.0.1",
+        server_port=port,
+        share=False,
+        inbrowser=False,
+        quiet=True,
+        prevent_thread_lock=True,
+        footer_links=[],
+        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        css=html.CSS,
+    )
+    ready(address)
+    page.block_thread()
