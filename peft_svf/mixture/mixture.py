@@ -261,7 +261,7 @@ class AdaptiveMixture:
         objective: Objective | None = None,
         eval_examples: Sequence[dict[str, Any]] | None = None,
         optimizer: Any = None,
-        on_progress: Callable[[SearchProgress], None] = ignore,
+        on_progress: Callable[[SearchProgress], None] | None = None,
         **overrides: Any,
     ) -> MixtureResult:
         """
@@ -322,7 +322,9 @@ class AdaptiveMixture:
         trained = self.model.training
         self.model.eval()
         try:
-            search = ValidatedSearch(self.model, objective, split, config, make_space, custom, checkpoint, on_progress)
+            search = ValidatedSearch(
+                self.model, objective, split, config, make_space, custom, checkpoint, on_progress or ignore
+            )
             found = search.run()
         except BaseException:
             self.model.train(trained)

@@ -13,6 +13,8 @@ from .session import Searched, Turn
 from .setup import AUTO
 
 CSS = """
+/* gradio's table and info styles are for other uses: hence `!important`, and a darker info text */
+.gradio-container {--block-info-text-color: var(--neutral-500)}
 .gradio-container {width: 100% !important; max-width: 72rem !important; margin: 0 auto !important}
 #chat-message:not(:has(.svf-note)) {display: none !important}
 .svf-note {white-space: pre-wrap; overflow-wrap: anywhere; padding: .5rem .75rem; border-radius: .5rem;
@@ -27,17 +29,18 @@ CSS = """
 .svf-answer h4 {margin: 0 0 .35rem; font-size: .9rem; overflow-wrap: anywhere}
 .svf-answer h4 small {font-weight: 400; opacity: .8}
 .svf-text {white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.45}
+.svf-turn[aria-busy=true] .svf-text::after {content: "▍"; opacity: .5}
 .svf-failed {color: var(--error-text-color)}
 .svf-bars {display: grid; grid-template-columns: minmax(4rem, max-content) 1fr 3rem; gap: .2rem .5rem;
     align-items: center; font-size: .8rem; margin: .6rem 0 0}
 .svf-bars > span {overflow-wrap: anywhere}
 .svf-bar {height: .6rem; border-radius: .3rem; background: var(--border-color-primary); overflow: hidden}
 .svf-bar > i {display: block; height: 100%; background: var(--color-accent)}
-.svf-scores {border-collapse: collapse; width: 100%; font-size: .9rem; margin: .75rem 0}
-.svf-scores td, .svf-scores th {text-align: left; padding: .3rem .5rem .3rem 0; overflow-wrap: anywhere;
-    border-bottom: 1px solid var(--border-color-primary)}
+.svf-scores {border-collapse: collapse; width: 100%; font-size: .9rem; margin: .75rem 0 !important}
+.svf-scores :is(td, th) {text-align: left; padding: .3rem .5rem .3rem 0 !important; overflow-wrap: break-word;
+    border: 0 solid var(--border-color-primary) !important; border-bottom-width: 1px !important}
 .svf-scores .kept {font-weight: 600}
-.svf-plot {overflow-x: auto}
+.svf-plot {overflow-x: auto; margin-top: .75rem}
 .svf-plot img {display: block; min-width: 42rem; width: 100%; max-width: 70rem; background: white}
 .svf-empty {opacity: .8; padding: 1.5rem 0; text-align: center}
 """
@@ -63,7 +66,8 @@ def conversation(turns: Sequence[Turn]) -> str:
 def _turn(turn: Turn) -> str:
     answers = "".join(_answer(turn, column) for column in turn.answers)
     question = f'<p class="svf-question">{escape(turn.question)}</p>'
-    return f'<section class="svf-turn">{question}<div class="svf-answers">{answers}</div></section>'
+    busy = str(not turn.done).lower()
+    return f'<section class="svf-turn" aria-busy="{busy}">{question}<div class="svf-answers">{answers}</div></section>'
 
 
 def _answer(turn: Turn, column: str) -> str:

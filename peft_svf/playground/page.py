@@ -48,7 +48,8 @@ def build(session: Session, setup: Setup, *, system_prompt: str = "", max_new_to
                     send = gr.Button("Send", variant="primary", min_width=80, elem_id="send")
                     stop = gr.Button("Stop", min_width=80, elem_id="stop")
                     clear = gr.Button("Clear", min_width=80, elem_id="clear")
-                columns = gr.CheckboxGroup(label="Answers of", elem_id="columns")
+                # `interactive`, because only events of the sliders read them
+                columns = gr.CheckboxGroup(label="Answers of", interactive=True, elem_id="columns")
                 sliders_here = gr.Column()
                 with gr.Accordion("Settings", open=False):
                     system = gr.Textbox(system_prompt, label="System prompt", elem_id="system")
@@ -72,7 +73,7 @@ def build(session: Session, setup: Setup, *, system_prompt: str = "", max_new_to
                     halt = gr.Button("Stop", min_width=80, elem_id="halt")
                 found = gr.HTML(elem_id="found")
             with gr.Tab("δ", id="delta"):
-                shown = gr.Dropdown([], label="δ of", elem_id="delta-of")
+                shown = gr.Dropdown([], label="δ of", interactive=True, elem_id="delta-of")
                 picture = gr.HTML(elem_id="delta")
             with gr.Tab("Model", id="model"):
                 model = gr.Textbox(setup.model, label="Base model", info="Hub id or folder.", elem_id="base")
@@ -127,13 +128,23 @@ def build(session: Session, setup: Setup, *, system_prompt: str = "", max_new_to
                 """Make a slider for each expert. Events that read them must be made here, too."""
                 with gr.Accordion("Weights of the mixture", open=bool(names), visible=bool(names)), gr.Row():
                     weights = [
-                        gr.Slider(0, 1, 1 / len(names), step=0.01, label=name, min_width=200, elem_id=f"weight-{i}")
+                        gr.Slider(
+                            0,
+                            1,
+                            1 / len(names),
+                            step=0.01,
+                            label=name,
+                            interactive=True,
+                            min_width=200,
+                            elem_id=f"weight-{i}",
+                        )
                         for i, name in enumerate(names)
                     ]
                 fields = {turns, columns, question, system, tokens, shown, *weights}
 
                 def ask(values: dict[Any, Any]) -> Iterator[dict[Any, Any]]:
                     before = values[turns]
+                    cleared = {told: "", question: ""}
                     try:
                         for turn in session.ask(
                             values[question],
@@ -144,9 +155,10 @@ def build(session: Session, setup: Setup, *, system_prompt: str = "", max_new_to
                             max_new_tokens=int(values[tokens]),
                         ):
                             after = [*before, turn]
-                            yield {turns: after, said: html.conversation(after), told: "", question: ""}
+                            yield {turns: after, said: html.conversation(after)} | cleared
+                            cleared = {}  # from now on, what is in the field is the next question
                     except EXPECTED as error:
-                        yield {told: html.message(error)}
+                        yield {turns: before, said: html.conversation(before), told: html.message(error)}
 
                 def draw(values: dict[Any, Any]) -> str:
                     if not values[shown]:
@@ -203,16 +215,20 @@ def serve(page: gr.Blocks, port: int | None = None, ready: Callable[[str], None]
         OSError: The port is taken.
     """
     page.queue()
-    _, address, _ = page.launch(
-        server_name="127.0.0.1",
-        server_port=port,
-        share=False,
-        inbrowser=False,
-        quiet=True,
-        prevent_thread_lock=True,
-        footer_links=[],
-        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-        css=html.CSS,
-    )
+    try:
+        _, address, _ = page.launch(
+            server_name="127.0.0.1",
+            server_port=port,
+            share=False,
+            inbrowser=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            footer_links=[],
+            theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+            css=html.CSS,
+        )
+    except OSError as error:  # its message names a variable and a parameter that our user does not have
+        where = "No port from 7860 to 7959 is free" if port is None else f"Port {port} is taken"
+        raise OSError(f"{where}. Pass another --port.") from error
     ready(address)
     page.block_thread()

@@ -42,6 +42,7 @@ class Turn:
         probabilities: Of each expert, as `auto` sees the question; empty without `auto`.
         chosen: The expert that `auto` chose.
         weights: The weights of the mixture; empty without it.
+        done: Whether the answers are complete.
     """
 
     question: str
@@ -50,6 +51,7 @@ class Turn:
     probabilities: dict[str, float] = field(default_factory=dict)
     chosen: str = ""
     weights: dict[str, float] = field(default_factory=dict)
+    done: bool = False
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ class Session:
             )
             texts = dict(zip(columns, (text or "" for text in answers.texts), strict=True))
             errors = {columns[i]: reason for i, reason in answers.errors.items()}
-            emit(replace(turn, answers=texts, errors=errors))
+            emit(replace(turn, answers=texts, errors=errors, done=True))
 
         return self.jobs.run(job)
 

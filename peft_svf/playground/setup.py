@@ -46,8 +46,8 @@ class Setup:
             options: More arguments of [`load_experts`].
 
         Raises:
-            ValueError: A field is empty or malformed, or an expert does not fit the model.
-            OSError: The model or a file cannot be read.
+            ValueError: A field is empty or malformed, the model cannot be loaded, or an expert does not fit it.
+            OSError: A file of example prompts cannot be read.
         """
         if not self.model.strip():
             raise ValueError("There is no base model. Type its Hub id or its folder.")
@@ -58,7 +58,11 @@ class Setup:
         if self.dispatch == "nearest":
             described = {name: load_prompts(path) for name, path in about.items()}
         classifier = self.classifier.strip() if self.dispatch == "classifier" else None
-        mixture = load_experts(self.model.strip(), experts, classifier=classifier, **options)
+        model = self.model.strip()
+        try:
+            mixture = load_experts(model, experts, classifier=classifier, **options)
+        except OSError as error:  # its message may be about the Hub only
+            raise ValueError(f"{model!r} cannot be loaded: {error}") from error
         return mixture, make_dispatcher(self.dispatch, mixture, **{_ABOUT[self.dispatch]: described})
 
 
