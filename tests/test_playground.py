@@ -413,6 +413,8 @@ OVERLAPS = """(() => {
             if (across > 1 && down > 1) found.push(`${name(a)} and ${name(b)}`);
         }
     }
+    const disabled = [...document.querySelectorAll('input:disabled, textarea:disabled')];
+    found.push(...disabled.map(e => `${name(e)} is disabled`));
     const page = document.documentElement;
     if (page.scrollWidth > page.clientWidth) found.push(`${page.scrollWidth} px in ${page.clientWidth}`);
     return found;
@@ -442,6 +444,8 @@ def address(session: Session, world: Path) -> Iterator[str]:
 def test_the_page_is_for_this_machine_only(address: str) -> None:
     import gradio as gr
 
+    from peft_svf.playground.page import serve
+
     host, port = address.rstrip("/").removeprefix("http://").split(":")
     assert host == "127.0.0.1"
     socket.create_connection((host, int(port)), timeout=5).close()
@@ -450,7 +454,8 @@ def test_the_page_is_for_this_machine_only(address: str) -> None:
         if not other.startswith("127."):
             with pytest.raises(OSError, match="refused"):
                 socket.create_connection((other, int(port)), timeout=5)
-    assert gr.__version__ >= "6"
+    with gr.Blocks() as another, pytest.raises(OSError, match=f"Port {port} is taken. Pass another --port"):
+        serve(another, int(port))
 
 
 @pytest.fixture(scope="module")
@@ -518,9 +523,12 @@ def test_questions_in_the_browser(browser: Chromium, session: Session, tmp_path:
     browser.wait("document.querySelector('#question textarea').value === ''")
     expected = alone(session, "base", "1 + 2", 12)
     browser.wait(f"document.querySelector('[data-column=base] .svf-text').textContent === {expected!r}")
+    browser.click("[...document.querySelectorAll('button')].find(e => e.innerText.startsWith('Settings'))")
+    browser.wait("document.querySelector('#together')?.offsetParent")
     check_layout(browser, tmp_path, "chat")
 
-    # a slider that was just moved counts, and an expert can be chosen
+    # a slider that was just moved counts, an expert can be chosen, and the conversation can be left out
+    browser.click(by("#together input"))
     browser.type(by("#weight-0 input[type=number]"), "0")
     browser.type(by("#weight-1 input[type=number]"), "0.25")
     browser.click("[...document.querySelectorAll('#columns label')].find(e => e.innerText.trim() === 'lists')")
@@ -529,7 +537,10 @@ def test_questions_in_the_browser(browser: Chromium, session: Session, tmp_path:
     browser.wait("document.querySelectorAll('.svf-turn').length === 2")
     browser.wait("document.querySelectorAll('.svf-turn:last-child .svf-answer').length === 4")
     browser.wait("document.querySelector('.svf-turn:last-child').innerText.includes('lists 0.00, sums 0.25')")
-    browser.wait(f"!!{by('#send')}")
+    expected = alone(session, "lists", "a cat", 12)
+    last = "document.querySelector('.svf-turn:last-child [data-column=lists] .svf-text').textContent"
+    browser.wait(f"{last} === {expected!r}")
+    browser.click(by("#together input"))
     browser.click(by("#clear"))
     browser.wait("document.querySelectorAll('.svf-turn').length === 0")
     assert browser.problems == []
@@ -560,6 +571,7 @@ def test_a_search_in_the_browser(browser: Chromium, session: Session, tmp_path: 
 
 def test_the_heat_map_in_the_browser(browser: Chromium, tmp_path: Path) -> None:
     tab(browser, "δ")
+    browser.wait(by(".svf-plot img[alt*=lists]"))  # the first one
     browser.click(by("#delta-of input"))
     browser.click("[...document.querySelectorAll('[role=option]')].find(e => e.innerText.trim() === 'sums')")
     browser.wait(by(".svf-plot img[alt*=sums]"))

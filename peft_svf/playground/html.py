@@ -23,7 +23,7 @@ CSS = """
     color: var(--error-text-color)}
 .svf-turn + .svf-turn {margin-top: 1.25rem}
 .svf-question {font-weight: 600; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 0 .5rem}
-.svf-answers {display: grid; gap: .75rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 14rem), 1fr))}
+.svf-answers {display: grid; gap: .75rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 12rem), 1fr))}
 .svf-answer {border: 1px solid var(--border-color-primary); border-radius: .5rem; padding: .6rem .75rem; min-width: 0;
     background: var(--background-fill-secondary)}
 .svf-answer h4 {margin: 0 0 .35rem; font-size: .9rem; overflow-wrap: anywhere}
@@ -37,7 +37,7 @@ CSS = """
 .svf-bar {height: .6rem; border-radius: .3rem; background: var(--border-color-primary); overflow: hidden}
 .svf-bar > i {display: block; height: 100%; background: var(--color-accent)}
 .svf-scores {border-collapse: collapse; width: 100%; font-size: .9rem; margin: .75rem 0 !important}
-.svf-scores :is(td, th) {text-align: left; padding: .3rem .5rem .3rem 0 !important; overflow-wrap: break-word;
+.svf-scores td, .svf-scores th {text-align: left; padding: .3rem .5rem .3rem 0 !important; overflow-wrap: break-word;
     border: 0 solid var(--border-color-primary) !important; border-bottom-width: 1px !important}
 .svf-scores .kept {font-weight: 600}
 .svf-plot {overflow-x: auto; margin-top: .75rem}
@@ -102,6 +102,8 @@ def progress(found: SearchProgress) -> str:
     line = f"{found.done} evaluations{of}"
     if found.history:
         last = found.history[-1]
+        again = sum(entry["generation"] == 0 for entry in found.history) - 1
+        line += f", cross-validation {again}" if again else ""
         line += f", generation {last['generation'] + 1}: best {last['best']:.3f}, mean {last['mean']:.3f}"
     bar = f'<div class="svf-bar"><i style="width: {100 * fraction:.1f}%"></i></div>'
     return f'<div role="status"><p>{escape(line)}</p>{bar}</div>'

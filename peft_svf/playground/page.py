@@ -22,7 +22,9 @@ _ABOUT = (
     "NAME=TEXT on each line. For prompt: what an expert is for. For nearest: a file of example prompts. "
     "For classifier: its label."
 )
-# Events that use the model wait for each other here, so that the page can say how long.
+# Gradio takes a control that no event reads for an output. Events of the sliders are made later, with the sliders.
+_READ_LATER: dict[str, Any] = {"interactive": True}
+# Events that use the model wait for each other here, so that none blocks a thread of the server.
 _QUEUE: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "hidden"}
 
 
@@ -43,17 +45,21 @@ def build(session: Session, setup: Setup, *, system_prompt: str = "", max_new_to
             with gr.Tab("Chat", id="chat"):
                 said = gr.HTML(html.conversation([]), elem_id="conversation")
                 told = gr.HTML(elem_id="chat-message")
-                question = gr.Textbox(label="Question", placeholder="What is 3 + 4?", lines=1, elem_id="question")
+                question = gr.Textbox(
+                    label="Question", **_READ_LATER, placeholder="What is 3 + 4?", lines=1, elem_id="question"
+                )
                 with gr.Row():
                     send = gr.Button("Send", variant="primary", min_width=80, elem_id="send")
                     stop = gr.Button("Stop", min_width=80, elem_id="stop")
                     clear = gr.Button("Clear", min_width=80, elem_id="clear")
-                # `interactive`, because only events of the sliders read them
-                columns = gr.CheckboxGroup(label="Answers of", interactive=True, elem_id="columns")
+                columns = gr.CheckboxGroup(label="Answers of", **_READ_LATER, elem_id="columns")
                 sliders_here = gr.Column()
                 with gr.Accordion("Settings", open=False):
-                    system = gr.Textbox(system_prompt, label="System prompt", elem_id="system")
-                    tokens = gr.Slider(1, 1024, max_new_tokens, step=1, label="Longest answer in tokens")
+                    system = gr.Textbox(system_prompt, label="System prompt", **_READ_LATER, elem_id="system")
+                    tokens = gr.Slider(1, 1024, max_new_tokens, step=1, label="Longest answer in tokens", **_READ_LATER)
+                    together = gr.Checkbox(
+                        True, label="Answers see the conversation before", **_READ_LATER, elem_id="together"
+                    )
             with gr.Tab("Search", id="search"):
                 pasted = gr.Textbox(
                     label="Examples",
@@ -72,8 +78,8 @@ def build(session: Session, setup: Setup, *, system_prompt: str = "", max_new_to
                     start = gr.Button("Search", variant="primary", min_width=80, elem_id="search")
                     halt = gr.Button("Stop", min_width=80, elem_id="halt")
                 found = gr.HTML(elem_id="found")
-            with gr.Tab("δ", id="delta"):
-                shown = gr.Dropdown([], label="δ of", interactive=True, elem_id="delta-of")
+            with gr.Tab("δ", id="delta") as delta:
+                shown = gr.Dropdown([], label="δ of", **_READ_LATER, elem_id="delta-of")
                 picture = gr.HTML(elem_id="delta")
             with gr.Tab("Model", id="model"):
                 model = gr.Textbox(setup.model, label="Base model", info="Hub id or folder.", elem_id="base")
@@ -131,7 +137,7 @@ def build(session: Session, setup: Setup, *, system_prompt: str = "", max_new_to
                         gr.Slider(
                             0,
                             1,
-                            1 / len(names),
+                            round(1 / len(names), 2),
                             step=0.01,
                             label=name,
                             interactive=True,
@@ -140,7 +146,7 @@ def build(session: Session, setup: Setup, *, system_prompt: str = "", max_new_to
                         )
                         for i, name in enumerate(names)
                     ]
-                fields = {turns, columns, question, system, tokens, shown, *weights}
+                fields = {turns, columns, question, system, tokens, together, shown, *weights}
 
                 def ask(values: dict[Any, Any]) -> Iterator[dict[Any, Any]]:
                     before = values[turns]
@@ -150,7 +156,7 @@ def build(session: Session, setup: Setup, *, system_prompt: str = "", max_new_to
                             values[question],
                             [column for column in session.columns if column in values[columns]],
                             _weights(names, weights, values),
-                            before,
+                            before if values[together] else (),
                             system_prompt=values[system],
                             max_new_tokens=int(values[tokens]),
                         ):
@@ -170,7 +176,7 @@ def build(session: Session, setup: Setup, *, system_prompt: str = "", max_new_to
                     return html.image(content, f"size of δ of {values[shown]} by layer and module")
 
                 gr.on([send.click, question.submit], ask, fields, [turns, said, told, question], **_QUEUE)
-                gr.on([shown.change, *(each.release for each in weights)], draw, fields, picture, **_QUEUE)
+                gr.on([shown.change, delta.select], draw, fields, picture, **_QUEUE)
 
         def search(text: str, name: str, length: float, prompt: str) -> Iterator[list[Any]]:
             yield [html.note("Searching ..."), gr.skip(), gr.skip()]

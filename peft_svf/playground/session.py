@@ -149,7 +149,7 @@ class Session:
                 turn = replace(turn, weights=mixture.weights)
             adapters = {column: column for column in columns} | {MIXTURE: mixture.adapter_name}
             if AUTO in columns:
-                found = dispatcher([asked[columns.index(AUTO)]])
+                found = dispatcher([question])  # not the questions before, which may be of another kind
                 if found.errors:
                     raise ValueError(f"auto cannot choose an expert: {found.errors[0]}")
                 shares = dict(zip(found.labels, found.probabilities[0].tolist(), strict=True))
