@@ -497,12 +497,20 @@ def check_layout(browser: Chromium, folder: Path, name: str) -> None:
 
 
 def test_the_check_of_the_layout_finds_overlaps(browser: Chromium) -> None:
-    browser.js("document.querySelector('#send').style.cssText = 'transition: none; transform: translateX(60px)'")
-    assert any("send" in line for line in browser.js(OVERLAPS))
-    browser.js("document.querySelector('#send').style.cssText = 'transition: none'")
-    browser.js("document.body.style.minWidth = '2000px'")
-    assert "2000 px in 1280" in browser.js(OVERLAPS)
-    browser.js("document.body.style.minWidth = ''")
+    for element, style, found in (
+        (
+            "document.querySelector('#send')",
+            "transition: none; transform: translateX(60px)",
+            "send Send and BUTTON stop",
+        ),
+        ("document.querySelector('#send')", "transition: none; min-width: 0; max-width: 9px; padding: 0", "is cut off"),
+        ("document.body", "min-width: 2000px", "2000 px in 1280"),
+    ):
+        before = browser.js(f"{element}.style.cssText")
+        browser.js(f"{element}.style.cssText = {style!r}")
+        assert found in "\n".join(browser.js(OVERLAPS)), style
+        browser.js(f"{element}.style.cssText = {before!r}")
+        settle(browser)
     assert browser.js(OVERLAPS) == []
 
 

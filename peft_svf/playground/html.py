@@ -37,8 +37,9 @@ CSS = """
 .svf-bar {height: .6rem; border-radius: .3rem; background: var(--border-color-primary); overflow: hidden}
 .svf-bar > i {display: block; height: 100%; background: var(--color-accent)}
 .svf-scores {border-collapse: collapse; width: 100%; font-size: .9rem; margin: .75rem 0 !important}
+.svf-scores, .svf-scores tr {border-width: 0 !important}
 .svf-scores td, .svf-scores th {text-align: left; padding: .3rem .5rem .3rem 0 !important; overflow-wrap: break-word;
-    border: 0 solid var(--border-color-primary) !important; border-bottom-width: 1px !important}
+    border-width: 0 0 1px !important; border-color: var(--border-color-primary) !important}
 .svf-scores .kept {font-weight: 600}
 .svf-plot {overflow-x: auto; margin-top: .75rem}
 .svf-plot img {display: block; min-width: 42rem; width: 100%; max-width: 70rem; background: white}
