@@ -97,6 +97,18 @@ def test_what_cannot_be_loaded_leaves_what_was_there(
     assert session.experts == ["lists", "sums"]
 
 
+@pytest.mark.parametrize("dispatch", ["prompt", "classifier"])
+def test_every_dispatcher_can_be_auto(dispatch: str, world: Path) -> None:
+    session = Session(runtime_config=SVFRuntimeConfig(use_cache=False))
+    about = "lists=words\nsums=numbers"
+    expert = str(world / "experts" / "lists") if dispatch == "classifier" else ""
+    (line,) = session.load(setup_of(world, dispatch=dispatch, about=about, classifier=expert))
+    assert session.columns == ["base", "lists", "sums", "mixture", "auto"]  # the classifier does not answer
+    assert ("'numbers'" in line) == (dispatch == "classifier")
+    *_, last = session.ask("1 + 2", ["auto"], {}, max_new_tokens=2)
+    assert list(last.probabilities) == ["lists", "sums"] + ["base"] * (dispatch == "prompt")
+
+
 def test_without_a_model_everything_says_so() -> None:
     session = Session()
     assert session.columns == []
@@ -549,6 +561,9 @@ def test_questions_in_the_browser(browser: Chromium, session: Session, tmp_path:
     last = "document.querySelector('.svf-turn:last-child [data-column=lists] .svf-text').textContent"
     browser.wait(f"{last} === {expected!r}")
     browser.click(by("#together input"))
+    session.jobs.stopped.clear()
+    browser.click(by("#stop"))
+    assert session.jobs.stopped.wait(10)
     browser.click(by("#clear"))
     browser.wait("document.querySelectorAll('.svf-turn').length === 0")
     assert browser.problems == []

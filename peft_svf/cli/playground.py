@@ -6,11 +6,9 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from .choices import one_of
+from .choices import CHOOSERS, one_of
 from .errors import in_a_line
 from .options import CheckOption, DtypeOption, NewTokensOption, check_dtype, named, named_experts
-
-CHOOSERS = ("prompt", "nearest", "classifier")
 
 
 def playground(
