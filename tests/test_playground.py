@@ -505,6 +505,7 @@ def check_layout(browser: Chromium, folder: Path, name: str) -> None:
         settle(browser)
         browser.screenshot(folder / f"{name}-{width}.png")
         assert browser.js(OVERLAPS) == [], (name, width)
+        assert browser.js("document.querySelector('.toast-wrap').innerText") == ""  # gradio's own errors
     browser.resize(WIDTHS[0])
 
 
@@ -613,6 +614,15 @@ def test_a_wrong_model_in_the_browser(browser: Chromium, world: Path, address: s
     browser.type(by("#base textarea, #base input"), str(world / "base"))
     browser.click(by("#load"))
     browser.wait("document.querySelector('#status').innerText.includes('with 2 experts')")
+    tab(browser, "Chat")  # all works with the model that was loaded last
+    browser.wait("document.querySelectorAll('.svf-turn').length === 0")
+    browser.type(by("#weight-1 input[type=number]"), "1")
+    settle(browser)
+    browser.type(by("#question textarea"), "1 + 2")
+    browser.click(by("#send"))
+    browser.wait("document.querySelector('.svf-turn')?.ariaBusy === 'false'")
+    assert "lists 0.50, sums 1.00" in browser.js("document.querySelector('.svf-turn').innerText")
+    check_layout(browser, tmp_path, "again")
     outside = [url for url in browser.requested if not url.startswith((address, "data:", "about:", "blob:"))]
     assert outside == []  # no fonts, scripts or statistics of other servers
     assert browser.problems == []

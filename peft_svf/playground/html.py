@@ -14,7 +14,7 @@ from .setup import AUTO
 
 CSS = """
 /* gradio's table and info styles are for other uses: hence `!important`, and a darker info text */
-.gradio-container {--block-info-text-color: var(--neutral-500)}
+body:not(.dark) .gradio-container {--block-info-text-color: var(--neutral-500)}
 .gradio-container {width: 100% !important; max-width: 72rem !important; margin: 0 auto !important}
 #chat-message:not(:has(.svf-note)) {display: none !important}
 .svf-note {white-space: pre-wrap; overflow-wrap: anywhere; padding: .5rem .75rem; border-radius: .5rem;

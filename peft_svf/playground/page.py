@@ -14,7 +14,7 @@ from ..scoring.names import BASE
 from ..scoring.rewards import REWARDS
 from ..utils.errors import EXPECTED
 from . import html
-from .session import LOGLIK, MIXTURE, Searched, Session
+from .session import LOGLIK, MIXTURE, Searched, Session, Turn
 from .setup import AUTO, CHOOSERS, Setup
 
 EXAMPLES = '{"prompt": "3 + 4 =", "answer": "7"}\n{"prompt": "9 - 2 =", "answer": "7"}'
@@ -22,10 +22,9 @@ _ABOUT = (
     "NAME=TEXT on each line. For prompt: what an expert is for. For nearest: a file of example prompts. "
     "For classifier: its label."
 )
-# Gradio takes a control that no event reads for an output. Events of the sliders are made later, with the sliders.
-_READ_LATER: dict[str, Any] = {"interactive": True}
 # Events that use the model wait for each other here, so that none blocks a thread of the server.
 _QUEUE: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "hidden"}
+_HIDDEN: dict[str, Any] = {"show_progress": "hidden"}
 
 
 def build(session: Session, setup: Setup, *, system_prompt: str = "", max_new_tokens: int = 256) -> gr.Blocks:
@@ -40,26 +39,22 @@ def build(session: Session, setup: Setup, *, system_prompt: str = "", max_new_to
     """
     with gr.Blocks(title="peft-svf playground", analytics_enabled=False) as page:
         gr.Markdown("# peft-svf playground")
-        turns, experts = gr.State([]), gr.State([])
+        turns, experts, weights = gr.State([]), gr.State((0, [])), gr.State({})
         with gr.Tabs(selected="chat" if session.experts else "model"):
             with gr.Tab("Chat", id="chat"):
                 said = gr.HTML(html.conversation([]), elem_id="conversation")
                 told = gr.HTML(elem_id="chat-message")
-                question = gr.Textbox(
-                    label="Question", **_READ_LATER, placeholder="What is 3 + 4?", lines=1, elem_id="question"
-                )
+                question = gr.Textbox(label="Question", placeholder="What is 3 + 4?", lines=1, elem_id="question")
                 with gr.Row():
                     send = gr.Button("Send", variant="primary", min_width=80, elem_id="send")
                     stop = gr.Button("Stop", min_width=80, elem_id="stop")
                     clear = gr.Button("Clear", min_width=80, elem_id="clear")
-                columns = gr.CheckboxGroup(label="Answers of", **_READ_LATER, elem_id="columns")
+                columns = gr.CheckboxGroup(label="Answers of", elem_id="columns")
                 sliders_here = gr.Column()
                 with gr.Accordion("Settings", open=False):
-                    system = gr.Textbox(system_prompt, label="System prompt", **_READ_LATER, elem_id="system")
-                    tokens = gr.Slider(1, 1024, max_new_tokens, step=1, label="Longest answer in tokens", **_READ_LATER)
-                    together = gr.Checkbox(
-                        True, label="Answers see the conversation before", **_READ_LATER, elem_id="together"
-                    )
+                    system = gr.Textbox(system_prompt, label="System prompt", elem_id="system")
+                    tokens = gr.Slider(1, 1024, max_new_tokens, step=1, label="Longest answer in tokens")
+                    together = gr.Checkbox(True, label="Answers see the conversation before", elem_id="together")
             with gr.Tab("Search", id="search"):
                 pasted = gr.Textbox(
                     label="Examples",
@@ -79,7 +74,7 @@ def build(session: Session, setup: Setup, *, system_prompt: str = "", max_new_to
                     halt = gr.Button("Stop", min_width=80, elem_id="halt")
                 found = gr.HTML(elem_id="found")
             with gr.Tab("δ", id="delta") as delta:
-                shown = gr.Dropdown([], label="δ of", **_READ_LATER, elem_id="delta-of")
+                shown = gr.Dropdown([], label="δ of", elem_id="delta-of")
                 picture = gr.HTML(elem_id="delta")
             with gr.Tab("Model", id="model"):
                 model = gr.Textbox(setup.model, label="Base model", info="Hub id or folder.", elem_id="base")
@@ -98,7 +93,7 @@ def build(session: Session, setup: Setup, *, system_prompt: str = "", max_new_to
                 load = gr.Button("Load", variant="primary", elem_id="load")
                 status = gr.HTML(elem_id="status")
 
-        known = [experts, columns, shown]
+        known = [experts, weights, columns, shown]
 
         def offered() -> list[Any]:
             """What can be chosen now; what was chosen may be gone."""
@@ -106,77 +101,48 @@ def build(session: Session, setup: Setup, *, system_prompt: str = "", max_new_to
             chosen = [name for name in (BASE, MIXTURE, AUTO) if name in values]
             drawn = [name for name in values if name not in (BASE, AUTO)]
             return [
-                session.experts,
+                (session.loads, session.experts),  # the number, so that the sliders are made again
+                uniform(session.experts),
                 gr.CheckboxGroup(choices=values, value=chosen),
                 gr.Dropdown(choices=drawn, value=drawn[0] if drawn else None),
             ]
 
         def loaded(*fields: str) -> Iterator[list[Any]]:
-            yield [html.note(f"Loading {fields[0]} ..."), *([gr.skip()] * 4)]
+            yield [html.note(f"Loading {fields[0]} ..."), *([gr.skip()] * 5)]
             try:
                 for line in session.load(Setup(*fields)):
                     yield [html.note(line), *offered(), []]
             except EXPECTED as error:
-                yield [html.message(error), *([gr.skip()] * 4)]
+                yield [html.message(error), *([gr.skip()] * 5)]
 
-        load.click(loaded, [model, library, chooser, about, classifier], [status, *known, turns], **_QUEUE).success(
-            html.conversation, turns, said, show_progress="hidden"
-        )
-        page.load(offered, None, known, show_progress="hidden")
-        stop.click(session.jobs.stop, queue=False)
-        halt.click(session.jobs.stop, queue=False)
-        clear.click(lambda: ([], html.conversation([]), ""), None, [turns, said, told], show_progress="hidden")
+        def ask(
+            text: str,
+            before: list[Turn],
+            chosen: list[str],
+            mixed: dict[str, float],
+            prompt: str,
+            length: float,
+            all_before: bool,
+        ) -> Iterator[dict[Any, Any]]:
+            cleared = {told: "", question: ""}
+            answers = [column for column in session.columns if column in chosen]
+            seen = before if all_before else []
+            try:
+                for turn in session.ask(text, answers, mixed, seen, system_prompt=prompt, max_new_tokens=int(length)):
+                    after = [*before, turn]
+                    yield {turns: after, said: html.conversation(after)} | cleared
+                    cleared = {}  # from now on, what is in the field is the next question
+            except EXPECTED as error:
+                yield {turns: before, said: html.conversation(before), told: html.message(error)}
 
-        with sliders_here:
-
-            @gr.render(inputs=experts, show_progress="hidden")
-            def sliders(names: list[str]) -> None:
-                """Make a slider for each expert. Events that read them must be made here, too."""
-                with gr.Accordion("Weights of the mixture", open=bool(names), visible=bool(names)), gr.Row():
-                    weights = [
-                        gr.Slider(
-                            0,
-                            1,
-                            round(1 / len(names), 2),
-                            step=0.01,
-                            label=name,
-                            interactive=True,
-                            min_width=200,
-                            elem_id=f"weight-{i}",
-                        )
-                        for i, name in enumerate(names)
-                    ]
-                fields = {turns, columns, question, system, tokens, together, shown, *weights}
-
-                def ask(values: dict[Any, Any]) -> Iterator[dict[Any, Any]]:
-                    before = values[turns]
-                    cleared = {told: "", question: ""}
-                    try:
-                        for turn in session.ask(
-                            values[question],
-                            [column for column in session.columns if column in values[columns]],
-                            _weights(names, weights, values),
-                            before if values[together] else (),
-                            system_prompt=values[system],
-                            max_new_tokens=int(values[tokens]),
-                        ):
-                            after = [*before, turn]
-                            yield {turns: after, said: html.conversation(after)} | cleared
-                            cleared = {}  # from now on, what is in the field is the next question
-                    except EXPECTED as error:
-                        yield {turns: before, said: html.conversation(before), told: html.message(error)}
-
-                def draw(values: dict[Any, Any]) -> str:
-                    if not values[shown]:
-                        return ""
-                    try:
-                        (content,) = session.heat_map(values[shown], _weights(names, weights, values))
-                    except EXPECTED as error:
-                        return html.message(error)
-                    return html.image(content, f"size of δ of {values[shown]} by layer and module")
-
-                gr.on([send.click, question.submit], ask, fields, [turns, said, told, question], **_QUEUE)
-                gr.on([shown.change, delta.select], draw, fields, picture, **_QUEUE)
+        def draw(column: str | None, mixed: dict[str, float]) -> str:
+            if column is None:
+                return ""
+            try:
+                (content,) = session.heat_map(column, mixed)
+            except EXPECTED as error:
+                return html.message(error)
+            return html.image(content, f"size of δ of {column} by layer and module")
 
         def search(text: str, name: str, length: float, prompt: str) -> Iterator[list[Any]]:
             yield [html.note("Searching ..."), gr.skip(), gr.skip()]
@@ -193,12 +159,46 @@ def build(session: Session, setup: Setup, *, system_prompt: str = "", max_new_to
             except EXPECTED as error:
                 yield [html.message(error), gr.skip(), gr.skip()]
 
+        with sliders_here:
+
+            @gr.render(inputs=experts, **_HIDDEN)
+            def sliders(known_experts: tuple[int, list[str]]) -> None:
+                """Make a slider for each expert. The sliders write a state: if an event of another control was made here, it
+                would be sent once more after each load, and fail."""
+                _, names = known_experts
+                with gr.Accordion("Weights of the mixture", visible=bool(names)), gr.Row():
+                    made = [
+                        gr.Slider(
+                            0, 1, weight, step=0.01, label=name, interactive=True, min_width=200, elem_id=f"weight-{i}"
+                        )
+                        for i, (name, weight) in enumerate(uniform(names).items())
+                    ]
+                if made:
+                    moved = [slider.change for slider in made]
+                    gr.on(moved, lambda *values: dict(zip(names, values, strict=True)), made, weights, queue=False)
+
+        page.load(offered, None, known, **_HIDDEN)
+        load.click(loaded, [model, library, chooser, about, classifier], [status, *known, turns], **_QUEUE).success(
+            html.conversation, turns, said, show_progress="hidden"
+        )
+        asking = gr.on(
+            [send.click, question.submit],
+            ask,
+            [question, turns, columns, weights, system, tokens, together],
+            [turns, said, told, question],
+            **_QUEUE,
+        )
+        stop.click(session.jobs.stop, queue=False)
+        clear.click(lambda: ([], html.conversation([]), ""), None, [turns, said, told], cancels=asking, **_HIDDEN)
+        gr.on([shown.change, delta.select], draw, [shown, weights], picture, **_QUEUE)
         start.click(search, [pasted, reward, short, system], [found, columns, shown], **_QUEUE)
+        halt.click(session.jobs.stop, queue=False)
     return page
 
 
-def _weights(names: list[str], sliders: list[Any], values: dict[Any, Any]) -> dict[str, float]:
-    return {name: values[slider] for name, slider in zip(names, sliders, strict=True)}
+def uniform(names: list[str]) -> dict[str, float]:
+    """Return equal weights, as the sliders show them."""
+    return {name: round(1 / len(names), 2) for name in names}
 
 
 def _plot(found: Searched) -> bytes | None:

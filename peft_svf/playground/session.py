@@ -80,6 +80,7 @@ class Session:
         self.options = options
         self.jobs = Jobs()
         self.loaded: Setup | None = None
+        self.loads = 0  # how often a model was loaded
         self.searched: list[str] = []
         self._mixture: AdaptiveMixture | None = None
         self._dispatcher: Dispatcher | None = None
@@ -104,7 +105,7 @@ class Session:
 
         def job(emit: Callable[[Any], None]) -> None:
             self._mixture, self._dispatcher = setup.load(**self.options)
-            self.loaded, self.searched = setup, []
+            self.loaded, self.loads, self.searched = setup, self.loads + 1, []
             emit(f"Loaded {setup.model} with {len(self.experts)} experts. auto: {self._dispatcher!r}.")
 
         return self.jobs.run(job)
