@@ -163,7 +163,7 @@ def build(session: Session, setup: Setup, *, system_prompt: str = "", max_new_to
 
             @gr.render(inputs=experts, **_HIDDEN)
             def sliders(known_experts: tuple[int, list[str]]) -> None:
-                """Make a slider for each expert. The sliders write a state: an event of another control that is made here
+                """Make a slider for each expert. The sliders write a state: an event of another control, if made here,
                 would be sent once more after each load, and fail."""
                 _, names = known_experts
                 with gr.Accordion("Weights of the mixture", visible=bool(names)), gr.Row():
