@@ -33,6 +33,7 @@ from .config import SVFConfig
 from .embeddings import forget_replaced_bases, with_resized_embeddings
 from .entries import adapter_entries, as_of_base, check_loadable, foreign_biases, put_back, without_adapter_name
 from .fold import SMALLEST_FRACTION
+from .forecast import forecasting
 from .frozen import frozen_message
 from .layer import Linear, SVFLayer, svf_layers, take_out
 from .loading import check_before_attaching, check_checkpoint, current_key, prefixed_key, weight_key
@@ -263,7 +264,8 @@ class SVFModel(BaseTuner):
             self._refuse_frozen(args, kwargs)
         if adapter_names is None:
             if mixture is None:
-                yield
+                with forecasting(rows and rows * expansion, kwargs):
+                    yield
                 return
             if rows is not None and rows != mixture.rows:
                 raise wrong_length("the mixture weights", mixture.rows, rows)
@@ -287,6 +289,7 @@ class SVFModel(BaseTuner):
         names, index = names_and_index(adapter_names)
 
         with ExitStack() as stack:
+            stack.enter_context(forecasting(rows and rows * expansion, kwargs))
             rows_in = self._rows("`adapter_names`", names, index, lambda _: index)
             call = stack.enter_context(rows_in)
             call.expansion = expansion
