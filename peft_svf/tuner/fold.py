@@ -163,8 +163,10 @@ class Fold:
         state.snapshot.doubt()
         return state.weight if can_fold(layer, names) and state.is_current(names, state.weight.dtype) else None
 
-    def ready(self, layer: AdaptedLayer) -> torch.Tensor | None:
+    def ready(self, layer: AdaptedLayer, names: tuple[str, ...] | None = None) -> torch.Tensor | None:
         """Return what `find` would return if there is a folded weight and no gradient is needed, else `None`.
+
+        For the active adapters, or for `names` in a mixed batch.
 
         Decoding calls it for every layer and token, so it must take a fraction of the time of `find`.
         """
@@ -173,7 +175,7 @@ class Fold:
             state is None
             or (weight := state.weight) is None
             or torch.is_grad_enabled()
-            or layer.active_adapter != state.active
+            or (layer.active_adapter != state.active if names is None else names != state.names)
             or any(state.hooks)
             or not _is_eager()
             or not state.snapshot.is_of(layer)
