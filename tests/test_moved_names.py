@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import IDS, deltas, randomise, tiny_llama
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_bad_input import anatomy
 from transformers import (
@@ -79,7 +79,8 @@ def made_older(folder: Path, old: Callable[[str], str]) -> None:
     state = {prefix + old(key.removeprefix(prefix)): value.clone() for key, value in load_file(file).items()}
     save_file(state, file, metadata={"format": "pt"})
     config = json.loads(path.read_text())
-    config["base_fingerprint"] = {old(name): numbers for name, numbers in config["base_fingerprint"].items()}
+    if "base_fingerprint" in config:
+        config["base_fingerprint"] = {old(name): numbers for name, numbers in config["base_fingerprint"].items()}
     if isinstance(config["target_modules"], list):
         config["target_modules"] = [old(name) for name in config["target_modules"]]
     path.write_text(json.dumps(config))
@@ -299,3 +300,24 @@ def test_added_tokens_of_adapters_beside_one_on_the_output_layer(tmp_path: Path)
             loaded.load_adapter(tmp_path / name, "y")
             loaded.set_adapter("y")
         assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen"])
+def test_the_changes_of_a_lora_with_older_names(kind: str, tmp_path: Path) -> None:
+    make, old = MODELS[kind]
+    config = LoraConfig(r=2, target_modules=["q_proj", "qkv"], init_lora_weights=False)
+    model = get_peft_model(make(), config)
+    model.save_pretrained(tmp_path / "new")
+    model.save_pretrained(tmp_path / "old")
+    made_older(tmp_path / "old", old)
+    wanted = SVFConfig(target_modules=["q_proj", "qkv"])
+    (new, of_new), (moved, of_old) = (from_weights(tmp_path / name, make(), wanted) for name in ("new", "old"))
+    assert 0 < of_new.overall == of_old.overall
+    for name, delta in deltas(new).items():
+        assert torch.equal(delta, deltas(moved)[name])
+
+    path = tmp_path / "old" / "adapter_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"alpha_pattern": {"q_proj": 3}}))
+    with pytest.raises(ValueError, match="older transformers version, and alpha_pattern for some of them"):
+        from_weights(tmp_path / "old", make(), wanted)

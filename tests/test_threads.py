@@ -150,6 +150,12 @@ def test_a_thread_cannot_disable_the_adapters_of_a_mixed_batch() -> None:
             base = model(ids(0, 2)).logits
             with pytest.raises(RuntimeError, match="Another thread has disabled the adapters"):
                 other.submit(mixed).result()
+            with pytest.raises(
+                RuntimeError, match="disabled the adapters of this model, so `adapter_names` would have"
+            ):
+                other.submit(named(model, "a", "b")).result()
+            base_rows = model(ids(0, 2), adapter_names=["a", "__base__"]).logits  # as in PEFT
+            assert torch.equal(base_rows, base)
         assert torch.equal(other.submit(disabled).result(), base)
         torch.testing.assert_close(model(ids(0, 2), adapter_names=["a", "b"]).logits, expected)
 

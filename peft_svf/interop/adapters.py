@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -15,12 +16,14 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME
 from peft.utils.save_and_load import load_peft_weights
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..tuner.renames import current_names
 from ..utils.files import read_text
 
 # methods whose whole change is the ΔW that their layers return
@@ -48,6 +51,9 @@ UNDERSTOOD = {
 INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva", "mica")
 # of the difference between two precisions of a weight, which is 0.2 % for bf16
 SAME_BASE = 5e-3
+
+# settings for single modules
+PATTERNS = ("rank_pattern", "alpha_pattern", "n_frequency_pattern")
 
 Change = Callable[[str, torch.Tensor], "torch.Tensor | None"]
 
@@ -81,8 +87,10 @@ def changes_of_folder(folder: Path, base: nn.Module) -> Changes:
     weights = load_peft_weights(str(folder), device="cpu")
     stored = _stored_base_weights(weights, base, folder)
     config.inference_mode = True
+    moved = _moved_names(weights, base, config, folder)
     model = PeftModel(_skeleton(base, stored), config)
-    result = model.load_adapter(str(folder), "default", torch_device="cpu")
+    key_mapping = {rf"^{re.escape(old)}(?=\.)": new for old, new in moved.items()}
+    result = model.load_adapter(str(folder), "default", torch_device="cpu", key_mapping=key_mapping)
     if wrong := [*result.missing_keys, *result.unexpected_keys]:
         what = "lacks" if result.missing_keys else "has the unknown"
         raise ValueError(f"{folder} {what} {wrong[0]}. Pass a complete adapter of this base model.")
@@ -175,6 +183,25 @@ def _stored_base_weights(weights: Mapping[str, torch.Tensor], base: nn.Module, f
             )
         stored[name] = value
     return stored
+
+
+def _moved_names(weights: Mapping[str, torch.Tensor], base: nn.Module, config: Any, folder: Path) -> dict[str, str]:
+    """Return the current names of the modules that an older transformers has called differently, also in the config.
+
+    Raises:
+        ValueError: The config has settings for single modules, which may be under their old names.
+    """
+    prefix = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].prefix
+    names = {key.partition(f".{prefix}")[0].removeprefix("base_model.model.") for key in weights}
+    moved = current_names(base, names)
+    if moved and (patterns := [name for name in PATTERNS if getattr(config, name, None)]):
+        raise ValueError(
+            f"{folder} has the module names of an older transformers version, and {patterns[0]} for some of them. Save "
+            "it again with the installed version."
+        )
+    if isinstance(config.target_modules, (list, set)):
+        config.target_modules = {moved.get(name, name) for name in config.target_modules}
+    return moved
 
 
 # ---------------------------------------------------------------------------------------------------- reading

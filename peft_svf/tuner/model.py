@@ -46,6 +46,7 @@ from .rows import (
     RowCall,
     RowDeltas,
     batch_size,
+    check_enabled,
     check_may_disable,
     checked_weights,
     expansion_of,
@@ -388,6 +389,14 @@ class SVFModel(BaseTuner):
                 stack.callback(module.register_forward_pre_hook(check, with_kwargs=True).remove)
             stack.enter_context(opened(call))
             yield call
+
+    def check_enabled(self, adapter_names: Sequence[str] | None) -> None:
+        """Refuse experts for rows while another thread has disabled the adapters.
+
+        Raises:
+            RuntimeError: A row names an expert.
+        """
+        check_enabled(self, adapter_names)
 
     open_calls = 0  # mixed batches that run in any thread
     disabled_by: int | None = None  # the thread that has disabled the adapters

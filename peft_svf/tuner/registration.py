@@ -45,6 +45,7 @@ def register(config_cls: type, model_cls: type) -> None:
     if known is None:
         register_peft_method(name="svf", config_cls=config_cls, model_cls=model_cls)
         _print_adapted_fraction(model_cls)
+        _ask_before_a_call(model_cls)
     elif (known.__module__, known.__qualname__) != (config_cls.__module__, config_cls.__qualname__):
         raise ImportError(
             f"The installed PEFT already has a method called SVF ({known.__module__}.{known.__qualname__}), which "
@@ -66,3 +67,18 @@ def _print_adapted_fraction(model_cls: type) -> None:
             print(f"adapted linear weights: {fraction:.1%} (without the output layer)")
 
     PeftModel.print_trainable_parameters = print_trainable_parameters
+
+
+def _ask_before_a_call(model_cls: type) -> None:
+    """Let SVF see the `adapter_names` of every call. PEFT asks no method while the adapters are disabled."""
+    from peft import PeftModel
+
+    enable_hooks = PeftModel._enable_peft_forward_hooks
+
+    @functools.wraps(enable_hooks)
+    def _enable_peft_forward_hooks(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self.base_model, model_cls) and not self.has_active_enabled_adapter:
+            self.base_model.check_enabled(kwargs.get("adapter_names"))  # type: ignore[attr-defined]
+        return enable_hooks(self, *args, **kwargs)
+
+    PeftModel._enable_peft_forward_hooks = _enable_peft_forward_hooks

@@ -124,10 +124,7 @@ def opened(call: RowCall) -> Iterator[None]:
     modules = [call.model, *call.deltas]
     with _opening:
         if call.model.disabled_by not in (None, get_ident()):
-            raise RuntimeError(
-                f"Another thread has disabled the adapters of this model, so {call.what} would have no effect. Enable "
-                'them first. For batches of the base model, pass `adapter_names=["__base__", ...]` instead.'
-            )
+            raise _disabled(call.what)
         for module in modules:
             module.open_calls += 1
     token = _calls.set((call, *_calls.get()))
@@ -155,6 +152,25 @@ def check_may_disable(model: Any) -> None:
                 'pass `adapter_names=["__base__", ...]` instead.'
             )
         model.disabled_by = get_ident()
+
+
+def check_enabled(model: Any, adapter_names: Sequence[str] | None) -> None:
+    """Refuse experts for rows while another thread has disabled the adapters of a model.
+
+    In the thread that has disabled them, the rows use the base model, as PEFT does it.
+
+    Raises:
+        RuntimeError: A row names an expert.
+    """
+    if any(name != BASE for name in adapter_names or ()) and model.disabled_by not in (None, get_ident()):
+        raise _disabled("`adapter_names`")
+
+
+def _disabled(what: str) -> RuntimeError:
+    return RuntimeError(
+        f"Another thread has disabled the adapters of this model, so {what} would have no effect. Enable them first. "
+        'For batches of the base model, pass `adapter_names=["__base__", ...]` instead.'
+    )
 
 
 def open_call(model: Any) -> RowCall | None:
