@@ -37,6 +37,7 @@ from .forecast import forecasting
 from .frozen import frozen_message
 from .layer import Linear, SVFLayer, svf_layers, take_out
 from .loading import check_before_attaching, check_checkpoint, current_key, prefixed_key, weight_key
+from .merged_weights import refuse_merged, remember_merged
 from .names import check_adapter_name
 from .quantized import is_coarse, keep_order, reorder
 from .renames import current_names
@@ -120,6 +121,7 @@ class SVFModel(BaseTuner):
                 layer.whole_model = WholeModel(model)
             link(svf_layers(model), adapter_name)
             layers = svf_layers(model, adapter_name)
+            refuse_merged(adapter_name, layers)
             build_bases(first_owners(layer for layer in layers if layer.needs_basis()))
             # the other owners of a weight take the basis of the first
             build_bases([layer for layer in layers if layer.needs_basis()])
@@ -674,7 +676,9 @@ class SVFModel(BaseTuner):
         with self._merging(adapter_names), warnings.catch_warnings():
             if safe_merge:
                 warnings.filterwarnings("ignore", message="All adapters are already merged")
+            layers = svf_layers(self.model)
             merged: nn.Module = super().merge_and_unload(progressbar=progressbar, adapter_names=adapter_names)
+        remember_merged(layers)
         return merged
 
     @contextmanager
