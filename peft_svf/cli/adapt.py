@@ -32,6 +32,7 @@ from .options import (
     named_experts,
     pairs,
     takes,
+    tell_dtype,
 )
 from .output import EVALUATION, OverwriteOption, check_output
 
@@ -99,6 +100,7 @@ def adaptive_model(
 
     examples = {name: load_prompts(path) for name, path in files.items()}
     mixture = load_experts(model_name_or_path, experts, classifier=classifier, base_check=base_check, dtype=dtype)
+    tell_dtype(mixture.model, dtype)
     options: dict[str, Any] = {} if threshold is None else {"threshold": threshold}
     dispatcher = make_dispatcher(dispatch, mixture, examples=examples, **described, **options)
     return SelfAdaptiveModel(mixture.model, mixture.tokenizer, dispatcher, soft=soft)
@@ -260,6 +262,7 @@ def evaluate(
             if right:
                 examples[right] = prompts
         mixture = load_experts(model_name_or_path, experts, classifier=classifier, base_check=base_check, dtype=dtype)
+        tell_dtype(mixture.model, dtype)
         strategies = {
             name: make_dispatcher(
                 name,

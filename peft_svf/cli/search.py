@@ -32,6 +32,7 @@ from .options import (
     check_dtype,
     drawn,
     named_experts,
+    tell_dtype,
 )
 from .output import ADAPTER, OverwriteOption, check_output
 
@@ -182,6 +183,7 @@ def search(
             base_check=base_check,
             dtype=dtype,
         )
+        tell_dtype(mixture.model, dtype)
         if function is None:
             data: dict[str, Any] = {"objective": LogLikelihoodObjective(rows, mixture.tokenizer)}
             config = config.changed(max_new_tokens=SearchConfig.max_new_tokens)

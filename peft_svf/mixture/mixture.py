@@ -19,6 +19,7 @@ from ..reporting.cards import is_mixture_card, mixture_card
 from ..routing.dispatch import Dispatch, fixed_dispatch
 from ..scoring.names import BASE
 from ..scoring.objectives import LogLikelihoodObjective, Objective, RewardObjective
+from ..scoring.prefix import last_logits_of_generate
 from ..scoring.rewards import RewardFunc
 from ..search.checkpoint import Checkpoint
 from ..search.config import SearchConfig
@@ -33,6 +34,7 @@ from ..tuner.layer import SVFLayer, svf_layers
 from ..tuner.model import SVFModel
 from ..tuner.names import check_adapter_name
 from ..tuner.sharing import check_groups
+from ..utils.dtypes import loading_dtype
 from .experts import expert_config
 from .result import MixtureResult
 from .space import UNIFORM, Granularity, WeightSpace
@@ -152,7 +154,8 @@ class AdaptiveMixture:
             base_check (`str`): What to do when an expert was made for another base model, see [`SVFRuntimeConfig`].
             runtime_config ([`SVFRuntimeConfig`], *optional*): For all experts, in the place of `base_check`. Quantized
                 models need its basis pack.
-            kwargs: For `AutoModelForCausalLM.from_pretrained`, if `base_model` is a name.
+            kwargs: For `AutoModelForCausalLM.from_pretrained`, if `base_model` is a name. `dtype` is `"auto"` by
+                default: fp32 on a CPU, otherwise that of the files.
 
         Raises:
             ValueError: An expert that cannot be read, is no SVF adapter or was made for another base model, a name that
@@ -171,6 +174,7 @@ class AdaptiveMixture:
         configs = {name: expert_config(name, path, base_check, runtime_config) for name, path in experts.items()}
         if isinstance(base_model, (str, os.PathLike)):
             tokenizer = AutoTokenizer.from_pretrained(base_model) if tokenizer is None else tokenizer
+            kwargs["dtype"] = loading_dtype(base_model, **kwargs)
             base_model = AutoModelForCausalLM.from_pretrained(base_model, **kwargs)
 
         model: Any = None
@@ -414,7 +418,7 @@ class AdaptiveMixture:
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model's `generate` with the mixture active."""
         self.activate()
-        return self.model.generate(*args, **kwargs)
+        return self.model.generate(*args, **kwargs, **last_logits_of_generate(self.model, kwargs))
 
     def __call__(self, prompts: Sequence[Any]) -> Dispatch:
         """Dispatch every prompt to the mixture, so that a mixture is a [`Dispatcher`]."""
