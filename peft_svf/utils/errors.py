@@ -19,5 +19,8 @@ class BaseCheckError(ValueError):
     """
 
     def __init__(self, reason: str, override: str) -> None:
-        super().__init__(f"{reason} {override}")
+        super().__init__(reason, override)
         self.reason = reason
+
+    def __str__(self) -> str:
+        return " ".join(self.args)
