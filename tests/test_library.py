@@ -29,6 +29,7 @@ from peft_svf import (
 from peft_svf.cli.library import METHODS
 from peft_svf.library import Source
 from peft_svf.library.format import SETTINGS
+from peft_svf.playground.setup import experts_of
 from peft_svf.reporting.cards import question_of_card, training_card
 from peft_svf.scoring.names import CLASSIFIER
 
@@ -184,6 +185,7 @@ def test_a_linked_folder_stays_where_it_is(world: Path, library: Path) -> None:
         ("lora", "lora", "LORA adapter"),
         ("base", "lists", "the name of the base model"),
         (CLASSIFIER, "lists", "the adapter that classifies"),
+        ("auto", "lists", "a choice for each prompt"),
         ("a.b", "lists", "dots"),
         ("../b", "lists", "slashes"),
         ("new", "nowhere", "no folder"),
@@ -484,6 +486,14 @@ def test_the_answers_of_a_library_are_those_of_its_options(world: Path, library:
     assert more.exit_code == 0, more.output
     assert set(json.loads(more.stdout.splitlines()[0])["probabilities"]) == {"sums", "lists", "short", "base"}
     assert "short" not in ExpertLibrary.from_pretrained(library)
+
+
+def test_the_playground_takes_a_library(world: Path, library: Path) -> None:
+    with ExpertLibrary.edit(library) as edited:
+        edited.add("short", world / "short", link=True)
+        edited.set_dispatch("classifier", classifier=world / "classifier")
+        edited.remove("lists")  # its files stay
+    assert experts_of(str(library)) == {"sums": str(library / "sums"), "short": str(world / "short")}
 
 
 def test_search_and_evaluate_take_a_library(library: Path, tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from .options import (
     named,
     pairs,
     takes,
+    tell_dtype,
 )
 from .output import EVALUATION, OverwriteOption, check_output
 
@@ -112,6 +113,7 @@ def adaptive_model(
     mixture = load_experts(
         chosen.base_model, chosen.every, classifier=classifier, base_check=base_check, dtype=dtype, **chosen.options
     )
+    tell_dtype(mixture.model, dtype)
     dispatcher = make_dispatcher(method, mixture, **options)
     return SelfAdaptiveModel(mixture.model, mixture.tokenizer, dispatcher, soft=soft)
 
@@ -282,6 +284,7 @@ def evaluate(
         mixture = load_experts(
             chosen.base_model, experts, classifier=classifier, base_check=base_check, dtype=dtype, **chosen.options
         )
+        tell_dtype(mixture.model, dtype)
         strategies = {}
         for name in strategy:
             about = {**described, "examples": examples if name == "nearest" else None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,6 +182,16 @@ def check_dtype(dtype: str) -> None:
     kind = getattr(torch, dtype, None)
     if dtype != "auto" and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
         raise ValueError(f"--dtype must be auto or a torch dtype such as float32, got {dtype!r}.")
+
+
+def tell_dtype(model: Any, asked: str) -> None:
+    """Say in which dtype a base model runs on a CPU, if it was not asked for."""
+    import torch
+
+    from ..utils.processes import processes
+
+    if asked == "auto" and model.device.type == "cpu" and model.dtype == torch.float32 and processes().is_main_process:
+        print("The base model runs in float32 on the CPU. --dtype bfloat16 needs half the memory.", file=sys.stderr)
 
 
 def check_device(device: str) -> None:
