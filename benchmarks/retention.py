@@ -63,8 +63,8 @@ def main() -> None:
             mixture = AdaptiveMixture.from_pretrained(model_name(), library, dtype=torch.float32)
             mixture.model.set_adapter(TASKS[0])
             found = answers(mixture.model, mixture.tokenizer, questions[TASKS[0]], lengths[TASKS[0]])
+            equal = "the reference" if not first else "equal" if found == first else "DIFFERENT"
             first = first or found
-            equal = "equal" if found == first else "DIFFERENT"
             rows.append([f"{count}: + {name}", f"{accuracy(mixture.model, mixture.tokenizer, TASKS[0]):.3f}", equal])
             print(rows[-1], flush=True)
     record.table(
