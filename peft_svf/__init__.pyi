@@ -14,6 +14,9 @@ from .interop import inspect_adapter as inspect_adapter
 from .interop import merge_to_folder as merge_to_folder
 from .interop import push_expert as push_expert
 from .interop import to_lora as to_lora
+from .library import ExpertLibrary as ExpertLibrary
+from .library import LibraryDispatch as LibraryDispatch
+from .library import LibraryExpert as LibraryExpert
 from .mixture import AdaptiveMixture as AdaptiveMixture
 from .mixture import MixtureResult as MixtureResult
 from .mixture import WeightSpace as WeightSpace
@@ -39,6 +42,7 @@ from .search.evaluator import Evaluator as Evaluator
 from .search.optimizers.cem import CrossEntropyMethod as CrossEntropyMethod
 from .search.optimizers.gradient import GradientDescent as GradientDescent
 from .search.optimizers.optimizer import Optimizer as Optimizer
+from .search.progress import SearchProgress as SearchProgress
 from .spectral import BasisCache as BasisCache
 from .spectral import BasisPack as BasisPack
 from .spectral import clear_cache as clear_cache

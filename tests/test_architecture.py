@@ -24,9 +24,11 @@ FLOORS = [
     {"utils"},
     {"spectral", "scoring", "reporting"},
     {"tuner"},
+    {"library"},
     {"search", "routing", "training", "interop"},
     {"mixture"},
     {"evaluation", "serving"},
+    {"playground"},
     {"cli"},
     {"peft_svf"},  # the root and `python -m peft_svf`
 ]

@@ -16,6 +16,8 @@ from ..utils.version import __version__
 from .adapt import chat, evaluate, generate
 from .errors import quiet_third_parties, show_tracebacks
 from .files import files
+from .library import library
+from .playground import playground
 from .search import search
 from .train import train
 from .training_options import TrainCommand
@@ -51,8 +53,9 @@ app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     options_metavar="[--config RECIPE.yaml] [--OPTION VALUE]...",
 )(train)
-for command in (search, generate, chat, evaluate):
+for command in (search, generate, chat, evaluate, playground):
     app.command()(command)
+app.add_typer(library, name="library")
 app.add_typer(files)
 
 

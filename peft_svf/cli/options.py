@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from .choices import BASE_CHECKS, one_of
 
+if TYPE_CHECKING:
+    from ..library import ExpertLibrary
+
 DATA = "a .jsonl, .json, .csv or .parquet file, a folder or a Hub id[:SPLIT]"
 
-ModelOption = Annotated[str, typer.Option("--model_name_or_path", help="The base model: a Hub id or a folder.")]
+ModelOption = Annotated[
+    Optional[str],
+    typer.Option("--model_name_or_path", help="Hub id or folder. Default: that of --library."),
+]
 ExpertOption = Annotated[
-    list[str], typer.Option("--expert", metavar="NAME=PATH", help="An expert: a Hub id or a folder. May be repeated.")
+    Optional[list[str]],
+    typer.Option("--expert", metavar="NAME=PATH", help="An expert: Hub id or folder. Repeatable."),
+]
+LibraryOption = Annotated[
+    Optional[str], typer.Option("--library", metavar="FOLDER", help="Experts: folder or Hub id of a library.")
 ]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="Of the base model: auto, float32, bfloat16, ...")]
 CheckOption = Annotated[
@@ -111,6 +123,54 @@ def named_experts(texts: Sequence[str]) -> dict[str, str]:
     return named("--expert", texts, "NAME=PATH, such as math=experts/math")
 
 
+@dataclass(frozen=True)
+class Experts:
+    """
+    The base model and the experts of a command.
+
+    Attributes:
+        base_model: Hub id or folder of the base model.
+        every: The experts, for [`load_experts`]: those of `--library` and `--expert`.
+        places: Folder or Hub id of each expert.
+        library: The same experts, if there is a library.
+        options: Arguments of `AutoModelForCausalLM.from_pretrained`.
+    """
+
+    base_model: str
+    every: Mapping[str, str] | ExpertLibrary
+    places: Mapping[str, str]
+    library: ExpertLibrary | None
+    options: Mapping[str, Any]
+
+
+def chosen_experts(model: str | None, texts: Sequence[str] | None, library: str | None) -> Experts:
+    """Return what `--model_name_or_path`, `--expert` and `--library` name.
+
+    Raises:
+        typer.BadParameter: An option is missing.
+        ValueError: The library has no experts or names no base model, a name occurs twice, or the library is damaged.
+        FileNotFoundError: There is no such library.
+    """
+    experts = named_experts(texts or [])
+    if library is None:
+        if not experts:
+            raise typer.BadParameter("It is missing. Pass it, or a --library.", param_hint="--expert")
+        if model is None:
+            raise typer.BadParameter("It is missing. Pass it, or a --library.", param_hint="--model_name_or_path")
+        return Experts(model, experts, experts, None, {})
+    from ..library import ExpertLibrary
+
+    found = ExpertLibrary.from_pretrained(library)
+    for name, path in experts.items():
+        found.include(name, path)
+    base, revision = model or found.base_model, None if model else found.base_revision
+    if not found:
+        raise ValueError(f"The library {library} has no experts. Add one with `peft-svf library add`.")
+    if base is None:
+        raise ValueError(f"The library {library} names no base model. Pass --model_name_or_path.")
+    return Experts(base, found, found.sources, found, {"revision": revision} if revision else {})
+
+
 def check_dtype(dtype: str) -> None:
     """Check the value of `--dtype`.
 
@@ -122,6 +182,16 @@ def check_dtype(dtype: str) -> None:
     kind = getattr(torch, dtype, None)
     if dtype != "auto" and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
         raise ValueError(f"--dtype must be auto or a torch dtype such as float32, got {dtype!r}.")
+
+
+def tell_dtype(model: Any, asked: str) -> None:
+    """Say in which dtype a base model runs on a CPU, if it was not asked for."""
+    import torch
+
+    from ..utils.processes import processes
+
+    if asked == "auto" and model.device.type == "cpu" and model.dtype == torch.float32 and processes().is_main_process:
+        print("The base model runs in float32 on the CPU. --dtype bfloat16 needs half the memory.", file=sys.stderr)
 
 
 def check_device(device: str) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,15 +15,18 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from ..library import ExpertLibrary
 from ..reporting.cards import is_mixture_card, mixture_card
 from ..routing.dispatch import Dispatch, fixed_dispatch
 from ..scoring.names import BASE
 from ..scoring.objectives import LogLikelihoodObjective, Objective, RewardObjective
+from ..scoring.prefix import last_logits_of_generate
 from ..scoring.rewards import RewardFunc
 from ..search.checkpoint import Checkpoint
 from ..search.config import SearchConfig
 from ..search.identity import description_of, digest_of_base, digest_of_experts, digest_of_rows
 from ..search.optimizers import as_optimizer
+from ..search.progress import SearchProgress, ignore
 from ..search.statistics import IN_CONTEXT, SEARCHED
 from ..search.validated import ValidatedSearch
 from ..search.validation import hold_out, split_examples
@@ -32,6 +35,7 @@ from ..tuner.layer import SVFLayer, svf_layers
 from ..tuner.model import SVFModel
 from ..tuner.names import check_adapter_name
 from ..tuner.sharing import check_groups
+from ..utils.dtypes import loading_dtype
 from .experts import expert_config
 from .result import MixtureResult
 from .space import UNIFORM, Granularity, WeightSpace
@@ -132,7 +136,7 @@ class AdaptiveMixture:
     def from_pretrained(
         cls,
         base_model: PreTrainedModel | str | os.PathLike[str],
-        experts: Mapping[str, str | os.PathLike[str]],
+        experts: Mapping[str, str | os.PathLike[str]] | ExpertLibrary,
         *,
         tokenizer: Any = None,
         adapter_name: str = "mixture",
@@ -145,13 +149,14 @@ class AdaptiveMixture:
 
         Args:
             base_model (`PreTrainedModel` or `str`): The model, or its Hub id or folder.
-            experts (`dict[str, str]`): Name of each expert with its Hub id or folder.
+            experts (`dict[str, str]` or [`ExpertLibrary`]): Name of each expert with its Hub id or folder.
             tokenizer: The tokenizer, which a search needs. By default that of `base_model` if this is a name.
             adapter_name (`str`): Name of the mixture.
             base_check (`str`): What to do when an expert was made for another base model, see [`SVFRuntimeConfig`].
             runtime_config ([`SVFRuntimeConfig`], *optional*): For all experts, in the place of `base_check`. Quantized
                 models need its basis pack.
-            kwargs: For `AutoModelForCausalLM.from_pretrained`, if `base_model` is a name.
+            kwargs: For `AutoModelForCausalLM.from_pretrained`, if `base_model` is a name. `dtype` is `"auto"` by
+                default: fp32 on a CPU, otherwise that of the files.
 
         Raises:
             ValueError: An expert that cannot be read, is no SVF adapter or was made for another base model, a name that
@@ -166,10 +171,14 @@ class AdaptiveMixture:
                     "The base model has adapters already. `unload()` them, load the base model again, or mix the "
                     "adapters that it has: `AdaptiveMixture(peft_model, names)`."
                 )
+        sources = {name: str(path) for name, path in experts.items()}
+        if isinstance(experts, ExpertLibrary):
+            sources, experts = experts.sources, experts.paths()
         # read all of them before the model is touched
         configs = {name: expert_config(name, path, base_check, runtime_config) for name, path in experts.items()}
         if isinstance(base_model, (str, os.PathLike)):
             tokenizer = AutoTokenizer.from_pretrained(base_model) if tokenizer is None else tokenizer
+            kwargs["dtype"] = loading_dtype(base_model, **kwargs)
             base_model = AutoModelForCausalLM.from_pretrained(base_model, **kwargs)
 
         model: Any = None
@@ -181,7 +190,7 @@ class AdaptiveMixture:
                     model.add_adapter(name, configs[name])
                     model.load_adapter(path, adapter_name=name)
             mixture = cls(model, list(experts), tokenizer=tokenizer, adapter_name=adapter_name)
-            mixture.sources = {name: str(path) for name, path in experts.items()}
+            mixture.sources = sources
             return mixture
         except BaseException:
             if model is not None:
@@ -260,6 +269,7 @@ class AdaptiveMixture:
         objective: Objective | None = None,
         eval_examples: Sequence[dict[str, Any]] | None = None,
         optimizer: Any = None,
+        on_progress: Callable[[SearchProgress], None] | None = None,
         **overrides: Any,
     ) -> MixtureResult:
         """
@@ -281,6 +291,8 @@ class AdaptiveMixture:
             optimizer (*optional*): A custom optimizer in the place of `config.method`: an [`Optimizer`], or any object
                 with `ask()`, `tell(solutions)` and `population_size` as in the package `cmaes`. It minimizes over
                 experts × groups variables.
+            on_progress (`Callable`, *optional*): Called with a [`SearchProgress`] after each batch and each generation.
+                If it raises `KeyboardInterrupt`, the search ends as with Ctrl-C.
             overrides: Fields of [`SearchConfig`], such as `method="cem"` or `seed=1`.
 
         Returns:
@@ -318,7 +330,10 @@ class AdaptiveMixture:
         trained = self.model.training
         self.model.eval()
         try:
-            found = ValidatedSearch(self.model, objective, split, config, make_space, custom, checkpoint).run()
+            search = ValidatedSearch(
+                self.model, objective, split, config, make_space, custom, checkpoint, on_progress or ignore
+            )
+            found = search.run()
         except BaseException:
             self.model.train(trained)
             raise
@@ -407,7 +422,7 @@ class AdaptiveMixture:
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model's `generate` with the mixture active."""
         self.activate()
-        return self.model.generate(*args, **kwargs)
+        return self.model.generate(*args, **kwargs, **last_logits_of_generate(self.model, kwargs))
 
     def __call__(self, prompts: Sequence[Any]) -> Dispatch:
         """Dispatch every prompt to the mixture, so that a mixture is a [`Dispatcher`]."""

@@ -14,9 +14,12 @@ from typing import Any
 
 import torch
 
+from ..library import ExpertLibrary
+from ..scoring.prefix import last_logits_of_generate
 from ..scoring.rewards import content_text
 from ..scoring.tokens import context_length, padded, prompt_ids, user_turns, with_pad_token
 from .dispatch import Dispatch, Dispatcher, text_of_prompt
+from .library import library_dispatcher
 
 
 @dataclass
@@ -52,7 +55,8 @@ class SelfAdaptiveModel:
     Args:
         model (`PeftModel`): The model with the experts.
         tokenizer: Its tokenizer.
-        dispatcher ([`Dispatcher`]): Chooses the expert of each prompt. An [`AdaptiveMixture`] answers all prompts.
+        dispatcher ([`Dispatcher`] or [`ExpertLibrary`]): Chooses the expert of each prompt. An [`AdaptiveMixture`]
+            answers all prompts. A library brings the dispatcher that it names.
         soft (`bool`): Mix the experts of each prompt by their probabilities, instead of the most probable expert only.
             Prompts below the dispatcher's threshold still get the base model.
 
@@ -68,7 +72,11 @@ class SelfAdaptiveModel:
         ```
     """
 
-    def __init__(self, model: Any, tokenizer: Any, dispatcher: Dispatcher, *, soft: bool = False) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, dispatcher: Dispatcher | ExpertLibrary, *, soft: bool = False
+    ) -> None:
+        if isinstance(dispatcher, ExpertLibrary):
+            dispatcher = library_dispatcher(dispatcher, model, tokenizer)
         self.model, self.tokenizer = model, with_pad_token(tokenizer)
         self.dispatcher, self.soft = dispatcher, soft
         self._user_turns = user_turns(self.tokenizer)
@@ -133,6 +141,7 @@ class SelfAdaptiveModel:
         template it reads the whole text."""
         input_ids = kwargs.pop("inputs", None) if input_ids is None else input_ids
         with self._dispatched(input_ids, kwargs.get("attention_mask")) as options:
+            options |= last_logits_of_generate(self.model, kwargs)
             return self.model.generate(input_ids=input_ids, **options, **kwargs)
 
     def forward(
@@ -201,6 +210,7 @@ class SelfAdaptiveModel:
         if ids:
             batch = padded([*ids.values()], "left", None, self.tokenizer, self.model.device)
             with self._adapted(dispatch, list(ids)) as options:
+                options |= last_logits_of_generate(self.model, generation_kwargs)
                 output = self.model.generate(
                     **batch, **options, pad_token_id=self.tokenizer.pad_token_id, **generation_kwargs
                 )
