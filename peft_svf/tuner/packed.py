@@ -59,7 +59,7 @@ class PackedRows:
 
         Raises:
             ValueError: An adapter has more than δ, or adapts a module that does not get the packed tokens in order. Or
-                its δ is offloaded.
+                it is merged, or its δ is offloaded.
         """
         weights = {name: weight for name, weight in weights.items() if weight != 0}
         if not weights:
@@ -91,12 +91,19 @@ class PackedRows:
                 table.clear(slot)
             self._free.append(slot)
 
+    def largest(self, slot: int) -> float:
+        """Return the largest |δ| of a slot; NaN or infinity if it is not finite."""
+        return max((float(table.values[slot].abs().max()) for table in self._holding(slot)), default=0.0)
+
+    def _holding(self, slot: int) -> list[_Table]:
+        return [table for table in self._tables.values() if slot in table.holds]
+
     def check(self, adapter_names: Iterator[str] | Sequence[str] | Mapping[str, float]) -> None:
         """Check that adapters work in packed batches.
 
         Raises:
             ValueError: An adapter has more than δ, or adapts a module that does not get the packed tokens in order. Or
-                its δ is offloaded.
+                it is merged, or its δ is offloaded.
         """
         for name in adapter_names:
             config = self.model.peft_config[name]
@@ -108,6 +115,8 @@ class PackedRows:
                         f"Adapter {name!r} adapts {layer.module_name}, an expert of a mixture of experts. It gets "
                         "selected tokens, so it cannot tell which row they belong to. Train without this module."
                     )
+                if layer.merged:
+                    raise ValueError("Cannot use packed rows when there are merged adapters. Call `unmerge_adapter`.")
                 if layer.delta_weights([name])[0].is_meta:
                     raise ValueError(f"{layer.module_name} is offloaded, so its adapters cannot use packed rows.")
 
