@@ -14,6 +14,9 @@ from .interop import inspect_adapter as inspect_adapter
 from .interop import merge_to_folder as merge_to_folder
 from .interop import push_expert as push_expert
 from .interop import to_lora as to_lora
+from .library import ExpertLibrary as ExpertLibrary
+from .library import LibraryDispatch as LibraryDispatch
+from .library import LibraryExpert as LibraryExpert
 from .mixture import AdaptiveMixture as AdaptiveMixture
 from .mixture import MixtureResult as MixtureResult
 from .mixture import WeightSpace as WeightSpace

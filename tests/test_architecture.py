@@ -24,6 +24,7 @@ FLOORS = [
     {"utils"},
     {"spectral", "scoring", "reporting"},
     {"tuner"},
+    {"library"},
     {"search", "routing", "training", "interop"},
     {"mixture"},
     {"evaluation"},

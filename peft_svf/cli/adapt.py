@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -22,21 +23,24 @@ from .options import (
     DtypeOption,
     ExpertOption,
     JsonOption,
+    LibraryOption,
     ModelOption,
     NewTokensOption,
     call,
     check_dtype,
+    chosen_experts,
     data_columns,
     drawn,
     named,
-    named_experts,
     pairs,
     takes,
 )
 from .output import EVALUATION, OverwriteOption, check_output
+from .prompts import prompts_of
 
 if TYPE_CHECKING:
     from ..evaluation.strategies import Evaluation
+    from ..library import ExpertLibrary
 
 DescriptionOption = Annotated[
     Optional[list[str]],
@@ -58,16 +62,18 @@ WeightOption = Annotated[
 
 
 def adaptive_model(
-    model_name_or_path: ModelOption,
-    expert: ExpertOption,
+    model_name_or_path: ModelOption = None,
+    expert: ExpertOption = None,
+    library: LibraryOption = None,
     dispatch: Annotated[
-        str,
+        Optional[str],
         typer.Option(
             "--dispatch",
-            help="prompt, classifier, nearest, or mixture: one mixture for all prompts.",
+            help="prompt, classifier, nearest, or mixture: one mixture for all prompts. Default: that of --library, or "
+            "prompt.",
             **one_of(DISPATCHERS),
         ),
-    ] = "prompt",
+    ] = None,
     description: DescriptionOption = None,
     classifier: ClassifierOption = None,
     label: LabelOption = None,
@@ -89,17 +95,24 @@ def adaptive_model(
     base_check: CheckOption = "error",
 ) -> Any:
     """Return the [`SelfAdaptiveModel`] that these options describe."""
-    experts, described = named_experts(expert), _described(description, label, weight)
+    chosen = chosen_experts(model_name_or_path, expert, library)
+    described = _described(description, label, weight)
     files = named("--nearest_examples", nearest_examples, "NAME=FILE")
     check_dtype(dtype)
     from ..evaluation.dispatchers import make_dispatcher
     from ..mixture.loading import load_experts
     from ..routing.self_adaptive import SelfAdaptiveModel
 
-    examples = {name: _prompts(path) for name, path in files.items()}
-    mixture = load_experts(model_name_or_path, experts, classifier=classifier, base_check=base_check, dtype=dtype)
-    options: dict[str, Any] = {} if threshold is None else {"threshold": threshold}
-    dispatcher = make_dispatcher(dispatch, mixture, examples=examples, **described, **options)
+    method = dispatch or (chosen.library.dispatch.method if chosen.library else "prompt")
+    examples = {name: prompts_of(path) for name, path in files.items()}
+    options: dict[str, Any] = {**described, "examples": examples}
+    options |= {} if threshold is None else {"threshold": threshold}
+    if chosen.library:
+        options = _with_library(chosen.library, method, options)
+    mixture = load_experts(
+        chosen.base_model, chosen.every, classifier=classifier, base_check=base_check, dtype=dtype, **chosen.options
+    )
+    dispatcher = make_dispatcher(method, mixture, **options)
     return SelfAdaptiveModel(mixture.model, mixture.tokenizer, dispatcher, soft=soft)
 
 
@@ -134,7 +147,7 @@ def generate(
     --dispatch prompt --description math="sums and equations" --prompt "What is 3 + 4?"
     """
     with in_a_line(), warnings_in_a_line():
-        prompts: list[Any] = [*(prompt or []), *(_prompts(file, call(data_columns, options)) if file else [])]
+        prompts: list[Any] = [*(prompt or []), *(prompts_of(file, call(data_columns, options)) if file else [])]
         if not prompts:
             raise ValueError("There is nothing to answer. Pass --prompt or --data.")
         adaptive = call(adaptive_model, options)
@@ -176,8 +189,6 @@ def _show_answer(
 
 @takes(data_columns)
 def evaluate(
-    model_name_or_path: ModelOption,
-    expert: ExpertOption,
     task: Annotated[
         list[str],
         typer.Option(
@@ -187,6 +198,9 @@ def evaluate(
         ),
     ],
     output_dir: Annotated[Path, typer.Option("--output_dir", help="Folder for evaluation.json and evaluation.png.")],
+    model_name_or_path: ModelOption = None,
+    expert: ExpertOption = None,
+    library: LibraryOption = None,
     strategy: Annotated[
         Optional[list[str]],
         typer.Option(
@@ -209,7 +223,11 @@ def evaluate(
     size: Annotated[int, typer.Option("--size", help="Questions of each task, at most.", min=1)] = 64,
     shots: Annotated[
         int,
-        typer.Option("--shots", help="Example prompts per expert, from its task's training split (nearest).", min=1),
+        typer.Option(
+            "--shots",
+            help="Example prompts per expert, from its task's training split (nearest). A library's come first.",
+            min=1,
+        ),
     ] = 16,
     max_new_tokens: Annotated[
         Optional[int],
@@ -229,7 +247,8 @@ def evaluate(
     --task base=recipes/arithmetic.yaml --strategy prompt --strategy nearest --output_dir out
     """
     with in_a_line():
-        experts, sources = named_experts(expert), pairs("--task", task, "EXPERT=DATA")
+        chosen = chosen_experts(model_name_or_path, expert, library)
+        experts, sources = chosen.every, pairs("--task", task, "EXPERT=DATA")
         described = _described(description, label, weight)
         check_output(output_dir, EVALUATION, overwrite, resume=resume)
         check_dtype(dtype)
@@ -246,24 +265,24 @@ def evaluate(
                 f"For a task without an expert, pass {BASE}=DATA."
             )
         columns = {**call(data_columns, options), "system_prompt": system_prompt, "chat": chat}
-        shots = shots if "nearest" in (strategy or []) else 0
+        strategy = strategy or [chosen.library.dispatch.method if chosen.library else "prompt"]
+        known = {name for name, its in chosen.library.examples.items() if its} if chosen.library else set()
         tasks, examples = [], {}
         for name, source in sources:
             right = None if name == BASE else name
-            asked, prompts = evaluation_task(source, right, size=size, shots=shots, reward=reward, columns=columns)
+            wanted = shots if "nearest" in strategy and name not in known else 0
+            asked, prompts = evaluation_task(source, right, size=size, shots=wanted, reward=reward, columns=columns)
             tasks.append(asked if max_new_tokens is None else replace(asked, max_new_tokens=max_new_tokens))
-            if right:
+            if right and prompts:
                 examples[right] = prompts
-        mixture = load_experts(model_name_or_path, experts, classifier=classifier, base_check=base_check, dtype=dtype)
-        strategies = {
-            name: make_dispatcher(
-                name,
-                mixture,
-                examples=examples if name == "nearest" else None,
-                **described,
-            )
-            for name in strategy or ["prompt"]
-        }
+        mixture = load_experts(
+            chosen.base_model, experts, classifier=classifier, base_check=base_check, dtype=dtype, **chosen.options
+        )
+        strategies = {}
+        for name in strategy:
+            about = {**described, "examples": examples if name == "nearest" else None}
+            about = _with_library(chosen.library, name, about) if chosen.library else about
+            strategies[name] = make_dispatcher(name, mixture, **about)
         if overwrite:
             (output_dir / "scores.json").unlink(missing_ok=True)
         with prints_to_stderr(as_json):
@@ -305,13 +324,13 @@ def _show(result: Evaluation, console: Console) -> None:
         )
 
 
-def _prompts(path: str, columns: dict[str, Any] | None = None) -> list[Any]:
-    from ..scoring.datasets import load_examples
-    from ..utils.files import read_text
-
-    if Path(path).suffix == ".txt":
-        return [line for line in read_text(path).split("\n") if line.strip()]
-    return [example["prompt"] for example in load_examples(path, **(columns or {}))]
+def _with_library(library: ExpertLibrary, method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments of `make_dispatcher`: those of the command, and what a library says in addition."""
+    settings = library.dispatch.settings if method == library.dispatch.method else {}
+    merged = {**settings, **{name: value for name, value in options.items() if value not in (None, {})}}
+    for name, said in (("descriptions", library.descriptions), ("examples", library.examples)):
+        merged[name] = {**said, **(options.get(name) or {})}
+    return merged
 
 
 def _described(description: list[str] | None, label: list[str] | None, weight: list[str] | None) -> dict[str, Any]:

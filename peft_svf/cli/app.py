@@ -16,6 +16,7 @@ from ..utils.version import __version__
 from .adapt import chat, evaluate, generate
 from .errors import quiet_third_parties, show_tracebacks
 from .files import files
+from .library import library
 from .search import search
 from .train import train
 from .training_options import TrainCommand
@@ -53,6 +54,7 @@ app.command(
 )(train)
 for command in (search, generate, chat, evaluate):
     app.command()(command)
+app.add_typer(library, name="library")
 app.add_typer(files)
 
 

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from .choices import BASE_CHECKS, one_of
 
+if TYPE_CHECKING:
+    from ..library import ExpertLibrary
+
 DATA = "a .jsonl, .json, .csv or .parquet file, a folder or a Hub id[:SPLIT]"
 
-ModelOption = Annotated[str, typer.Option("--model_name_or_path", help="The base model: a Hub id or a folder.")]
+ModelOption = Annotated[
+    Optional[str],
+    typer.Option("--model_name_or_path", help="The base model: a Hub id or a folder. Default: that of --library."),
+]
 ExpertOption = Annotated[
-    list[str], typer.Option("--expert", metavar="NAME=PATH", help="An expert: a Hub id or a folder. May be repeated.")
+    Optional[list[str]],
+    typer.Option("--expert", metavar="NAME=PATH", help="An expert: a Hub id or a folder. May be repeated."),
+]
+LibraryOption = Annotated[
+    Optional[str], typer.Option("--library", metavar="FOLDER", help="A library of experts: a folder or a Hub id.")
 ]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="Of the base model: auto, float32, bfloat16, ...")]
 CheckOption = Annotated[
@@ -106,9 +117,51 @@ def named(option: str, texts: Sequence[str] | None, form: str) -> dict[str, str]
     return found
 
 
-def named_experts(texts: Sequence[str]) -> dict[str, str]:
-    """Return the values of `--expert`; see [`named`]."""
-    return named("--expert", texts, "NAME=PATH, such as math=experts/math")
+@dataclass(frozen=True)
+class Experts:
+    """
+    The base model and the experts of a command.
+
+    Attributes:
+        base_model: Hub id or folder of the base model.
+        every: The experts, for [`load_experts`]: those of `--library` and `--expert`.
+        places: Folder or Hub id of each expert.
+        library: The same experts, if there is a library.
+        options: Arguments of `AutoModelForCausalLM.from_pretrained`.
+    """
+
+    base_model: str
+    every: Mapping[str, str] | ExpertLibrary
+    places: Mapping[str, str]
+    library: ExpertLibrary | None
+    options: Mapping[str, Any]
+
+
+def chosen_experts(model: str | None, texts: Sequence[str] | None, library: str | None) -> Experts:
+    """Return what `--model_name_or_path`, `--expert` and `--library` name.
+
+    Raises:
+        ValueError: There are no experts or no base model, a name occurs twice, or the library is damaged.
+        FileNotFoundError: There is no such library.
+    """
+    experts = named("--expert", texts, "NAME=PATH, such as math=experts/math")
+    if library is None:
+        if not experts:
+            raise ValueError("There are no experts. Pass --expert NAME=PATH, or --library FOLDER.")
+        if model is None:
+            raise ValueError("There is no base model. Pass --model_name_or_path.")
+        return Experts(model, experts, experts, None, {})
+    from ..library import ExpertLibrary
+
+    found = ExpertLibrary.from_pretrained(library)
+    for name, path in experts.items():
+        found.include(name, path)
+    base, revision = model or found.base_model, None if model else found.base_revision
+    if not found:
+        raise ValueError(f"The library {library} has no experts. Add one with `peft-svf library add`.")
+    if base is None:
+        raise ValueError(f"The library {library} names no base model. Pass --model_name_or_path.")
+    return Experts(base, found, found.sources, found, {"revision": revision} if revision else {})
 
 
 def check_dtype(dtype: str) -> None:

@@ -16,12 +16,14 @@ import typer
 from ..utils.files import read_text
 
 ADAPTER, MODEL, PACK, EVALUATION = "an adapter", "a model", "a basis pack", "an evaluation"
+LIBRARY = "a library of experts"
 # The files by which libraries recognize what is in a folder.
 _MARKS = {
     ADAPTER: "adapter_config.json",
     MODEL: "config.json",
     PACK: "basis.safetensors.index.json",
     EVALUATION: "scores.json",
+    LIBRARY: "library.json",
 }
 
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the output folder.")]

@@ -26,12 +26,13 @@ from .options import (
     DtypeOption,
     ExpertOption,
     JsonOption,
+    LibraryOption,
     MessagesColumnOption,
     ModelOption,
     PromptColumnOption,
     check_dtype,
+    chosen_experts,
     drawn,
-    named_experts,
 )
 from .output import ADAPTER, OverwriteOption, check_output
 
@@ -92,10 +93,11 @@ def _help(field: Field[Any]) -> str:
 
 @_with_config
 def search(
-    model_name_or_path: ModelOption,
-    expert: ExpertOption,
     examples: Annotated[str, typer.Option("--data", "--examples", help=f"{DATA[0].upper()}{DATA[1:]}.")],
     output_dir: Annotated[Path, typer.Option("--output_dir", help="Where to save the mixture.")],
+    model_name_or_path: ModelOption = None,
+    expert: ExpertOption = None,
+    library: LibraryOption = None,
     reward: Annotated[
         str,
         typer.Option(
@@ -142,9 +144,9 @@ def search(
     """
     checkpoint = output_dir / "search-checkpoint.json"
     try:
-        experts = named_experts(expert)
+        chosen = chosen_experts(model_name_or_path, expert, library)
         check_reward(reward)
-        for name, path in experts.items():
+        for name, path in chosen.places.items():
             if output_dir.resolve() == Path(path).resolve():
                 raise ValueError(f"--output_dir {output_dir} is the folder of expert {name!r}. Pass another folder.")
         check_output(output_dir, ADAPTER, overwrite, resume=settings["resume"] or checkpoint.exists())
@@ -177,10 +179,11 @@ def search(
         eval_examples = load_examples(validation, **columns) if held_out else None
         function = None if reward == "loglik" else find_reward(reward)
         mixture = AdaptiveMixture.from_pretrained(
-            model_name_or_path,
-            experts,
+            chosen.base_model,
+            chosen.every,
             base_check=base_check,
             dtype=dtype,
+            **chosen.options,
         )
         if function is None:
             data: dict[str, Any] = {"objective": LogLikelihoodObjective(rows, mixture.tokenizer)}

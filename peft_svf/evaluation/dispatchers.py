@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..mixture.loading import CLASSIFIER
 from ..mixture.mixture import AdaptiveMixture
 from ..routing.dispatch import Dispatcher
 from ..routing.nearest import NearestDispatcher
 from ..routing.prompt import PromptDispatcher
+from ..scoring.names import CLASSIFIER
 
 DISPATCHERS = ("prompt", "classifier", "nearest", "mixture")
 

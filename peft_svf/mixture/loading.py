@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..library import ExpertLibrary
+from ..scoring.names import CLASSIFIER
 from ..tuner.config import SVFRuntimeConfig
 from .experts import expert_config
 from .mixture import AdaptiveMixture
 
-CLASSIFIER = "svf-classifier"  # name of the adapter that classifies
-
 
 def load_experts(
     model_name_or_path: str,
-    experts: Mapping[str, str],
+    experts: Mapping[str, str] | ExpertLibrary,
     *,
     classifier: str | None = None,
     base_check: Any = "error",
@@ -26,8 +26,9 @@ def load_experts(
 
     Args:
         model_name_or_path (`str`): Hub id or folder of the base model.
-        experts (`dict[str, str]`): Name and Hub id or folder of each expert.
-        classifier (`str`, *optional*): Hub id or folder of an SVF adapter that classifies prompts.
+        experts (`dict[str, str]` or [`ExpertLibrary`]): Name and Hub id or folder of each expert.
+        classifier (`str`, *optional*): Hub id or folder of an SVF adapter that classifies prompts. Default: that of the
+            library.
         base_check (`str`): If an expert was made for another base model: `"error"`, `"warn"` or `"ignore"`.
         runtime_config ([`SVFRuntimeConfig`], *optional*): Instead of `base_check`.
         kwargs: For `AutoModelForCausalLM.from_pretrained`.
@@ -38,6 +39,8 @@ def load_experts(
     mixture = AdaptiveMixture.from_pretrained(
         model_name_or_path, experts, base_check=base_check, runtime_config=runtime_config, **kwargs
     )
+    if classifier is None and isinstance(experts, ExpertLibrary):
+        classifier = experts.classifier_path()
     if classifier is not None:
         if CLASSIFIER in experts:
             raise ValueError(f"An expert cannot be called {CLASSIFIER!r}, the name of the adapter that classifies.")

@@ -15,6 +15,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from ..library import ExpertLibrary
 from ..reporting.cards import is_mixture_card, mixture_card
 from ..routing.dispatch import Dispatch, fixed_dispatch
 from ..scoring.names import BASE
@@ -132,7 +133,7 @@ class AdaptiveMixture:
     def from_pretrained(
         cls,
         base_model: PreTrainedModel | str | os.PathLike[str],
-        experts: Mapping[str, str | os.PathLike[str]],
+        experts: Mapping[str, str | os.PathLike[str]] | ExpertLibrary,
         *,
         tokenizer: Any = None,
         adapter_name: str = "mixture",
@@ -145,7 +146,7 @@ class AdaptiveMixture:
 
         Args:
             base_model (`PreTrainedModel` or `str`): The model, or its Hub id or folder.
-            experts (`dict[str, str]`): Name of each expert with its Hub id or folder.
+            experts (`dict[str, str]` or [`ExpertLibrary`]): Name of each expert with its Hub id or folder.
             tokenizer: The tokenizer, which a search needs. By default that of `base_model` if this is a name.
             adapter_name (`str`): Name of the mixture.
             base_check (`str`): What to do when an expert was made for another base model, see [`SVFRuntimeConfig`].
@@ -166,6 +167,9 @@ class AdaptiveMixture:
                     "The base model has adapters already. `unload()` them, load the base model again, or mix the "
                     "adapters that it has: `AdaptiveMixture(peft_model, names)`."
                 )
+        sources = {name: str(path) for name, path in experts.items()}
+        if isinstance(experts, ExpertLibrary):
+            sources, experts = experts.sources, experts.paths()
         # read all of them before the model is touched
         configs = {name: expert_config(name, path, base_check, runtime_config) for name, path in experts.items()}
         if isinstance(base_model, (str, os.PathLike)):
@@ -181,7 +185,7 @@ class AdaptiveMixture:
                     model.add_adapter(name, configs[name])
                     model.load_adapter(path, adapter_name=name)
             mixture = cls(model, list(experts), tokenizer=tokenizer, adapter_name=adapter_name)
-            mixture.sources = {name: str(path) for name, path in experts.items()}
+            mixture.sources = sources
             return mixture
         except BaseException:
             if model is not None:

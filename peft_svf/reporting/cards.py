@@ -24,6 +24,8 @@ _UNFILLED = re.compile(
     r"## How to Get Started with the Model\s+Use the code below to get started with the model\.\s+"
     r"\[More Information Needed\]"
 )
+# as `templates/training_card.md` shows an example
+_QUESTION = re.compile(r"^((?:>(?: .*)?\n)+)>\n> \*\*.*\*\*$", re.MULTILINE)
 _ADAPTER = re.compile(r'(PeftModel\.from_pretrained\(base_model, )"[^"]*"')
 
 
@@ -125,6 +127,12 @@ def training_card(
         recipe=yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True).strip(),
     )
     return f"{str(card).rstrip()}\n"
+
+
+def question_of_card(path: Path) -> str | None:
+    """Return the example question in the card of a trained adapter, `None` if there is none."""
+    found = _QUESTION.search(path.read_text(encoding="utf-8", errors="replace"))
+    return "\n".join(line[2:] for line in found[1].splitlines()) if found else None
 
 
 def mixture_card(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..library import ExpertLibrary
 from ..scoring.names import BASE
 from ..scoring.prefix import takes
 from ..scoring.tokens import padded, with_pad_token
@@ -30,7 +31,8 @@ class NearestDispatcher:
     Args:
         model (`PeftModel`): The model with the experts.
         tokenizer: Its tokenizer.
-        experts (`dict[str, list]`): Example prompts of each expert, text or messages. A dozen per expert is enough.
+        experts (`dict[str, list]` or [`ExpertLibrary`]): Example prompts of each expert, text or messages. A dozen per
+            expert is enough.
         threshold (`float`, *optional*): Smallest cosine similarity to the nearest expert. Default: for each expert, the
             smallest similarity of one of its examples to the mean of the others, minus `margin`. An expert with one
             example refuses nothing.
@@ -48,7 +50,7 @@ class NearestDispatcher:
         self,
         model: Any,
         tokenizer: Any,
-        experts: Mapping[str, Sequence[Any]],
+        experts: Mapping[str, Sequence[Any]] | ExpertLibrary,
         *,
         threshold: float | None = None,
         margin: float = 0.05,
@@ -57,6 +59,7 @@ class NearestDispatcher:
         max_prompt_tokens: int | None = None,
         batch_size: int = 64,
     ) -> None:
+        experts = experts.examples if isinstance(experts, ExpertLibrary) else experts
         self.model, self.tokenizer, self.batch_size = model, with_pad_token(tokenizer), batch_size
         self.experts = check_experts(model, experts)
         self.labels = [*self.experts, BASE]

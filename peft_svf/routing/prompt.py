@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from ..library import ExpertLibrary
 from ..scoring.categories import classification_prompt, readable
 from ..scoring.names import BASE
 from ..scoring.prefix import Prefix, common_prefix, read_prefix, takes
@@ -36,7 +37,8 @@ class PromptDispatcher:
     Args:
         model (`PeftModel`): The model with the experts.
         tokenizer: Its tokenizer.
-        experts (`dict[str, str]`): Name and description of each expert. A description may be empty.
+        experts (`dict[str, str]` or [`ExpertLibrary`]): Name and description of each expert. A description may be
+            empty.
         adapter_name (`str`, *optional*): The adapter that classifies; the base model if `None`.
         labels (`dict[str, str]`, *optional*): Labels of experts in the question, where they differ from the names.
         other (`bool`): Whether the question offers "other" as an answer, which is the label `"base"`.
@@ -59,7 +61,7 @@ class PromptDispatcher:
         self,
         model: Any,
         tokenizer: Any,
-        experts: Mapping[str, str],
+        experts: Mapping[str, str] | ExpertLibrary,
         *,
         adapter_name: str | None = None,
         labels: Mapping[str, str] | None = None,
@@ -71,6 +73,7 @@ class PromptDispatcher:
         batch_size: int = 64,
         generation_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
+        experts = experts.descriptions if isinstance(experts, ExpertLibrary) else experts
         self.model, self.tokenizer = model, with_pad_token(tokenizer)
         self.experts = check_experts(model, experts)
         if unknown := [name for name in labels or {} if name not in experts]:

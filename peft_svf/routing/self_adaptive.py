@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 
+from ..library import ExpertLibrary
 from ..scoring.rewards import content_text
 from ..scoring.tokens import context_length, padded, prompt_ids, user_turns, with_pad_token
 from .dispatch import Dispatch, Dispatcher, text_of_prompt
+from .library import library_dispatcher
 
 
 @dataclass
@@ -52,7 +54,8 @@ class SelfAdaptiveModel:
     Args:
         model (`PeftModel`): The model with the experts.
         tokenizer: Its tokenizer.
-        dispatcher ([`Dispatcher`]): Chooses the expert of each prompt. An [`AdaptiveMixture`] answers all prompts.
+        dispatcher ([`Dispatcher`] or [`ExpertLibrary`]): Chooses the expert of each prompt. An [`AdaptiveMixture`]
+            answers all prompts. A library brings the dispatcher that it names.
         soft (`bool`): Mix the experts of each prompt by their probabilities, instead of the most probable expert only.
             Prompts below the dispatcher's threshold still get the base model.
 
@@ -68,7 +71,11 @@ class SelfAdaptiveModel:
         ```
     """
 
-    def __init__(self, model: Any, tokenizer: Any, dispatcher: Dispatcher, *, soft: bool = False) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, dispatcher: Dispatcher | ExpertLibrary, *, soft: bool = False
+    ) -> None:
+        if isinstance(dispatcher, ExpertLibrary):
+            dispatcher = library_dispatcher(dispatcher, model, tokenizer)
         self.model, self.tokenizer = model, with_pad_token(tokenizer)
         self.dispatcher, self.soft = dispatcher, soft
         self._user_turns = user_turns(self.tokenizer)
