@@ -37,8 +37,10 @@ class Engine:
     """
     Continuous batching of requests with different experts.
 
-    Requests join and leave a batch at each token. Prefix sharing is off, as it compares tokens only, and two experts
-    would share the keys and values of one prompt. CUDA graphs are off, as they would record the δ of one step.
+    Requests join and leave a batch at each token. The engine owns the model: others use it within `paused`.
+
+    Prefix sharing is off: it compares tokens only, so two experts would share the keys and values of one prompt. CUDA
+    graphs are off: they would record the δ of one step.
 
     Args:
         model (`PeftModel`): The model with the experts. It is set to evaluation mode.
@@ -163,7 +165,10 @@ class Engine:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Let no step run, to change the adapters. Requests go on afterwards.
+        """Let no step run, to use the model. Requests go on afterwards.
+
+        During a step, `forward` of transformers writes `is_causal=False` into the config, which all threads share. A
+        forward pass of another thread would silently have no causal mask.
 
         Raises:
             RequestError: The engine is dead.
@@ -171,6 +176,16 @@ class Engine:
         if self.failure:
             raise unavailable("The engine has stopped.")
         with self._manager.pause():
+            yield
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Let no step run and no request begin, to add or remove adapters.
+
+        Raises:
+            RequestError: The engine is dead.
+        """
+        with self._slots.lock, self.paused():
             yield
 
     def stop(self) -> None:
@@ -194,32 +209,36 @@ class _Slots:
     """The slots of the mixtures in use. Requests for the same mixture share one."""
 
     def __init__(self, rows: PackedRows) -> None:
-        self._rows = rows
+        self._rows, self.lock = rows, threading.Lock()
         self._users: dict[frozenset[tuple[str, float]], tuple[int, int]] = {}
 
     def take(self, weights: Mapping[str, float]) -> int:
         """Return the slot of a mixture, for one more user.
 
         Raises:
-            RequestError: δ is so large that the model would overflow.
+            RequestError: δ is so large that the model would overflow, or an adapter was removed.
         """
         key = frozenset(weights.items())
-        slot, users = self._users.get(key, (BASE_SLOT, 0))
-        if not users:
-            slot = self._rows.add(weights)
-            if not self._rows.largest(slot) <= LARGEST_DELTA:  # or NaN
-                self._rows.remove(slot)
-                raise RequestError(400, "The mixture is too large. Use smaller weights.", param="model")
-        self._users[key] = slot, users + 1
+        with self.lock:
+            slot, users = self._users.get(key, (BASE_SLOT, 0))
+            if not users:
+                if any(name not in self._rows.model.peft_config for name in weights):
+                    raise RequestError(404, "The expert was unloaded.", param="model", code="model_not_found")
+                slot = self._rows.add(weights)
+                if not self._rows.largest(slot) <= LARGEST_DELTA:  # or NaN
+                    self._rows.remove(slot)
+                    raise RequestError(400, "The mixture is too large. Use smaller weights.", param="model")
+            self._users[key] = slot, users + 1
         return slot
 
     def leave(self, weights: Mapping[str, float]) -> None:
         """Free the slot of a mixture with its last user."""
         key = frozenset(weights.items())
-        slot, users = self._users.pop(key)
+        slot, users = self._users[key]
         if users > 1:
             self._users[key] = slot, users - 1
         else:
+            del self._users[key]
             self._rows.remove(slot)
 
     def uses(self, adapter_name: str) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from ...mixture.experts import expert_config
 from ...mixture.loading import CLASSIFIER
@@ -167,22 +168,27 @@ class Experts:
         """
         folder = self._folder(path)
         with self._changing:
+            self._loads += 1
+            adapter = f"{name}-{self._loads}"
             try:
                 self._check_name(name)
                 config = expert_config(name, folder, self._base_check)
-                self._loads += 1
-                adapter, model = f"{name}-{self._loads}", self.engine.model
-                with self.engine.paused():
-                    try:
-                        model.load_adapter(folder, adapter_name=adapter, config=config, torch_device=str(model.device))
-                        self._check_servable(adapter)
-                    except BaseException:
-                        if adapter in model.peft_config:
-                            model.delete_adapter(adapter)
-                        raise
-            except (ValueError, TypeError, OSError) as error:
-                raise RequestError(400, str(error).replace(str(self.root), "")) from error
+                self._attach(adapter, folder, config)
+            except (ValueError, TypeError, OSError, SafetensorError) as error:
+                message = str(error).replace(str(self.root), "").replace(adapter, name)
+                raise RequestError(400, message) from error
             self._experts[name] = Expert(adapter, loaded_by_client=True)
+
+    def _attach(self, adapter: str, folder: Path, config: Any) -> None:
+        model = self.engine.model
+        with self.engine.changing():
+            try:
+                model.load_adapter(folder, adapter_name=adapter, config=config, torch_device=str(model.device))
+                self._check_servable(adapter)
+            except BaseException:
+                if adapter in model.peft_config:
+                    model.delete_adapter(adapter)
+                raise
 
     def unload(self, name: str) -> None:
         """
@@ -204,10 +210,9 @@ class Experts:
     def delete_unused(self) -> None:
         """Free the adapters of removed experts that no request uses any more."""
         with self._changing:
-            unused = [adapter for adapter in self._retired if not self.engine.uses(adapter)]
-            if unused:
-                with self.engine.paused():
-                    for adapter in unused:
+            if self.has_unused:
+                with self.engine.changing():
+                    for adapter in [each for each in self._retired if not self.engine.uses(each)]:
                         self.engine.model.delete_adapter(adapter)
                         self._retired.remove(adapter)
 

@@ -41,7 +41,7 @@ class FirstPass:
     Args:
         dispatcher ([`Dispatcher`]): Chooses an expert for each prompt.
         experts ([`Experts`]): The experts that can be chosen.
-        executor (`Executor`): Runs the dispatcher. It has one thread, as a dispatcher may not be called by several.
+        executor (`Executor`): Runs the dispatcher, in one thread.
         soft (`bool`): Mix the experts by their probabilities.
         max_batch (`int`): Prompts of a batch.
         on_failure (`Callable`): Called once for each failed first pass.
@@ -87,6 +87,10 @@ class FirstPass:
             for (_, future), choice in zip(batch, choices, strict=True):
                 if not future.done():
                     future.set_result(choice)
+
+    def _dispatch(self, prompts: list[Any]) -> Dispatch:
+        with self._experts.engine.paused():
+            return self._dispatcher(prompts)
 
     def _chosen(self, dispatch: Dispatch, i: int) -> tuple[Choice, float | None]:
         if i in dispatch.errors:
