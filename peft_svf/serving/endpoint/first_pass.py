@@ -79,7 +79,7 @@ class FirstPass:
                 continue
             prompts = [prompt for prompt, _ in batch]
             try:
-                dispatch = await asyncio.get_running_loop().run_in_executor(self._executor, self._dispatcher, prompts)
+                dispatch = await asyncio.get_running_loop().run_in_executor(self._executor, self._dispatch, prompts)
                 choices = [self._chosen(dispatch, i) for i in range(len(prompts))]
             except Exception:
                 _log.exception("The first pass failed. The base model answers.")
