@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2 as httpx
 import numpy as np
 import openai
 import pytest
@@ -28,7 +28,7 @@ from peft_svf.routing.dispatch import Dispatch
 from peft_svf.serving.endpoint.app import Endpoint
 from peft_svf.serving.endpoint.engine import Engine
 from peft_svf.serving.endpoint.experts import Experts
-from peft_svf.serving.endpoint.server import Server
+from peft_svf.serving.endpoint.server import Server, bound
 
 KEY = "secret"
 HEADERS = {"authorization": f"Bearer {KEY}"}
@@ -73,12 +73,12 @@ class Served:
         self.endpoint = Endpoint(
             self.engine, self.experts, self.tokenizer, self.dispatcher, api_key=KEY, max_bytes=100_000
         )
-        self.server = Server(self.endpoint, port=0)
-        self.thread = threading.Thread(target=self.server.run, daemon=True)
+        self.server, address = Server(self.endpoint), bound("127.0.0.1", 0)
+        self.thread = threading.Thread(target=self.server.run, args=([address],), daemon=True)
         self.thread.start()
         while not self.server.started:
             time.sleep(0.01)
-        self.url = f"http://127.0.0.1:{self.server.servers[0].sockets[0].getsockname()[1]}"
+        self.url = f"http://127.0.0.1:{address.getsockname()[1]}"
         self.http = httpx.Client(base_url=self.url, headers=HEADERS, timeout=60)
         self.openai = openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0)
 

@@ -18,6 +18,7 @@ from .errors import quiet_third_parties, show_tracebacks
 from .files import files
 from .library import library
 from .search import search
+from .serve import serve
 from .train import train
 from .training_options import TrainCommand
 
@@ -52,7 +53,7 @@ app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     options_metavar="[--config RECIPE.yaml] [--OPTION VALUE]...",
 )(train)
-for command in (search, generate, chat, evaluate):
+for command in (search, generate, chat, evaluate, serve):
     app.command()(command)
 app.add_typer(library, name="library")
 app.add_typer(files)
