@@ -71,13 +71,15 @@ test-peft: $(READY)
 test-quantized: $(QUANTIZED)/.ready
 	PYTHONPATH=$(QUANTIZED) $(BIN)/python -m pytest tests/test_quantized.py $(ARGS)
 
-build/vllm/.ready: tests/vllm_serving/install.py
+# peft-svf itself is installed there, too, because vLLM finds its plugin by an entry point.
+build/vllm/.ready: tests/vllm_serving/install.py pyproject.toml
 	$(PYTHON) -m venv build/vllm
 	build/vllm/bin/python tests/vllm_serving/install.py
 	@touch $@
 
 test-vllm: $(READY) build/vllm/.ready
 	$(BIN)/python tests/vllm_serving/run.py build/vllm/bin/python
+	$(BIN)/python tests/vllm_serving/experts.py build/vllm/bin/python
 
 lint: $(READY)
 	$(BIN)/ruff check .

