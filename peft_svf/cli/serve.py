@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -9,6 +10,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from .adapt import adaptive_model
+from .choices import ENGINES, one_of
 from .errors import in_a_line
 from .options import call, chosen_experts, named, takes
 
@@ -21,6 +23,14 @@ def serve(
         Optional[str],
         typer.Argument(help="The base model, in place of --model_name_or_path.", show_default=False),
     ] = None,
+    engine: Annotated[
+        str,
+        typer.Option(
+            "--engine",
+            help='transformers, which also offers "auto"; or vllm, without it, and with vLLM\'s own settings.',
+            **one_of(ENGINES),
+        ),
+    ] = "transformers",
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", help="Port; 0 takes a free one.", min=0, max=65535)] = 8000,
     served_model_name: Annotated[
@@ -70,21 +80,18 @@ def serve(
         described = {**dict.fromkeys(chosen.every, ""), **(chosen.library.descriptions if chosen.library else {})}
         described |= named("--description", options["description"], "NAME=TEXT")
         name = served_model_name or _name_of(chosen.base_model)
-        Endpoint, Engine, Experts, Server, bound = _parts()
-        address = bound(host, port)  # before anything is loaded
+        if engine == "vllm":
+            command = {"name": name, "host": host, "port": port, "root": expert_root, "api_key": api_key}
+            _become_vllm(chosen, options, **command)
+        parts = _parts()
+        address = parts.bound(host, port)  # before anything is loaded
         adaptive = call(adaptive_model, options)
-        engine = Engine(adaptive.model, adaptive.tokenizer, cache_tokens=cache_tokens)
+        running = parts.Engine(adaptive.model, adaptive.tokenizer, cache_tokens=cache_tokens)
         try:
-            experts = Experts(
-                engine,
-                described,
-                base_name=name,
-                max_mixture=max_mixture,
-                root=expert_root,
-                base_check=options["base_check"],
-            )
-            endpoint = Endpoint(
-                engine,
+            settings = {"max_mixture": max_mixture, "root": expert_root, "base_check": options["base_check"]}
+            experts = parts.Experts(running, described, base_name=name, **settings)
+            endpoint = parts.Endpoint(
+                running,
                 experts,
                 adaptive.tokenizer,
                 adaptive.dispatcher,
@@ -93,7 +100,7 @@ def serve(
                 max_bytes=max_request_bytes,
             )
         except BaseException:
-            engine.stop()
+            running.stop()
             raise
         if host not in _LOCAL and api_key is None:
             print(f"Warning: everyone who reaches {host} can use this server. Pass --api_key.", file=sys.stderr)
@@ -104,7 +111,7 @@ def serve(
             print(f"Serving {served} at http://{place}:{address.getsockname()[1]}/v1", flush=True)
 
         try:
-            Server(endpoint, on_start).run(sockets=[address])
+            parts.Server(endpoint, on_start).run(sockets=[address])
         finally:
             endpoint.close()
 
@@ -114,13 +121,34 @@ def _name_of(model: str) -> str:
 
 
 def _parts() -> Any:
+    """Return what a server consists of."""
     from ..utils.extras import needs
 
     try:
-        from ..serving.endpoint.app import Endpoint
-        from ..serving.endpoint.engine import Engine
-        from ..serving.endpoint.experts import Experts
-        from ..serving.endpoint.server import Server, bound
+        from ..serving.endpoint import parts
     except ModuleNotFoundError as error:
         raise needs("serve", "`peft-svf serve`", str(error.name)) from error
-    return Endpoint, Engine, Experts, Server, bound
+    return parts
+
+
+def _become_vllm(chosen: Any, options: dict[str, Any], **command: Any) -> None:
+    """Replace this process by vLLM's server.
+
+    Raises:
+        ValueError: An option has no effect there.
+        ImportError: vLLM is missing or has another version than those that were tested.
+    """
+    from ..library import ExpertLibrary
+    from ..serving.vllm_server import server_command
+
+    for option in ("dispatch", "classifier", "label", "nearest_examples", "weight", "threshold", "soft"):
+        if options[option]:
+            raise ValueError(f'--{option} is about "auto", which vLLM does not offer. Use --engine transformers.')
+    library = chosen.library or ExpertLibrary()
+    if chosen.library is None:
+        for name, path in chosen.every.items():
+            library.include(name, path)
+    words, environment = server_command(
+        chosen.base_model, library.paths(), base_check=options["base_check"], dtype=options["dtype"], **command
+    )
+    os.execve(words[0], words, {**os.environ, **environment})

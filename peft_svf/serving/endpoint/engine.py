@@ -5,13 +5,13 @@ This depends on the following parts of transformers. `docs/lab-notes/serving.md`
 - `init_continuous_batching`, and of its manager `start`, `stop`, `pause`, `add_request`, `cancel_request` and the
   iteration over results;
 - `manager.model`, which it calls with the packed tokens of a step, as `[1, tokens]`;
-- `batch_processor.inputs_and_outputs.requests_in_batch`: the requests of the step, in the order of their tokens.
+- `manager.batch_processor.inputs_and_outputs.requests_in_batch`: the requests of the step in the order of their
+  tokens.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 import time
 import uuid
@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from transformers import GenerationConfig
 
 from ...scoring.tokens import context_length, end_tokens
@@ -30,7 +32,7 @@ from .sampling import Sampling, choose
 
 LARGEST_DELTA = 1e3  # more overflows, and a value that is not finite spreads to all requests through attention
 _CPU_CACHE, _CPU_STEP, _PAGE = 16384, 1024, 64  # tokens; a GPU takes what its memory holds
-_log = logging.getLogger(__name__)
+OLDEST = "5.19"  # of transformers; older ones cannot pause, or cannot run other batches beside it
 
 
 class Engine:
@@ -51,6 +53,7 @@ class Engine:
 
     Raises:
         ValueError: An adapter cannot be served, see [`PackedRows`], or is merged.
+        ImportError: transformers is too old.
         RuntimeError: Continuous batching cannot start.
     """
 
@@ -262,6 +265,11 @@ class _Stepped:
 def _start(
     model: Any, step: Callable[[Any, dict[str, Any]], Any], cache_tokens: int | None, step_tokens: int | None
 ) -> Any:
+    if Version(transformers.__version__).release < Version(OLDEST).release:
+        raise ImportError(
+            f"Serving needs transformers {OLDEST} or newer, and {transformers.__version__} is installed. Run "
+            f'`pip install "transformers>={OLDEST}"`.'
+        )
     from transformers import ContinuousBatchingConfig
 
     if model.device.type == "cpu":  # transformers would take 0.6 of the memory of the machine
