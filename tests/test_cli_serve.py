@@ -134,8 +134,5 @@ def test_vllm(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert after["--lora-modules"] == f"sums={world / 'sums'}"
     roots = json.loads(after["--additional-config"])["peft_svf"]["roots"]
     assert roots == [str(world / "sums"), str(world / "library")]
-        str(world / "sums"),
-        str(world / "library"),
-    ]
     assert environment["VLLM_API_KEY"] == "secret"
     assert "secret" not in " ".join(words)
