@@ -107,6 +107,15 @@ SHAPES: dict[str, PreTrainedConfig] = {
         num_key_value_heads=8,
         sliding_window=None,
     ),
+    "qwen2.5-0.5b": Qwen2Config(
+        vocab_size=151936,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    ),
     "smollm2-135m": LlamaConfig(
         vocab_size=49152,
         hidden_size=576,

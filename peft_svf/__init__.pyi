@@ -42,6 +42,7 @@ from .search.evaluator import Evaluator as Evaluator
 from .search.optimizers.cem import CrossEntropyMethod as CrossEntropyMethod
 from .search.optimizers.gradient import GradientDescent as GradientDescent
 from .search.optimizers.optimizer import Optimizer as Optimizer
+from .search.progress import SearchProgress as SearchProgress
 from .spectral import BasisCache as BasisCache
 from .spectral import BasisPack as BasisPack
 from .spectral import clear_cache as clear_cache

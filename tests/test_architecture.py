@@ -28,6 +28,7 @@ FLOORS = [
     {"search", "routing", "training", "interop"},
     {"mixture"},
     {"evaluation", "serving"},
+    {"playground"},
     {"cli"},
     {"peft_svf"},  # the root and `python -m peft_svf`
 ]

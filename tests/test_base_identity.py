@@ -23,7 +23,7 @@ from peft_svf import AdaptiveMixture, SVFConfig, SVFRuntimeConfig, inspect_adapt
 from peft_svf.interop import decompose
 from peft_svf.interop.inspect import check_spectrum
 from peft_svf.spectral import delta_weight, fingerprint, fingerprint_difference, singular_basis
-from peft_svf.spectral.fingerprint import LABELS, LARGEST_ERROR, SAMPLES, sample_difference
+from peft_svf.spectral.fingerprint import LABELS, LARGEST_ERROR, SAMPLES, fingerprint_differences, sample_difference
 
 OTHER_VECTORS = r"it has other singular vectors, so that the adapter's change is wrong by about 1\d\d%"
 
@@ -161,6 +161,60 @@ def test_one_matrix_with_noise_is_found(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"1 of 7 weights differ, the first is {name}: "):
         PeftModel.from_pretrained(other, tmp_path)
     PeftModel.from_pretrained(tiny_llama(**wide).bfloat16(), tmp_path)
+
+
+FIVE = ["gaussian", "heavy-tailed", "low rank and noise", "pruned", "blocks of 8 bit"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", FIVE)
+def test_casts_of_a_model_pass_and_one_matrix_with_noise_does_not(kind: str, dtype: torch.dtype) -> None:
+    """20 weights of a model: the same or their casts, and each of them in turn with 1 % of noise before the cast."""
+    shape, torch_state = (192, 128), torch.Generator().manual_seed(1)
+
+    def weight(seed: int) -> torch.Tensor:
+        if kind != "blocks of 8 bit":
+            return draw(kind, *shape, seed)
+        blocks = draw("gaussian", *shape, seed).view(-1, 32)
+        scale = (blocks.abs().amax(1, keepdim=True) / 127).half().float()
+        return ((blocks / scale).round() * scale).view(shape)
+
+    def numbers(weight: torch.Tensor) -> list[float]:
+        basis = singular_basis(weight)
+        return fingerprint(basis.spectrum, basis.vectors)
+
+    weights = [weight(seed) for seed in range(20)]
+    noisy = [w + 0.01 * w.square().mean().sqrt() * torch.randn(shape, generator=torch_state) for w in weights]
+    recorded = [numbers(w) for w in weights]
+    model = {f"{i}": (recorded[i], numbers(w.to(dtype)), shape) for i, w in enumerate(weights)}
+    assert fingerprint_differences(model) == {}
+    changed = {f"{i}": (recorded[i], numbers(w.to(dtype)), shape) for i, w in enumerate(noisy)}
+    found = [list(fingerprint_differences({**model, name: one})) for name, one in changed.items()]
+    assert all(names in ([], [name]) for name, names in zip(changed, found, strict=True))
+    assert sum(map(bool, found)) >= FOUND[kind][dtype]
+
+
+# At least, of 20. In bf16, rounding moves the norm of a small weight as much as the noise does. In weights of low rank,
+# the noise makes ΔW as wrong as a cast does.
+FOUND = {kind: {torch.float32: 20, torch.float16: 15, torch.bfloat16: 0} for kind in FIVE}
+FOUND["low rank and noise"] = dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), 0)
+
+
+def test_one_matrix_of_a_cast_model_with_noise_is_found() -> None:
+    """Also in bf16: rounding averages out over the entries of a large weight."""
+    shape, generator = (1024, 256), torch.Generator().manual_seed(0)
+    weights = [draw("gaussian", *shape, seed) for seed in range(5)]
+    recorded, cast = [], []
+    for weight in weights:
+        for numbers, each in ((recorded, weight), (cast, weight.bfloat16())):
+            basis = singular_basis(each)
+            numbers.append(fingerprint(basis.spectrum, basis.vectors))
+    model = {f"{i}": (before, after, shape) for i, (before, after) in enumerate(zip(recorded, cast, strict=True))}
+    assert fingerprint_differences(model) == {}
+    noise = 0.01 * weights[2].square().mean().sqrt() * torch.randn(shape, generator=generator)
+    basis = singular_basis((weights[2] + noise).bfloat16())
+    model["2"] = recorded[2], fingerprint(basis.spectrum, basis.vectors), shape
+    assert list(fingerprint_differences(model)) == ["2"]
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -119,10 +119,12 @@ def test_completion_knows_commands_options_and_choices() -> None:
 def test_the_choices_are_those_of_the_library() -> None:
     from peft_svf.cli import choices
     from peft_svf.evaluation.dispatchers import DISPATCHERS
+    from peft_svf.playground.setup import CHOOSERS
     from peft_svf.scoring import REWARDS
     from peft_svf.training.arguments import OBJECTIVES
 
     assert choices.DISPATCHERS == DISPATCHERS
+    assert choices.CHOOSERS == CHOOSERS
     assert [*choices.OBJECTIVES] == [*OBJECTIVES]
     assert [*choices.REWARDS] == [*REWARDS]
 

@@ -23,6 +23,7 @@ testing = pytest.importorskip("typer.testing")
 COMMANDS = (
     *("train", "search", "generate", "chat", "evaluate", "inspect", "import", "decompose", "push"),
     *("export lora", "export merged", "cache list", "cache clear"),
+    *(f"library {name}" for name in ("add", "remove", "dispatch", "list", "check")),
 )
 
 

@@ -18,7 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 from transformers.utils.hub import hf_api
 
-from peft_svf import AdaptiveMixture
+from peft_svf import AdaptiveMixture, ExpertLibrary
 from peft_svf.interop import push_expert
 
 
@@ -155,3 +155,29 @@ def test_mistakes_are_named(base: Callable[[], Any], tmp_path: Path) -> None:
     get_peft_model(base(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "saved")
     with pytest.raises(ValueError, match=r"is a LORA adapter\. Expected an SVF adapter"):
         push_expert(tmp_path / "saved", "me/lora")
+
+
+def test_a_library_is_loaded_from_the_hub(
+    base: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed, name in enumerate(("sums", "lists")):
+        expert(base(), seed).save_pretrained(tmp_path / name)
+    HfApi().create_repo("me/lists")
+    HfApi().upload_folder(repo_id="me/lists", folder_path=tmp_path / "lists")
+    with ExpertLibrary.edit(tmp_path / "library") as library:
+        library.add("sums", tmp_path / "sums")
+        library.add("lists", "me/lists")
+    (tmp_path / "library" / "sums" / "optimizer.bin").write_bytes(b"a pickle")
+    HfApi().create_repo("me/library")
+    HfApi().upload_folder(repo_id="me/library", folder_path=tmp_path / "library")
+    HfApi().create_branch("me/lists", branch="before")  # the stand-in forgets the commits that no branch has
+    (tmp_path / "lists" / "adapter_model.safetensors").write_bytes(b"a later push")
+    HfApi().upload_folder(repo_id="me/lists", folder_path=tmp_path / "lists")
+    at_another_machine(monkeypatch, tmp_path / "elsewhere")
+    found = ExpertLibrary.from_pretrained("me/library")
+    assert found.check() == {}
+    assert not list((tmp_path / "elsewhere").rglob("*.bin"))
+    mixture = AdaptiveMixture.from_pretrained(base(), found)
+    assert mixture.sources["lists"].startswith("me/lists@")
+    mixture.model.set_adapter("sums")
+    assert torch.equal(logits(mixture.model), logits(PeftModel.from_pretrained(base(), tmp_path / "sums")))

@@ -29,6 +29,7 @@ from peft_svf import (
 from peft_svf.cli.library import METHODS
 from peft_svf.library import Source
 from peft_svf.library.format import SETTINGS
+from peft_svf.playground.setup import experts_of
 from peft_svf.reporting.cards import question_of_card, training_card
 from peft_svf.scoring.names import CLASSIFIER
 
@@ -184,6 +185,7 @@ def test_a_linked_folder_stays_where_it_is(world: Path, library: Path) -> None:
         ("lora", "lora", "LORA adapter"),
         ("base", "lists", "the name of the base model"),
         (CLASSIFIER, "lists", "the adapter that classifies"),
+        ("auto", "lists", "a choice for each prompt"),
         ("a.b", "lists", "dots"),
         ("../b", "lists", "slashes"),
         ("new", "nowhere", "no folder"),
@@ -486,6 +488,14 @@ def test_the_answers_of_a_library_are_those_of_its_options(world: Path, library:
     assert "short" not in ExpertLibrary.from_pretrained(library)
 
 
+def test_the_playground_takes_a_library(world: Path, library: Path) -> None:
+    with ExpertLibrary.edit(library) as edited:
+        edited.add("short", world / "short", link=True)
+        edited.set_dispatch("classifier", classifier=world / "classifier")
+        edited.remove("lists")  # its files stay
+    assert experts_of(str(library)) == {"sums": str(library / "sums"), "short": str(world / "short")}
+
+
 def test_search_and_evaluate_take_a_library(library: Path, tmp_path: Path) -> None:
     rows = "".join(json.dumps({"prompt": text, "answer": "a"}) + "\n" for text in ("a b", "b c", "c d", "d e"))
     (tmp_path / "data.jsonl").write_text(rows)
@@ -514,8 +524,6 @@ def test_search_and_evaluate_take_a_library(library: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "There are no experts. Pass --expert"),
-        (["--expert", "a=b"], "There is no base model"),
         (["--library", "nowhere"], "There is no folder nowhere"),
         (["--library", "LIBRARY", "--expert", "sums=b"], "has an expert 'sums' already"),
         (["--library", "LIBRARY", "--expert", "base=b"], "the name of the base model"),
@@ -529,6 +537,13 @@ def test_experts_of_a_command_that_cannot_be(words: list[str], said: str, librar
     result = run("generate", "--prompt", "a", *(places.get(word, word) for word in words))
     assert result.exit_code == 1
     assert said in result.output
+
+
+def test_a_command_without_experts_or_model_is_a_matter_of_usage(library: Path) -> None:
+    for words, option in (([], "--expert"), (["--expert", "a=b"], "--model_name_or_path")):
+        result = run("generate", "--prompt", "a", *words)
+        assert result.exit_code == 2
+        assert f"{option}: It is missing. Pass it, or a --library." in " ".join(result.output.split())
 
 
 def test_the_methods_are_the_same_everywhere() -> None:

@@ -27,8 +27,8 @@ from test_adaptation import tokenizer as tokenizer
 from test_trl import trainer
 
 from peft_svf import AdaptiveMixture, EvaluationTask, SVFConfig, SVFRuntimeConfig, evaluate, load_examples
-from peft_svf.cli import prompts
 from peft_svf.interop.sources import model_files
+from peft_svf.scoring.datasets import load_prompts
 from peft_svf.spectral import BasisCache, lock
 from peft_svf.training import EqualRewards, ExactState, RewardBar
 from peft_svf.training.recipe import parse
@@ -224,7 +224,7 @@ def test_examples_of_a_file_with_a_byte_order_mark(name: str, tmp_path: Path) ->
 
 def test_prompts_of_a_file_with_a_byte_order_mark(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("one\r\ntwo\r\n", encoding="utf-8-sig", newline="")
-    assert prompts.prompts_of(str(tmp_path / "prompts.txt")) == ["one", "two"]
+    assert load_prompts(str(tmp_path / "prompts.txt")) == ["one", "two"]
 
 
 def test_a_recipe_with_a_byte_order_mark(tmp_path: Path) -> None:

@@ -34,9 +34,9 @@ from .options import (
     named,
     pairs,
     takes,
+    tell_dtype,
 )
 from .output import EVALUATION, OverwriteOption, check_output
-from .prompts import prompts_of
 
 if TYPE_CHECKING:
     from ..evaluation.strategies import Evaluation
@@ -102,9 +102,10 @@ def adaptive_model(
     from ..evaluation.dispatchers import make_dispatcher
     from ..mixture.loading import load_experts
     from ..routing.self_adaptive import SelfAdaptiveModel
+    from ..scoring.datasets import load_prompts
 
     method = dispatch or (chosen.library.dispatch.method if chosen.library else "prompt")
-    examples = {name: prompts_of(path) for name, path in files.items()}
+    examples = {name: load_prompts(path) for name, path in files.items()}
     options: dict[str, Any] = {**described, "examples": examples}
     options |= {} if threshold is None else {"threshold": threshold}
     if chosen.library:
@@ -112,6 +113,7 @@ def adaptive_model(
     mixture = load_experts(
         chosen.base_model, chosen.every, classifier=classifier, base_check=base_check, dtype=dtype, **chosen.options
     )
+    tell_dtype(mixture.model, dtype)
     dispatcher = make_dispatcher(method, mixture, **options)
     return SelfAdaptiveModel(mixture.model, mixture.tokenizer, dispatcher, soft=soft)
 
@@ -147,7 +149,11 @@ def generate(
     --dispatch prompt --description math="sums and equations" --prompt "What is 3 + 4?"
     """
     with in_a_line(), warnings_in_a_line():
-        prompts: list[Any] = [*(prompt or []), *(prompts_of(file, call(data_columns, options)) if file else [])]
+        prompts: list[Any] = list(prompt or [])
+        if file:
+            from ..scoring.datasets import load_prompts
+
+            prompts += load_prompts(file, **call(data_columns, options))
         if not prompts:
             raise ValueError("There is nothing to answer. Pass --prompt or --data.")
         adaptive = call(adaptive_model, options)
@@ -278,6 +284,7 @@ def evaluate(
         mixture = load_experts(
             chosen.base_model, experts, classifier=classifier, base_check=base_check, dtype=dtype, **chosen.options
         )
+        tell_dtype(mixture.model, dtype)
         strategies = {}
         for name in strategy:
             about = {**described, "examples": examples if name == "nearest" else None}

@@ -9,11 +9,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, redi
 from typing import Any, NoReturn
 
 from rich.console import Console
-from safetensors import SafetensorError
 
-# Errors that a user can cause, such as a damaged file or a value of the wrong type in a recipe. All others are bugs,
-# which need their traceback.
-EXPECTED = (ValueError, TypeError, ImportError, OSError, SafetensorError)
+from ..utils.errors import EXPECTED as EXPECTED
+from ..utils.errors import BaseCheckError
 
 _debug = False
 
@@ -24,22 +22,28 @@ def show_tracebacks(wanted: bool) -> None:
     _debug = wanted
 
 
-def fail(error: Exception) -> NoReturn:
-    """Print an error in one line and exit with status 1; with `--debug`, raise it."""
+def fail(error: Exception, *, has_base_check: bool = True) -> NoReturn:
+    """Print an error in one line and exit with status 1; with `--debug`, raise it.
+
+    `has_base_check` is whether the command has the option `--base_check`.
+    """
     if _debug:
         raise error
     Console(stderr=True).print(f"[bold red]Error:[/] {type(error).__name__}: ", end="")
-    Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(str(error))
+    text = str(error)
+    if isinstance(error, BaseCheckError):
+        text = f"{error.reason} To use it anyway, pass --base_check warn." if has_base_check else error.reason
+    Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(text)
     sys.exit(1)
 
 
 @contextmanager
-def in_a_line(kinds: tuple[type[Exception], ...] = EXPECTED) -> Iterator[None]:
-    """Print an error of these kinds within the context in one line."""
+def in_a_line(kinds: tuple[type[Exception], ...] = EXPECTED, *, has_base_check: bool = True) -> Iterator[None]:
+    """Print an error of these kinds within the context in one line; see [`fail`]."""
     try:
         yield
     except kinds as error:
-        fail(error)
+        fail(error, has_base_check=has_base_check)
 
 
 def quiet_third_parties() -> None:

@@ -14,7 +14,6 @@ from .choices import one_of
 from .errors import in_a_line
 from .options import JsonOption, named, pairs
 from .output import OverwriteOption
-from .prompts import prompts_of
 
 METHODS = ("prompt", "classifier", "nearest")  # a test compares it with the format of the file
 
@@ -55,9 +54,10 @@ def add(
     with in_a_line():
         name, place = pairs("The expert", [expert], "NAME=PATH, such as math=experts/math")[0]
         scores = {name: _number(value) for name, value in named("--score", score, "NAME=NUMBER").items()}
-        prompts = prompts_of(examples) if examples else None
         from ..library import ExpertLibrary
+        from ..scoring.datasets import load_prompts
 
+        prompts = load_prompts(examples) if examples else None
         with ExpertLibrary.edit(folder) as edited:
             if name in edited and not overwrite:
                 raise ValueError(f"{folder} has an expert {name!r} already. Pass --overwrite to replace it.")

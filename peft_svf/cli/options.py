@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +20,14 @@ DATA = "a .jsonl, .json, .csv or .parquet file, a folder or a Hub id[:SPLIT]"
 
 ModelOption = Annotated[
     Optional[str],
-    typer.Option("--model_name_or_path", help="The base model: a Hub id or a folder. Default: that of --library."),
+    typer.Option("--model_name_or_path", help="Hub id or folder. Default: that of --library."),
 ]
 ExpertOption = Annotated[
     Optional[list[str]],
-    typer.Option("--expert", metavar="NAME=PATH", help="An expert: a Hub id or a folder. May be repeated."),
+    typer.Option("--expert", metavar="NAME=PATH", help="An expert: Hub id or folder. Repeatable."),
 ]
 LibraryOption = Annotated[
-    Optional[str], typer.Option("--library", metavar="FOLDER", help="A library of experts: a folder or a Hub id.")
+    Optional[str], typer.Option("--library", metavar="FOLDER", help="Experts: folder or Hub id of a library.")
 ]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="Of the base model: auto, float32, bfloat16, ...")]
 CheckOption = Annotated[
@@ -117,6 +118,11 @@ def named(option: str, texts: Sequence[str] | None, form: str) -> dict[str, str]
     return found
 
 
+def named_experts(texts: Sequence[str]) -> dict[str, str]:
+    """Return the values of `--expert`; see [`named`]."""
+    return named("--expert", texts, "NAME=PATH, such as math=experts/math")
+
+
 @dataclass(frozen=True)
 class Experts:
     """
@@ -141,15 +147,16 @@ def chosen_experts(model: str | None, texts: Sequence[str] | None, library: str 
     """Return what `--model_name_or_path`, `--expert` and `--library` name.
 
     Raises:
-        ValueError: There are no experts or no base model, a name occurs twice, or the library is damaged.
+        typer.BadParameter: An option is missing.
+        ValueError: The library has no experts or names no base model, a name occurs twice, or the library is damaged.
         FileNotFoundError: There is no such library.
     """
-    experts = named("--expert", texts, "NAME=PATH, such as math=experts/math")
+    experts = named_experts(texts or [])
     if library is None:
         if not experts:
-            raise ValueError("There are no experts. Pass --expert NAME=PATH, or --library FOLDER.")
+            raise typer.BadParameter("It is missing. Pass it, or a --library.", param_hint="--expert")
         if model is None:
-            raise ValueError("There is no base model. Pass --model_name_or_path.")
+            raise typer.BadParameter("It is missing. Pass it, or a --library.", param_hint="--model_name_or_path")
         return Experts(model, experts, experts, None, {})
     from ..library import ExpertLibrary
 
@@ -175,6 +182,16 @@ def check_dtype(dtype: str) -> None:
     kind = getattr(torch, dtype, None)
     if dtype != "auto" and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
         raise ValueError(f"--dtype must be auto or a torch dtype such as float32, got {dtype!r}.")
+
+
+def tell_dtype(model: Any, asked: str) -> None:
+    """Say in which dtype a base model runs on a CPU, if it was not asked for."""
+    import torch
+
+    from ..utils.processes import processes
+
+    if asked == "auto" and model.device.type == "cpu" and model.dtype == torch.float32 and processes().is_main_process:
+        print("The base model runs in float32 on the CPU. --dtype bfloat16 needs half the memory.", file=sys.stderr)
 
 
 def check_device(device: str) -> None:

@@ -33,6 +33,7 @@ from .options import (
     check_dtype,
     chosen_experts,
     drawn,
+    tell_dtype,
 )
 from .output import ADAPTER, OverwriteOption, check_output
 
@@ -185,6 +186,7 @@ def search(
             dtype=dtype,
             **chosen.options,
         )
+        tell_dtype(mixture.model, dtype)
         if function is None:
             data: dict[str, Any] = {"objective": LogLikelihoodObjective(rows, mixture.tokenizer)}
             config = config.changed(max_new_tokens=SearchConfig.max_new_tokens)

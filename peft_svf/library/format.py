@@ -82,9 +82,9 @@ def check_expert_name(name: object) -> None:
         ValueError: The name cannot be one of these.
     """
     check_adapter_name(name, "An expert")
-    if name in (BASE, CLASSIFIER):
-        meaning = {BASE: "the base model", CLASSIFIER: "the adapter that classifies"}[str(name)]
-        raise ValueError(f"An expert cannot be called {name!r}, the name of {meaning}. Choose another name.")
+    taken = {BASE: "the base model", CLASSIFIER: "the adapter that classifies", "auto": "a choice for each prompt"}
+    if name in taken:
+        raise ValueError(f"An expert cannot be called {name!r}, the name of {taken[str(name)]}. Choose another name.")
 
 
 def check_dispatch(dispatch: LibraryDispatch, names: Sequence[str], where: str = "") -> None:

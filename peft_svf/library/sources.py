@@ -99,4 +99,6 @@ def downloaded(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:  # ValueError: no access to the network
         reason = str(error).splitlines()[0]
-        raise FileNotFoundError(f"The Hub's {hub_id} cannot be downloaded: {reason}") from error
+        raise FileNotFoundError(
+            f"There is no folder {hub_id}, nor can the Hub's {hub_id} be downloaded: {reason}"
+        ) from error

@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,11 +20,13 @@ from ..reporting.cards import is_mixture_card, mixture_card
 from ..routing.dispatch import Dispatch, fixed_dispatch
 from ..scoring.names import BASE
 from ..scoring.objectives import LogLikelihoodObjective, Objective, RewardObjective
+from ..scoring.prefix import last_logits_of_generate
 from ..scoring.rewards import RewardFunc
 from ..search.checkpoint import Checkpoint
 from ..search.config import SearchConfig
 from ..search.identity import description_of, digest_of_base, digest_of_experts, digest_of_rows
 from ..search.optimizers import as_optimizer
+from ..search.progress import SearchProgress, ignore
 from ..search.statistics import IN_CONTEXT, SEARCHED
 from ..search.validated import ValidatedSearch
 from ..search.validation import hold_out, split_examples
@@ -33,6 +35,7 @@ from ..tuner.layer import SVFLayer, svf_layers
 from ..tuner.model import SVFModel
 from ..tuner.names import check_adapter_name
 from ..tuner.sharing import check_groups
+from ..utils.dtypes import loading_dtype
 from .experts import expert_config
 from .result import MixtureResult
 from .space import UNIFORM, Granularity, WeightSpace
@@ -152,7 +155,8 @@ class AdaptiveMixture:
             base_check (`str`): What to do when an expert was made for another base model, see [`SVFRuntimeConfig`].
             runtime_config ([`SVFRuntimeConfig`], *optional*): For all experts, in the place of `base_check`. Quantized
                 models need its basis pack.
-            kwargs: For `AutoModelForCausalLM.from_pretrained`, if `base_model` is a name.
+            kwargs: For `AutoModelForCausalLM.from_pretrained`, if `base_model` is a name. `dtype` is `"auto"` by
+                default: fp32 on a CPU, otherwise that of the files.
 
         Raises:
             ValueError: An expert that cannot be read, is no SVF adapter or was made for another base model, a name that
@@ -174,6 +178,7 @@ class AdaptiveMixture:
         configs = {name: expert_config(name, path, base_check, runtime_config) for name, path in experts.items()}
         if isinstance(base_model, (str, os.PathLike)):
             tokenizer = AutoTokenizer.from_pretrained(base_model) if tokenizer is None else tokenizer
+            kwargs["dtype"] = loading_dtype(base_model, **kwargs)
             base_model = AutoModelForCausalLM.from_pretrained(base_model, **kwargs)
 
         model: Any = None
@@ -264,6 +269,7 @@ class AdaptiveMixture:
         objective: Objective | None = None,
         eval_examples: Sequence[dict[str, Any]] | None = None,
         optimizer: Any = None,
+        on_progress: Callable[[SearchProgress], None] | None = None,
         **overrides: Any,
     ) -> MixtureResult:
         """
@@ -285,6 +291,8 @@ class AdaptiveMixture:
             optimizer (*optional*): A custom optimizer in the place of `config.method`: an [`Optimizer`], or any object
                 with `ask()`, `tell(solutions)` and `population_size` as in the package `cmaes`. It minimizes over
                 experts × groups variables.
+            on_progress (`Callable`, *optional*): Called with a [`SearchProgress`] after each batch and each generation.
+                If it raises `KeyboardInterrupt`, the search ends as with Ctrl-C.
             overrides: Fields of [`SearchConfig`], such as `method="cem"` or `seed=1`.
 
         Returns:
@@ -322,7 +330,10 @@ class AdaptiveMixture:
         trained = self.model.training
         self.model.eval()
         try:
-            found = ValidatedSearch(self.model, objective, split, config, make_space, custom, checkpoint).run()
+            search = ValidatedSearch(
+                self.model, objective, split, config, make_space, custom, checkpoint, on_progress or ignore
+            )
+            found = search.run()
         except BaseException:
             self.model.train(trained)
             raise
@@ -411,7 +422,7 @@ class AdaptiveMixture:
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model's `generate` with the mixture active."""
         self.activate()
-        return self.model.generate(*args, **kwargs)
+        return self.model.generate(*args, **kwargs, **last_logits_of_generate(self.model, kwargs))
 
     def __call__(self, prompts: Sequence[Any]) -> Dispatch:
         """Dispatch every prompt to the mixture, so that a mixture is a [`Dispatcher`]."""

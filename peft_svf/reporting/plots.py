@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -74,7 +75,7 @@ def _alpha(picture: Any, axes: Any, result: Any) -> None:
         limit = max(np.abs(values).max(), 1e-6)
         image = axes.imshow(values.T, aspect="auto", cmap="coolwarm", vmin=-limit, vmax=limit)
         axes.set_xticks(range(len(experts)), experts, rotation=60, ha="right", fontsize="small")
-        step = max(1, len(result.groups) // 20)
+        step = math.ceil(len(result.groups) / 12)  # what the height has room for
         axes.set_yticks(range(0, len(result.groups), step), result.groups[::step], fontsize="x-small")
         picture.colorbar(image, ax=axes)
     axes.set(title="weights α")

@@ -11,7 +11,7 @@ import torch
 
 from ..library import ExpertLibrary
 from ..scoring.names import BASE
-from ..scoring.prefix import takes
+from ..scoring.prefix import last_logits
 from ..scoring.tokens import padded, with_pad_token
 from ..tuner.rows import BASE as PEFT_BASE
 from .dispatch import Dispatch, Shortener, check_experts, choose
@@ -108,7 +108,7 @@ class NearestDispatcher:
     def _embedded(self, texts: list[str]) -> np.ndarray:
         """Return the mean hidden state of each text, `[texts, hidden]`."""
         parts = []
-        kept = {"logits_to_keep": 1} if takes(self.model, "logits_to_keep") else {}
+        kept = last_logits(self.model)
         for start in range(0, len(texts), self.batch_size):
             ids = self.tokenizer(texts[start : start + self.batch_size])["input_ids"]
             batch = padded(ids, "right", None, self.tokenizer, self.model.device)

@@ -13,7 +13,7 @@ import torch
 from ..library import ExpertLibrary
 from ..scoring.categories import classification_prompt, readable
 from ..scoring.names import BASE
-from ..scoring.prefix import Prefix, common_prefix, read_prefix, takes
+from ..scoring.prefix import Prefix, common_prefix, last_logits, last_logits_of_generate, read_prefix, takes
 from ..scoring.tokens import continuation_ids, padded, prompt_ids, with_pad_token
 from ..tuner.rows import BASE as PEFT_BASE
 from .dispatch import CONTENT_FREE, Dispatch, Shortener, check_experts, check_labels, choose
@@ -193,17 +193,16 @@ class PromptDispatcher:
         start = 0 if prefix is None else len(prefix)
         if takes(self.model, "position_ids"):
             batch["position_ids"] = batch["attention_mask"].cumsum(-1).sub(1).clamp(min=0)[:, start:]
-        if takes(self.model, "logits_to_keep"):
-            batch["logits_to_keep"] = 1
         batch["input_ids"] = batch["input_ids"][:, start:]
-        logits: torch.Tensor = self.model(**batch, **self._rows(count)).logits[:, -1]
+        logits: torch.Tensor = self.model(**batch, **last_logits(self.model), **self._rows(count)).logits[:, -1]
         return logits
 
     @torch.no_grad()
     def _generated(self, asked: list[list[int]]) -> np.ndarray:
         inputs = padded(asked, "left", None, self.tokenizer, self.model.device)
+        options = {**self.generation_kwargs, **last_logits_of_generate(self.model, self.generation_kwargs)}
         output = self.model.generate(
-            **inputs, **self._rows(len(asked)), pad_token_id=self.tokenizer.pad_token_id, **self.generation_kwargs
+            **inputs, **self._rows(len(asked)), pad_token_id=self.tokenizer.pad_token_id, **options
         )
         texts = self.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         probabilities = np.zeros((len(texts), len(self.labels)))

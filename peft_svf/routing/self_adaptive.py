@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..library import ExpertLibrary
+from ..scoring.prefix import last_logits_of_generate
 from ..scoring.rewards import content_text
 from ..scoring.tokens import context_length, padded, prompt_ids, user_turns, with_pad_token
 from .dispatch import Dispatch, Dispatcher, text_of_prompt
@@ -140,6 +141,7 @@ class SelfAdaptiveModel:
         template it reads the whole text."""
         input_ids = kwargs.pop("inputs", None) if input_ids is None else input_ids
         with self._dispatched(input_ids, kwargs.get("attention_mask")) as options:
+            options |= last_logits_of_generate(self.model, kwargs)
             return self.model.generate(input_ids=input_ids, **options, **kwargs)
 
     def forward(
@@ -208,6 +210,7 @@ class SelfAdaptiveModel:
         if ids:
             batch = padded([*ids.values()], "left", None, self.tokenizer, self.model.device)
             with self._adapted(dispatch, list(ids)) as options:
+                options |= last_logits_of_generate(self.model, generation_kwargs)
                 output = self.model.generate(
                     **batch, **options, pad_token_id=self.tokenizer.pad_token_id, **generation_kwargs
                 )

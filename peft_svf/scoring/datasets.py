@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from ..utils.files import read_text
 from .examples import are_messages
 from .holdout import is_held_out
 from .rewards import REFERENCE_COLUMNS, text_of
@@ -92,6 +94,23 @@ def load_examples(
     if not examples:
         raise ValueError(f"{source} holds no examples{f' in the split {split!r}' if rows else ''}.")
     return examples[:limit]
+
+
+def load_prompts(source: str, **columns: Any) -> list[Any]:
+    """
+    Load prompts without their answers.
+
+    Args:
+        source (`str`): A `.txt` file with a prompt per line, or what [`load_examples`] takes.
+        columns: Arguments of [`load_examples`].
+
+    Raises:
+        ValueError: As [`load_examples`], and for a text file that is not UTF-8.
+        OSError: The file cannot be read, or there is no such dataset.
+    """
+    if Path(source).suffix == ".txt":
+        return [line for line in read_text(source).split("\n") if line.strip()]
+    return [example["prompt"] for example in load_examples(source, **columns)]
 
 
 def expected_row(row: Any, place: str, columns: Columns) -> dict[str, Any]:

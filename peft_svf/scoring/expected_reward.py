@@ -12,7 +12,7 @@ import torch
 
 from .examples import check_examples
 from .objectives import Objective
-from .prefix import Prefix, common_prefix, kept_of, padding_may_be_inside, takes
+from .prefix import Prefix, common_prefix, kept_of, last_logits, padding_may_be_inside
 from .tokens import answer_logps, log_probabilities, padded, prompt_ids, with_pad_token
 
 MAX_ANSWERS = 8  # per example
@@ -112,8 +112,7 @@ class ExpectedRewardObjective(Objective):
         batch = padded(begun, "left", prefix, self.tokenizer, model.device)
         mask = batch["attention_mask"]
         read = {"input_ids": batch["input_ids"][:, start:], "position_ids": _positions(mask)[:, start:]}
-        fewer = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
-        kept = kept_of(model(**{**batch, **read}, use_cache=True, **fewer), mask.shape[1])
+        kept = kept_of(model(**{**batch, **read}, use_cache=True, **last_logits(model)), mask.shape[1])
         self.tokens += sum(map(len, begun))
         self._prompts_can_be_kept = kept is not None
         if kept is None:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 
 from .examples import check_examples
-from .prefix import Prefix, common_prefix, generates_from_prefix
+from .prefix import Prefix, common_prefix, generates_from_prefix, last_logits_of_generate
 from .rewards import RewardFunc, checked
 from .tokens import (
     answer_logps,
@@ -238,6 +238,7 @@ class RewardObjective(Objective):
             prefix = None
         inputs = padded([self.prompts[i] for i in indices], "left", prefix, self.tokenizer, model.device)
         options = {**self.generation_kwargs, "return_dict_in_generate": False}
+        options |= last_logits_of_generate(model, options)
         output = model.generate(**inputs, pad_token_id=self.tokenizer.pad_token_id, **options)
         if len(output) != len(indices):
             raise ValueError("`num_return_sequences` must be 1: an example has one score.")

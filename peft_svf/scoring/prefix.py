@@ -74,8 +74,34 @@ def generates_from_prefix(generation_kwargs: Mapping[str, Any], default: Any = N
 
 def takes(model: Any, name: str) -> bool:
     """Whether the forward of a model, or of the base of a PEFT model, has this argument."""
+    return name in _parameters(model)
+
+
+def _parameters(model: Any) -> Mapping[str, inspect.Parameter]:
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return name in inspect.signature(inner.forward).parameters
+    return inspect.signature(inner.forward).parameters
+
+
+def last_logits(model: Any, count: int = 1) -> dict[str, Any]:
+    """Return the argument of a model's forward for the logits of the last `count` tokens only; none if it has none.
+
+    On a CPU they are given as positions. Given a number, models cut a slice out of their hidden states, for which torch
+    multiplies row by row. In 16 bit, it then copies the output embeddings for every batch row.
+    """
+    parameters = _parameters(model)
+    if "logits_to_keep" not in parameters:
+        return {}
+    takes_positions = "Tensor" in str(parameters["logits_to_keep"].annotation)
+    return {"logits_to_keep": torch.arange(-count, 0) if takes_positions and model.device.type == "cpu" else count}
+
+
+def last_logits_of_generate(model: Any, generation_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the same for `generate`, given its arguments; none where it repeats its arguments for several rows."""
+    if "logits_to_keep" in generation_kwargs or not generates_from_prefix(
+        generation_kwargs, getattr(model, "generation_config", None)
+    ):
+        return {}
+    return last_logits(model)
 
 
 def padding_may_be_inside(model: Any) -> bool:
@@ -99,8 +125,7 @@ def read_prefix(model: Any, ids: list[int], rows: int, **kwargs: Any) -> Prefix 
     if not padding_may_be_inside(model):
         return None
     inputs = torch.tensor(ids, device=model.device).expand(rows, -1)
-    if takes(model, "logits_to_keep"):
-        kwargs["logits_to_keep"] = 1
+    kwargs = {**last_logits(model), **kwargs}
     output = model(input_ids=inputs, attention_mask=torch.ones_like(inputs), use_cache=True, **kwargs)
     return kept_of(output, len(ids))
 

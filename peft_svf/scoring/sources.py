@@ -110,19 +110,33 @@ def _read(path: Path) -> Iterable[Any]:
     if path.suffix == ".parquet":
         yield from _parquet(path)
         return
-    text = read_text(path)
-    if path.suffix == ".csv":
-        yield from _csv(text, path)
-    elif path.suffix == ".json":
-        content = _parsed(text, str(path))
+    yield from rows_of_text(read_text(path), path.suffix, str(path))
+
+
+def rows_of_text(text: str, suffix: str, place: str) -> Iterator[Any]:
+    """
+    Yield the rows of the content of a file.
+
+    Args:
+        text (`str`): The content.
+        suffix (`str`): The kind of file: `.csv`, `.tsv` (separated by tabs), `.json` or `.jsonl`.
+        place (`str`): What messages call it.
+
+    Raises:
+        ValueError: The text is malformed; the message names `place` and the line.
+    """
+    if suffix in (".csv", ".tsv"):
+        yield from _csv(text, place, "," if suffix == ".csv" else "\t")
+    elif suffix == ".json":
+        content = _parsed(text, place)
         if not isinstance(content, list):
-            raise ValueError(f"{path} must hold a list of examples, got {type(content).__name__}.")
+            raise ValueError(f"{place} must hold a list of examples, got {type(content).__name__}.")
         yield from content
     else:
         # not by splitlines, which also splits at separators that JSON allows within its strings
         for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
-                yield _parsed(line, f"{path}, line {number}")
+                yield _parsed(line, f"{place}, line {number}")
 
 
 def _parquet(path: Path) -> list[dict[str, Any]]:
@@ -137,19 +151,19 @@ def _parquet(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _csv(text: str, path: Path) -> Iterator[dict[str, Any]]:
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+def _csv(text: str, place: str, delimiter: str) -> Iterator[dict[str, Any]]:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
     try:
         header = next(reader, [])
         for fields in reader:
             if fields and len(fields) != len(header):
                 raise ValueError(
-                    f"{path}, line {reader.line_num} has {len(fields)} fields, its header {len(header)}: {fields}."
+                    f"{place}, line {reader.line_num} has {len(fields)} fields, its header {len(header)}: {fields}."
                 )
             if fields:
                 yield dict(zip(header, fields, strict=True))
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num} is not valid CSV: {error}.") from error
+        raise ValueError(f"{place}, line {reader.line_num} is not valid CSV: {error}.") from error
 
 
 def _parsed(text: str, place: str) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .prefix import Prefix, takes
+from .prefix import Prefix, last_logits
 
 
 def joined(prompt: Sequence[Mapping[str, Any]], completion: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -91,9 +91,8 @@ def answer_logps(
     length = batch["input_ids"].shape[1]
     first = min(prompt_length for _, prompt_length in rows) - 1
     # logits of the answers only: each position has one logit per word of a large vocabulary
-    kept = {"logits_to_keep": length - first} if takes(model, "logits_to_keep") else {}
     read = {"input_ids": batch["input_ids"][:, 0 if prefix is None else len(prefix) :]}
-    logits = model(**{**batch, **read}, **kept).logits
+    logits = model(**{**batch, **read}, **last_logits(model, length - first)).logits
     offset = length - logits.shape[1]
     targets = batch["input_ids"][:, offset + 1 :]
     logps = log_probabilities(logits[:, :-1], targets, temperature)

@@ -23,6 +23,7 @@ from .in_context import in_context_scores
 from .loop import EQUAL_SCORES, FINALISTS, Outcome, run_search
 from .method import Method, choose_method, lack_of_signal
 from .optimizers import Optimizer, make_optimizer
+from .progress import SearchProgress, ignore
 from .selection import per_question
 from .space import SearchSpace
 from .statistics import IN_CONTEXT, SEARCHED, compared, interval
@@ -65,6 +66,7 @@ class ValidatedSearch:
         make_space: Makes the space of a granularity.
         optimizer ([`Optimizer`], *optional*): A custom optimizer in the place of `config.method`.
         checkpoint ([`Checkpoint`], *optional*): Keeps the scores.
+        on_progress: Called with the [`SearchProgress`] after each batch and each generation.
     """
 
     model: Any
@@ -74,6 +76,7 @@ class ValidatedSearch:
     make_space: Callable[[Any], SearchSpace]
     optimizer: Optimizer | None = None
     checkpoint: Checkpoint | None = None
+    on_progress: Callable[[SearchProgress], None] = ignore
 
     def run(self) -> Found:
         """Run everything. Ctrl-C ends it with what is known, once the baselines are scored.
@@ -92,7 +95,15 @@ class ValidatedSearch:
             decided = {"method": method.name, "granularity": method.granularity}
             self.checkpoint.open(rewarded, {**decided, "expected_reward": method.expected_reward})
         with progress_bar(desc=f"Searching ({self.objective.name})", unit="evaluation") as bar:
-            rewarded.on_evaluations = bar.update
+            progress = SearchProgress()
+
+            def advance(count: int) -> None:
+                bar.update(count)
+                progress.done += count  # a bar that is disabled does not count
+                progress.total = bar.total
+                self.on_progress(progress)
+
+            rewarded.on_evaluations = advance
             evaluator, collected = rewarded, 0
             if method.expected_reward:
                 collected = (1 + config.num_samples) * len(space.baselines()) * len(self.objective.examples)
@@ -116,6 +127,8 @@ class ValidatedSearch:
             def on_generation(entry: dict[str, Any]) -> None:
                 bar.set_postfix(best=f"{entry['best']:.3f}", elites=f"{np.mean(entry['elites']):.3f}")
                 self._save()
+                progress.history.append(entry)
+                self.on_progress(progress)
 
             self._options: dict[str, Any] = {
                 "num_generations": 0 if interrupted else self._num_generations(optimizer),

@@ -15,6 +15,7 @@ with σ = 0 have no effect, as in ΔW. Measured in `benchmarks/base_check.py`.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from statistics import median
@@ -28,6 +29,8 @@ LARGEST_ERROR = 0.3
 # error of ΔW over √k, of the median weight: 0.0016 to 0.0034 for bf16, 0.007 to 0.02 for 1 % of noise
 LARGEST_TURN = 0.005
 UNCHANGED = 1e-4
+# change of the norm of a weight over that of the median weight: casts that turned far by chance stay below 4
+LARGEST_SHIFT = 6
 # fewer have no meaningful median
 FEW_WEIGHTS = 4
 # with samples of Q, the spectrum only has to show another scale: rounding a dequantized weight changes it by 4e-3
@@ -105,7 +108,8 @@ def fingerprint_differences(
 
     Rounding and noise turn singular vectors by their size times √k. A cast turns those of every weight a little, and in
     a few weights, by chance, two neighbours a lot. So weights are judged together: if the median weight has turned as
-    by a cast, single ones may differ more. If it has not turned at all or turned further, they may not.
+    by a cast, single ones may differ more. If it has not turned at all or turned further, they may not. Nor may those
+    whose norm has changed much more than that of the median weight: noise adds to the norm, and rounding averages out.
 
     Args:
         pairs: The recorded fingerprint, the one at hand, and the shape of each weight.
@@ -114,9 +118,14 @@ def fingerprint_differences(
     roots = {name: min(shape) ** 0.5 for name, (_, _, shape) in pairs.items()}
     turns = [error / roots[name] for name, error in errors.items() if error is not None]
     cast = len(turns) < FEW_WEIGHTS or UNCHANGED < median(turns) <= LARGEST_TURN
+    shifts = {
+        name: abs(found[3] - expected[3]) / max(expected[3], 1e-30) for name, (expected, found, _) in pairs.items()
+    }
+    usual = median(shifts.values()) if len(turns) >= FEW_WEIGHTS else math.inf
     differences = {}
     for name, (expected, found, shape) in pairs.items():
-        allowed = LARGEST_ERROR if cast else min(LARGEST_ERROR, LARGEST_TURN * roots[name])
+        as_cast = cast and shifts[name] <= LARGEST_SHIFT * usual
+        allowed = LARGEST_ERROR if as_cast else min(LARGEST_ERROR, LARGEST_TURN * roots[name])
         if difference := fingerprint_difference(expected, found, shape, allowed=allowed):
             differences[name] = difference
     return differences

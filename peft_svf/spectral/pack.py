@@ -16,6 +16,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 
+from ..utils.errors import BaseCheckError
 from ..utils.files import read_text
 from .basis import SingularBasis, gate_side
 from .cache import checksum
@@ -108,15 +109,15 @@ class BasisPack:
         if quantized:
             part = _displaced(weight, found)
             if not part <= _allowed(weight):  # nor NaN
-                message = (
+                reason = (
                     f"{self.path} was made from other weights than {name}: {part:.1%} of the weight does not match the "
-                    "pack, and rounding explains 0.1 % (8 bits) to 2 % (4 bits). For coarser quantization, pass "
-                    '`SVFRuntimeConfig(base_check="warn")`.'
+                    "pack, and rounding explains 0.1 % (8 bits) to 2 % (4 bits)."
                 )
+                error = BaseCheckError(reason, 'For coarser quantization, pass `SVFRuntimeConfig(base_check="warn")`.')
                 if base_check == "error" or part != part:
-                    raise ValueError(message)
+                    raise error
                 if base_check == "warn":
-                    warnings.warn(message, stacklevel=2)
+                    warnings.warn(str(error), stacklevel=2)
             return SingularBasis(found.vectors.to(weight.device), found.spectrum)
         norm, expected = float(weight.detach().double().norm()), float(found.spectrum.norm())
         allowed = tolerances([0.0, 0.0, 0.0, expected], (weight.shape[0], weight.shape[1]))[3]

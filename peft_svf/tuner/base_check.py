@@ -7,8 +7,15 @@ from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 
 from ..spectral.fingerprint import LABELS, fingerprint_differences
+from ..utils.errors import BaseCheckError
 from .config import SVFConfig
 from .protocol import AdaptedLayer
+
+# How to use an adapter of another base model.
+WITH_CONFIG = (
+    "load its config with `SVFConfig.from_pretrained(path, "
+    'runtime_config=SVFRuntimeConfig(base_check="warn"))` and pass it as `config=`'
+)
 
 
 def check_base(adapter_name: str, layers: Sequence[AdaptedLayer], *, whole_model: bool = True) -> None:
@@ -43,8 +50,7 @@ def check_base(adapter_name: str, layers: Sequence[AdaptedLayer], *, whole_model
             count,
             config,
             policy=config.runtime_config.base_check,
-            override="load its config with `SVFConfig.from_pretrained(path, "
-            'runtime_config=SVFRuntimeConfig(base_check="warn"))` and pass it as `config=`',
+            override=WITH_CONFIG,
         )
 
 
@@ -100,7 +106,14 @@ def record_base(config: SVFConfig, adapter_name: str, layers: Sequence[AdaptedLa
 
 
 def refuse_base(
-    adapter: str, differences: Sequence[str], count: int, config: SVFConfig, *, policy: str, override: str
+    adapter: str,
+    differences: Sequence[str],
+    count: int,
+    config: SVFConfig,
+    *,
+    policy: str,
+    override: str,
+    merged: Sequence[str] = (),
 ) -> None:
     """Report that an adapter was made for another base model, as `policy` (`SVFRuntimeConfig.base_check`) says.
 
@@ -111,9 +124,10 @@ def refuse_base(
         config: Its config, which names the base model that the adapter was made for.
         policy: `"error"`, `"warn"` or `"ignore"`.
         override: How to use the adapter anyway.
+        merged: Adapters that were merged into the base model, which is why its weights differ.
 
     Raises:
-        ValueError: The policy is `"error"`.
+        BaseCheckError: The policy is `"error"`.
     """
     if policy == "ignore":
         return
@@ -123,8 +137,14 @@ def refuse_base(
         f"{adapter} was made for another base model: {len(differences)} of {count} weights differ, the first is "
         f"{differences[0]}. Load the base model that the adapter was made for, in the same dtype{named}."
     )
+    if merged:
+        message = (
+            f"{adapter} was made for the base model before {', '.join(map(repr, merged))} was merged into it: "
+            f"{len(differences)} of {count} weights differ. Load the base model again{named}, or attach all adapters "
+            "before you merge one."
+        )
     if policy == "error":
-        raise ValueError(f"{message} To use it anyway, {override}.")
+        raise BaseCheckError(message, f"To use it anyway, {override}.")
     warnings.warn(message, stacklevel=3)
 
 

@@ -2,7 +2,8 @@
 
 The gate costs a little for every token, folding costs a lot once. The number of future tokens is unknown. So a layer
 uses the gate until it has cost as much as folding, and then folds. This ski-rental rule costs at most twice the best
-choice in hindsight. The folded weight is valid until δ, the base weight, the set of active adapters, the dtype or the
+choice in hindsight. `generate` says how many calls it is going to make, and they count from the beginning. The folded
+weight is valid until δ, the base weight, the set of active adapters, the dtype or the
 device changes.
 """
 
@@ -21,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..spectral.arithmetic import fold_cost, gate_cost, products_cost
 from ..spectral.function import invertible
+from .forecast import Forecast, present_forecast
 from .parameters import BASIS_NAME, Delta
 from .protocol import AdaptedLayer
 
@@ -103,6 +105,15 @@ class _Folding:
         self.spent = 0  # cost of the gate for this value of δ, had it been used for all tokens
         self.spent_before = spent_before  # the same for the value before this one
         self.exact_enough: bool | None = None
+        self._forecast: Forecast | None = None  # the last one that was counted
+
+    def cost_ahead(self, k: int, r: int) -> int:
+        """Return what the gate is going to cost in the rest of this `generate`; 0 after its first call."""
+        forecast = present_forecast()
+        if forecast is None or forecast is self._forecast:
+            return 0
+        self._forecast = forecast
+        return forecast.calls * gate_cost(k, r, forecast.tokens)
 
     def is_current(self, names: tuple[str, ...], dtype: torch.dtype) -> bool:
         return self.names == names and self.dtype == dtype and self.snapshot.holds()
@@ -152,8 +163,10 @@ class Fold:
         state.snapshot.doubt()
         return state.weight if can_fold(layer, names) and state.is_current(names, state.weight.dtype) else None
 
-    def ready(self, layer: AdaptedLayer) -> torch.Tensor | None:
+    def ready(self, layer: AdaptedLayer, names: tuple[str, ...] | None = None) -> torch.Tensor | None:
         """Return what `find` would return if there is a folded weight and no gradient is needed, else `None`.
+
+        For the active adapters, or for `names` in a mixed batch.
 
         Decoding calls it for every layer and token, so it must take a fraction of the time of `find`.
         """
@@ -162,7 +175,7 @@ class Fold:
             state is None
             or (weight := state.weight) is None
             or torch.is_grad_enabled()
-            or layer.active_adapter != state.active
+            or (layer.active_adapter != state.active if names is None else names != state.names)
             or any(state.hooks)
             or not _is_eager()
             or not state.snapshot.is_of(layer)
@@ -199,7 +212,7 @@ class Fold:
                 if training:
                     state.weight = None  # out of date after the next step, and training is short of memory
                 return None
-        elif state.spent < cost or not state.is_exact_enough(layer):
+        elif state.weight is None and (state.spent + state.cost_ahead(k, r) < cost or not state.is_exact_enough(layer)):
             return None
         folded = state.weight
         if folded is None:

@@ -571,9 +571,13 @@ class Linear(nn.Module, SVFLayer):
             if self.merged:
                 raise ValueError(f"{self.module_name} was merged during a mixed batch. Call `unmerge_adapter` first.")
             names = rows.same
-            if names and not args and not kwargs and (folded := self.fold.find(self, names, x)) is not None:
-                rows.check(x)
-                return self._folded(x, folded, names)
+            if names and not args and not kwargs:
+                if (folded := self.fold.ready(self, names)) is not None:
+                    rows.check(x)
+                    return linear(x, folded, self._base_bias())
+                if (folded := self.fold.find(self, names, x)) is not None:
+                    rows.check(x)
+                    return self._folded(x, folded, names)
             delta = rows(x)
             return self.base_layer(x, *args, **kwargs) if delta is None else self._gated(x, delta, *args, **kwargs)
         names = tuple(name for name in self.active_adapters if name in self.svf_delta)

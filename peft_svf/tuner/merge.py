@@ -38,11 +38,11 @@ class Merge:
 
     def wrote(self, weight: torch.Tensor) -> None:
         """Remember the merged weight, to notice later changes by others."""
-        self._written = _sums(weight)
+        self._written = bit_sums(weight)
 
     def is_intact(self, weight: torch.Tensor) -> bool:
         """Whether the weight is still the merged one. True if it cannot be read, as on the meta device."""
-        found = _sums(weight)
+        found = bit_sums(weight)
         if self._written is None or found is None:
             return True
         return all(
@@ -62,7 +62,7 @@ class Merge:
         self.before, self.quantized, self.fraction, self._written = None, None, 1.0, None
 
 
-def _sums(weight: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
+def bit_sums(weight: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
     """Return the sums of the rows and of the columns, over the bits as integers, so that every change shows."""
     weight = weight.detach()
     weight = weight.to_local() if hasattr(weight, "to_local") else weight  # FSDP2

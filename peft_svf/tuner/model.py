@@ -33,9 +33,11 @@ from .config import SVFConfig
 from .embeddings import forget_replaced_bases, with_resized_embeddings
 from .entries import adapter_entries, as_of_base, check_loadable, foreign_biases, put_back, without_adapter_name
 from .fold import SMALLEST_FRACTION
+from .forecast import forecasting
 from .frozen import frozen_message
 from .layer import Linear, SVFLayer, svf_layers, take_out
 from .loading import check_before_attaching, check_checkpoint, current_key, prefixed_key, weight_key
+from .merged_weights import refuse_merged, remember_merged
 from .names import check_adapter_name
 from .quantized import is_coarse, keep_order, reorder
 from .renames import current_names
@@ -119,6 +121,7 @@ class SVFModel(BaseTuner):
                 layer.whole_model = WholeModel(model)
             link(svf_layers(model), adapter_name)
             layers = svf_layers(model, adapter_name)
+            refuse_merged(adapter_name, layers)
             build_bases(first_owners(layer for layer in layers if layer.needs_basis()))
             # the other owners of a weight take the basis of the first
             build_bases([layer for layer in layers if layer.needs_basis()])
@@ -264,7 +267,8 @@ class SVFModel(BaseTuner):
             self._refuse_frozen(args, kwargs)
         if adapter_names is None:
             if mixture is None:
-                yield
+                with forecasting(rows and rows * expansion, kwargs):
+                    yield
                 return
             if rows is not None and rows != mixture.rows:
                 raise wrong_length("the mixture weights", mixture.rows, rows)
@@ -288,6 +292,7 @@ class SVFModel(BaseTuner):
         names, index = names_and_index(adapter_names)
 
         with ExitStack() as stack:
+            stack.enter_context(forecasting(rows and rows * expansion, kwargs))
             rows_in = self._rows("`adapter_names`", names, index, lambda _: index)
             call = stack.enter_context(rows_in)
             call.expansion = expansion
@@ -671,7 +676,9 @@ class SVFModel(BaseTuner):
         with self._merging(adapter_names), warnings.catch_warnings():
             if safe_merge:
                 warnings.filterwarnings("ignore", message="All adapters are already merged")
+            layers = svf_layers(self.model)
             merged: nn.Module = super().merge_and_unload(progressbar=progressbar, adapter_names=adapter_names)
+        remember_merged(layers)
         return merged
 
     @contextmanager

@@ -33,6 +33,7 @@ class AdaptedLayer(Protocol):
     quantization_backend: QuantizationBackend | None
     svf_delta: nn.ModuleDict
     svf_config: dict[str, SVFConfig]
+    base_spectrum: torch.Tensor | None
     fan_in_fan_out: bool
     merge_state: Merge
     merged_adapters: list[str]
@@ -62,6 +63,8 @@ class AdaptedLayer(Protocol):
     def is_on_meta(self) -> bool: ...
 
     def get_base_layer(self) -> Any: ...
+
+    def rank(self, adapter_name: str) -> int: ...
 
     def parameters(self) -> Iterable[nn.Parameter]: ...
 

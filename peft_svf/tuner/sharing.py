@@ -11,6 +11,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ..utils.errors import BaseCheckError
 from .config import SVFConfig
 from .merge import Merge
 from .protocol import AdaptedLayer
@@ -166,7 +167,7 @@ def check_no_other_tuner(adapter_name: str, config: SVFConfig, model: nn.Module)
     A new adapter may be trained on top of them, but a saved one was made for the plain base model.
 
     Raises:
-        ValueError: There is one that is active or merged, and `runtime_config.base_check` is `"error"`.
+        BaseCheckError: There is one that is active or merged, and `runtime_config.base_check` is `"error"`.
     """
     policy = config.runtime_config.base_check
     kind, names, _ = next(other_adapters(model), ("", [], model))
@@ -177,7 +178,7 @@ def check_no_other_tuner(adapter_name: str, config: SVFConfig, model: nn.Module)
         f"merged in this model. Delete or unload {_quoted(names)} first."
     )
     if policy == "error":
-        raise ValueError(f'{message} To use both, pass a config with `SVFRuntimeConfig(base_check="warn")`.')
+        raise BaseCheckError(message, 'To use both, pass a config with `SVFRuntimeConfig(base_check="warn")`.')
     warnings.warn(message, stacklevel=3)
 
 
