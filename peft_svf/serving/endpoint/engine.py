@@ -1,6 +1,6 @@
 """transformers' continuous batching, with an expert or a mixture for each request.
 
-This depends on the following parts of transformers. `docs/lab-notes/serving.md` says why on these and not on more.
+This depends on the following parts of transformers. `docs/lab-notes/endpoint.md` says why on these and not on more.
 
 - `init_continuous_batching`, and of its manager `start`, `stop`, `pause`, `add_request`, `cancel_request` and the
   iteration over results;
