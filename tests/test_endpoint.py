@@ -327,7 +327,8 @@ def test_large_bodies_are_not_read(served: Served) -> None:
 def test_neutral_values_are_accepted(served: Served) -> None:
     neutral = {"n": 1, "frequency_penalty": 0.0, "tools": None, "logprobs": False, "response_format": {"type": "text"}}
     echoed = {"role": "assistant", "content": "a", "refusal": None, "annotations": []}
-    body = {"model": "math", "messages": [MESSAGE, echoed, MESSAGE], "max_tokens": 2, "user": "me", **neutral}
+    of_lm_eval = {**MESSAGE, "type": "text"}
+    body = {"model": "math", "messages": [MESSAGE, echoed, of_lm_eval], "max_tokens": 2, "user": "me", **neutral}
     assert served.http.post("/v1/chat/completions", json=body).status_code == 200
 
 

@@ -86,8 +86,8 @@ class Message(BaseModel):
 
     @model_validator(mode="after")
     def _check_extra(self) -> Message:
-        # clients send the answers of a server back, with fields such as `refusal: null`
-        used = [name for name, value in (self.model_extra or {}).items() if value]
+        # clients send the answers of a server back, with fields such as `refusal: null`; lm-eval sends `type: text`
+        used = [name for name, value in (self.model_extra or {}).items() if value and (name, value) != ("type", "text")]
         if used:
             raise PydanticCustomError("unsupported", f"{used[0]!r} is not supported. Leave it out")
         return self
