@@ -92,11 +92,11 @@ def body(model: str, prompt: str, tokens: int, **more: Any) -> dict[str, Any]:
 class Reference:
     """What `generate` answers, one prompt at a time."""
 
-    def __init__(self) -> None:
-        experts = {name: str(ROOT / "examples" / "experts" / name) for name in EXPERTS}
+    def __init__(self, longest: int) -> None:
+        self._longest, experts = longest, {name: str(ROOT / "examples" / "experts" / name) for name in EXPERTS}
         base, self.tokenizer = load_model(None)
         self.model = AdaptiveMixture.from_pretrained(base, experts, tokenizer=self.tokenizer).model.eval()
-        self._known: dict[tuple[str, str, int], list[int]] = {}
+        self._known: dict[tuple[str, str], list[int]] = {}
 
     @contextmanager
     def mixed(self, model: str) -> Any:
@@ -110,14 +110,13 @@ class Reference:
     def compare(self, model: str, prompt: str, tokens: int, text: str) -> str:
         """Return "equal", "tie" or "wrong"."""
         ids, end = self._ids(prompt), self.tokenizer.eos_token_id
-        key = model, prompt, tokens
-        if key not in self._known:
+        if (model, prompt) not in self._known:
             with self.mixed(model):
                 output = self.model.generate(
-                    input_ids=torch.tensor([ids]), max_new_tokens=tokens, do_sample=False, pad_token_id=end
+                    input_ids=torch.tensor([ids]), max_new_tokens=self._longest, do_sample=False, pad_token_id=end
                 )
-            self._known[key] = output[0, len(ids) :].tolist()
-        wanted = self._known[key]
+            self._known[model, prompt] = output[0, len(ids) :].tolist()
+        wanted = self._known[model, prompt][:tokens]
         if text == self.tokenizer.decode(wanted, skip_special_tokens=True):
             return "equal"
         found = [*self.tokenizer(text, add_special_tokens=False)["input_ids"], end]
@@ -255,7 +254,7 @@ def main() -> None:
     finally:
         server.process.terminate()
         server.process.wait()
-    reference = Reference()
+    reference = Reference(arguments.tokens)
     verdicts = [reference.compare(*answer) for answer in found["answers"]]
     counts, memory = found["counts"], found["memory"]
     passes = [float(response.headers["x-peft-svf-first-pass-ms"]) / 1000 for response in responses]

@@ -332,6 +332,21 @@ def test_neutral_values_are_accepted(served: Served) -> None:
     assert served.http.post("/v1/chat/completions", json=body).status_code == 200
 
 
+def test_texts_that_are_no_text(served: Served) -> None:
+    for change in ({"model": "\ud800"}, {"\ud800": 1}, {"prompt": "\ud800"}, {"prompt": ["a"] * 100, "n": 2}):
+        body = {"model": "math", "prompt": "a", "max_tokens": 1, **change}
+        response = served.http.post("/v1/completions", content=json.dumps(body))
+        assert response.status_code in (400, 404), (change, response.text)
+
+
+def test_a_bug_shows_nothing(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(served.experts, "find", lambda name: {}["a secret path"])
+    response = served.text("math", "a")
+    assert response.status_code == 500
+    assert response.json()["error"]["code"] == "internal_error"
+    assert "secret" not in response.text
+
+
 def test_token_ids_out_of_the_vocabulary(served: Served) -> None:
     for ids in ([5, 10**6], [-1], []):
         assert served.text("math", ids).status_code == 400
@@ -422,6 +437,11 @@ def test_experts_come_and_go_while_requests_run(served: Served) -> None:
     idle(served)
     assert change("load", lora_name="again", lora_path="late").status_code == 200
     assert served.text("again", "abc", 100).json()["choices"][0]["text"] == wanted
+    assert change("load", lora_name="mäθ", lora_path="math").status_code == 200
+    other = served.text("mäθ", "abc")
+    assert other.json()["choices"][0]["text"] == served.wanted({"math": 1.0}, "abc")
+    assert other.headers["x-peft-svf-expert"] == "m%C3%A4%CE%B8"
+    assert change("unload", lora_name="mäθ").status_code == 200
     assert change("load", lora_name="again", lora_path="late").status_code == 400
     assert change("unload", lora_name="again").status_code == 200
     assert list(served.model.peft_config) == ["math", "logic"]

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 from starlette.applications import Starlette
 from starlette.requests import Request as HTTPRequest
@@ -25,7 +26,7 @@ from .experts import AUTO, Choice, Experts
 from .first_pass import Dispatched, FirstPass
 from .guard import Guard
 from .metrics import Metrics
-from .requests import ChatRequest, LoadRequest, Request, TextRequest, UnloadRequest, parsed
+from .requests import MOST_CHOICES, ChatRequest, LoadRequest, Request, TextRequest, UnloadRequest, parsed
 from .sampling import Sampling
 from .text import TextStream
 
@@ -90,16 +91,19 @@ class Endpoint:
         )
         self._started = int(time.time())
         routes = [
-            Route("/health", self.health),
-            Route("/metrics", self.show_metrics),
-            Route("/v1/models", self.models),
-            Route("/v1/models/{name:path}", self.model),
-            Route("/v1/chat/completions", self._answering(ChatRequest), methods=["POST"]),
-            Route("/v1/completions", self._answering(TextRequest), methods=["POST"]),
-            Route("/v1/load_lora_adapter", self.load, methods=["POST"]),
-            Route("/v1/unload_lora_adapter", self.unload, methods=["POST"]),
+            Route(path, _answered(handler), methods=[method])
+            for method, path, handler in [
+                ("GET", "/health", self.health),
+                ("GET", "/metrics", self.show_metrics),
+                ("GET", "/v1/models", self.models),
+                ("GET", "/v1/models/{name:path}", self.model),
+                ("POST", "/v1/chat/completions", self._answering(ChatRequest)),
+                ("POST", "/v1/completions", self._answering(TextRequest)),
+                ("POST", "/v1/load_lora_adapter", self.load),
+                ("POST", "/v1/unload_lora_adapter", self.unload),
+            ]
         ]
-        handlers: Any = {RequestError: _refused, 404: _no_route, 405: _no_route, Exception: _failed}
+        handlers: Any = {404: _no_route, 405: _no_route}
         self.app = Guard(Starlette(routes=routes, exception_handlers=handlers), api_key=api_key, max_bytes=max_bytes)
 
     def close(self) -> None:
@@ -180,6 +184,8 @@ class Endpoint:
 
     async def _response(self, asked: ChatRequest | TextRequest) -> Response:
         prompts = [prompt for prompt in asked.prompts for _ in range(asked.n or 1)]
+        if len(prompts) > MOST_CHOICES:
+            raise RequestError(400, f"A request may have {MOST_CHOICES} answers, got {len(prompts)}.", param="n")
         if asked.stream and len(prompts) > 1:
             raise RequestError(400, "A stream has one prompt and one choice ('n').", param="stream")
         try:
@@ -373,7 +379,9 @@ class _Events(StreamingResponse):
 
 
 def _expert(answer: Answer) -> str:
-    return answer.choice.name if answer.choice.weights else answer.choice.label
+    """The expert of an answer as a header, which can only have ASCII."""
+    name = answer.choice.name if answer.choice.weights else answer.choice.label
+    return name if name.isascii() else quote(name, safe="=,")
 
 
 def _event(data: Any) -> str:
@@ -413,15 +421,21 @@ async def _cancelled(tasks: Sequence[asyncio.Future[Any]]) -> None:
 _INTERNAL = RequestError(500, "The server failed. Its log says why.", code="internal_error")
 
 
-async def _refused(request: HTTPRequest, error: Exception) -> Response:
-    assert isinstance(error, RequestError)
-    return JSONResponse(error.body, error.status)
+def _answered(handler: Callable[[HTTPRequest], Awaitable[Response]]) -> Callable[[HTTPRequest], Awaitable[Response]]:
+    """Give errors a response. After others, Starlette would raise them again, and uvicorn close the connection."""
+
+    async def answer(request: HTTPRequest) -> Response:
+        try:
+            return await handler(request)
+        except RequestError as error:
+            return JSONResponse(error.body, error.status)
+        except Exception:
+            _log.exception("A request failed.")
+            return JSONResponse(_INTERNAL.body, 500)
+
+    return answer
 
 
 async def _no_route(request: HTTPRequest, error: Any) -> Response:
     refused = RequestError(error.status_code, f"There is no {request.method} {request.url.path[:200]}.")
     return JSONResponse(refused.body, refused.status)
-
-
-async def _failed(request: HTTPRequest, error: Exception) -> Response:
-    return JSONResponse(_INTERNAL.body, 500)

@@ -23,8 +23,12 @@ class RequestError(Exception):
     @property
     def body(self) -> dict[str, Any]:
         """The error as JSON."""
+
+        def text(value: str | None) -> str | None:  # names of a client can have what is no text
+            return None if value is None else value.encode(errors="backslashreplace").decode()
+
         kind = "invalid_request_error" if self.status < 500 else "server_error"
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        return {"error": {"message": text(self.message), "type": kind, "param": text(self.param), "code": self.code}}
 
 
 def unavailable(why: str) -> RequestError:

@@ -31,7 +31,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "top_logprobs": (0,),
 }
-_MOST_CHOICES = 128
+MOST_CHOICES = 128  # of one request
 
 
 class StreamOptions(BaseModel):
@@ -52,7 +52,7 @@ class Request(BaseModel):
     top_k: Optional[int] = Field(None, ge=-1, le=2**31 - 1)
     seed: Optional[int] = None
     stop: Union[str, list[str], None] = None
-    n: Optional[int] = Field(None, ge=1, le=_MOST_CHOICES)
+    n: Optional[int] = Field(None, ge=1, le=MOST_CHOICES)
     stream: Optional[bool] = None
     stream_options: Optional[StreamOptions] = None
     user: Optional[str] = None
@@ -121,7 +121,7 @@ _Tokens = Annotated[list[int], Field(min_length=1)]
 class TextRequest(Request):
     """The body of `/v1/completions`."""
 
-    prompt: Union[str, _Tokens, Annotated[list[Union[str, _Tokens]], Field(min_length=1, max_length=_MOST_CHOICES)]]
+    prompt: Union[str, _Tokens, Annotated[list[Union[str, _Tokens]], Field(min_length=1, max_length=MOST_CHOICES)]]
 
     @property
     def longest(self) -> int:

@@ -32,8 +32,7 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """Begin to end. A second signal ends at once."""
-        if self.endpoint.app.draining:
-            super().handle_exit(sig, frame)
+        self.should_exit = self.force_exit = self.endpoint.app.draining
         self.endpoint.app.draining = True
 
     async def on_tick(self, counter: int) -> bool:
