@@ -1,6 +1,6 @@
 """Questions: does `peft-svf serve` answer each request with its own expert, under load? What do `auto` and mixing cost?
 
-    python benchmarks/serving.py [--requests 500] [--concurrent 32]    # writes docs/results/serving.md
+    python benchmarks/serving.py [--part load | cost]    # writes docs/results/serving.md
 
 The server is the command line, in a process of its own, with SmolLM2 and the shipped experts.
 
@@ -8,8 +8,8 @@ The server is the command line, in a process of its own, with SmolLM2 and the sh
   before the end. Meanwhile an expert is loaded and unloaded again and again. Each answer is compared with that of
   `generate` for the same prompt and mixture alone. A different answer counts as a tie if the logits of the two tokens
   differ by less than 1e-3 where the answers part.
-- `auto`: 32 requests at once, for the four tasks, with 64 new tokens; and the same with their experts by name.
-- Mixed: requests for four experts at once, and expert by expert.
+- `auto`: 32 requests at once, for the four tasks, with exactly 64 new tokens; and the same with their experts by name.
+- Mixed: 32 requests for four experts at once, and 8 at once expert by expert, with exactly 16 new tokens.
 
 Times are CPU seconds of the server: other processes of a machine hardly change them.
 """
@@ -81,7 +81,7 @@ class Server:
         if client is None:
             async with self.client() as client:
                 return await self.ask(model, prompt, tokens, client)
-        return await client.post("/chat/completions", json=body(model, prompt, tokens))
+        return await client.post("/chat/completions", json=body(model, prompt, tokens, ignore_eos=True))
 
 
 def body(model: str, prompt: str, tokens: int, **more: Any) -> dict[str, Any]:
@@ -219,54 +219,47 @@ def main() -> None:
     parser = argument_parser(__doc__, rounds=1)
     parser.add_argument("--requests", type=int, default=500, help="requests of the load test (default: 500)")
     parser.add_argument("--concurrent", type=int, default=32, help="requests at once (default: 32)")
-    parser.add_argument("--tokens", type=int, default=16, help="new tokens of the load test, at most (default: 16)")
+    parser.add_argument("--tokens", type=int, default=12, help="new tokens of the load test, at most (default: 12)")
+    parser.add_argument("--part", choices=["load", "cost", "all"], default="all")
     arguments = parse(parser)
     if arguments.quick:
         arguments.requests, arguments.concurrent, arguments.tokens = 20, 4, 4
-    record, size = Record(arguments, __doc__), 2 if arguments.quick else 8
+    size = 2 if arguments.quick else 8
     questions = {
         name: [example["prompt"][-1]["content"] for example in list(recipe_task(path).examples("test", size))]
         for name in EXPERTS
         for path in [ROOT / "examples" / "recipes" / f"{name}.yaml"]
     }
     named = [(name, prompt) for name, prompts in questions.items() for prompt in prompts]
+    load_record, cost_record = (Record(arguments, __doc__) for _ in range(2))
     server = Server()
     try:
-        found = asyncio.run(
-            load(
-                server,
-                [prompt for prompts in questions.values() for prompt in prompts[:3]],
-                arguments.requests,
-                arguments.concurrent,
-                arguments.tokens,
-            )
-        )
-        longest = 8 if arguments.quick else 64
-        for _ in range(2):  # the weights of the classification expert fold in the first batches
-            asyncio.run(together(server, [("auto", prompt) for _, prompt in named], 1))
-        auto, responses, seconds = asyncio.run(together(server, [("auto", prompt) for _, prompt in named], longest))
-        explicit, *_ = asyncio.run(together(server, named, longest))
-        short = longest // 4
-        mixed, *_ = asyncio.run(together(server, named, short))
-        in_turn = sum(
-            asyncio.run(together(server, [each for each in named if each[0] == name], short))[0] for name in EXPERTS
-        )
+        if arguments.part != "cost":
+            few = [prompt for prompts in questions.values() for prompt in prompts[:3]]
+            found = asyncio.run(load(server, few, arguments.requests, arguments.concurrent, arguments.tokens))
+        if arguments.part != "load":
+            cost(cost_record, server, named, arguments.quick)
     finally:
         server.process.terminate()
         server.process.wait()
+    if arguments.part != "cost":
+        verdict(load_record, found, arguments)
+    if not arguments.quick:
+        parts = [json.loads(path.read_text()) for path in (_file("load"), _file("cost")) if path.exists()]
+        PAGE.write_text(page(parts), encoding="utf-8")
+
+
+def verdict(record: Record, found: dict[str, Any], arguments: Any) -> None:
+    """Compare the answers of the load test, and record it."""
     reference = Reference(arguments.tokens)
     verdicts = [reference.compare(*answer) for answer in found["answers"]]
     counts, memory = found["counts"], found["memory"]
-    passes = [float(response.headers["x-peft-svf-first-pass-ms"]) / 1000 for response in responses]
-    right = mean(
-        response.headers["x-peft-svf-expert"] == name for response, (name, _) in zip(responses, named, strict=True)
-    )
-    shares = [first / whole for first, whole in zip(passes, seconds, strict=True)]
     record.table(
         "Load",
         ["", "result"],
         [
             ["requests, at once", f"{arguments.requests}, {arguments.concurrent}"],
+            ["new tokens, at most", f"{arguments.tokens // 2} or {arguments.tokens}"],
             ["answers equal to `generate`, token by token", f"{verdicts.count('equal')} of {len(verdicts)}"],
             ["answers that part at a tie of 1e-3", str(verdicts.count("tie"))],
             ["wrong answers", str(verdicts.count("wrong"))],
@@ -278,6 +271,25 @@ def main() -> None:
             ["wall, CPU seconds", f"{found['seconds']['wall']:.0f}, {found['seconds']['CPU']:.0f}"],
         ],
     )
+    record.path = _file("load")
+    record.write()
+
+
+def cost(record: Record, server: Server, named: Sequence[tuple[str, str]], quick: bool) -> None:
+    """Measure the start, the first pass, and mixed requests."""
+    longest, short = (8, 2) if quick else (64, 16)
+    for _ in range(2):  # the weights of the classification expert fold in the first batches
+        asyncio.run(together(server, [("auto", prompt) for _, prompt in named], 1))
+    auto, responses, seconds = asyncio.run(together(server, [("auto", prompt) for _, prompt in named], longest))
+    explicit, *_ = asyncio.run(together(server, named, longest))
+    mixed, *_ = asyncio.run(together(server, named, short))
+    in_turn = sum(
+        asyncio.run(together(server, [each for each in named if each[0] == name], short))[0] for name in EXPERTS
+    )
+    chosen = [response.headers["x-peft-svf-expert"] for response in responses]
+    passes = [float(response.headers["x-peft-svf-first-pass-ms"]) / 1000 for response in responses]
+    shares = [first / whole for first, whole in zip(passes, seconds, strict=True)]
+    right = mean(each == name for each, (name, _) in zip(chosen, named, strict=True))
     record.table(
         "Cost",
         ["", "result"],
@@ -285,29 +297,39 @@ def main() -> None:
             ["start, to the first answer", f"{server.start['wall']:.1f} s wall, {server.start['CPU']:.1f} CPU s"],
             ["`auto`: right expert", f"{right:.2f} of {len(named)}"],
             ["`auto`: first pass of a request's time, median", f"{median(shares):.0%}"],
-            ["`auto`: CPU seconds more than by name", f"{auto:.1f} beside {explicit:.1f}: {1 - explicit / auto:.0%}"],
-            ["four experts mixed, in turn", f"{mixed:.1f}, {in_turn:.1f} CPU s: {in_turn / mixed:.2f} times"],
+            ["`auto`: CPU seconds, then by name", f"{auto:.1f}, {explicit:.1f}: {1 - explicit / auto:.0%} more"],
+            ["four experts mixed, then in turn", f"{mixed:.1f}, {in_turn:.1f} CPU s: {in_turn / mixed:.2f} times"],
         ],
     )
-    record.raw(
-        start=server.start, load=found["seconds"], memory=memory, counts=counts, first_pass=passes, request=seconds
-    )
+    record.raw(start=server.start, first_pass=passes, request=seconds)
+    record.path = _file("cost")
     record.write()
-    if not arguments.quick:
-        PAGE.write_text(page(record.content), encoding="utf-8")
 
 
-def page(content: dict[str, Any]) -> str:
+def _file(part: str) -> Path:
+    return ROOT / "outputs" / "benchmarks" / f"serving-{part}.json"
+
+
+def page(parts: Sequence[dict[str, Any]]) -> str:
     """Return the results as a page of the docs."""
-    lines = ["# Serving", "", f"From `{content['command']}` with SmolLM2-135M-Instruct and the shipped experts."]
-    lines += [
-        f"{content['machine']}. Load average {content['load_before']:.1f} before, {content['load_after']:.1f} after,"
+    lines = [
+        "# Serving",
+        "",
+        "SmolLM2-135M-Instruct and the shipped experts. CPU seconds are those of the server process.",
     ]
-    lines += ["so other processes took most of the machine. CPU seconds are those of the server process.", ""]
-    for table in content["tables"]:
-        lines += [f"## {table['title']}", "", f"| {' | '.join(table['header'])} |", "|---|---|"]
-        lines += [f"| {' | '.join(row)} |" for row in table["rows"]] + [""]
-    return "\n".join(lines)
+    for content in parts:
+        about, (table,) = content["machine"], content["tables"]
+        before, after = content["load_before"], content["load_after"]
+        lines += [
+            "",
+            f"## {table['title']}",
+            "",
+            f"From `{content['command']}`, {about['cpu']}, {about['cores']} cores,",
+        ]
+        lines += [f"{about['threads']} thread, transformers {about['transformers']}. Load average {before:.1f} before,"]
+        lines += [f"{after:.1f} after.", "", f"| {' | '.join(table['header'])} |", "|---|---|"]
+        lines += [f"| {' | '.join(row)} |" for row in table["rows"]]
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

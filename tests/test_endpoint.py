@@ -208,6 +208,15 @@ def test_sampling(served: Served) -> None:
         assert answers(**{"temperature": 1.5, "seed": 3, **narrow}) == [greedy] * 4
 
 
+def test_an_answer_can_go_on_after_its_end(served: Served) -> None:
+    whole = served.text("tiny", "a", 30).json()
+    assert whole["choices"][0]["finish_reason"] == "stop"
+    forced = served.text("tiny", "a", 30, ignore_eos=True).json()
+    assert forced["usage"]["completion_tokens"] == 30
+    assert forced["choices"][0]["finish_reason"] == "length"
+    assert forced["choices"][0]["text"].startswith(whole["choices"][0]["text"])
+
+
 def test_stop_texts(served: Served) -> None:
     whole = served.wanted({"math": 1.0}, "abc", 24)
     stop = whole[9:11]
@@ -540,5 +549,5 @@ def test_values_that_are_not_finite_are_an_error(served: Served) -> None:
 
 def test_mixtures_that_overflow_are_refused(served: Served) -> None:
     with pytest.raises(Exception, match="too large"):
-        asyncio.run(anext(served.engine.generate([5], {"math": 1e6}, Any, 1)))  # type: ignore[arg-type]
+        asyncio.run(anext(served.engine.generate([5], {"math": 1e6}, Any, 1, [])))  # type: ignore[arg-type]
     assert served.engine.running == 0

@@ -244,13 +244,14 @@ class Endpoint:
         text = TextStream(self.tokenizer, asked.stops)
         longest = asked.longest or self.engine.context - len(answer.ids)
         sampling, label = self._sampling(asked, index), answer.choice.label
+        ends = frozenset() if asked.ignore_eos else self.engine.ends
         status, ended = "499", False  # until it is done: the client has left, as nginx calls it
         try:
-            generated = self.engine.generate(answer.ids, answer.choice.weights, sampling, longest)
+            generated = self.engine.generate(answer.ids, answer.choice.weights, sampling, longest, ends)
             async with aclosing(generated):  # type: ignore[type-var]
                 async for tokens in generated:
                     answer.tokens += len(tokens)
-                    ended = tokens[-1] in self.engine.ends
+                    ended = tokens[-1] in ends
                     yield text.push(tokens[:-1] if ended else tokens)
                     if text.stopped:
                         break

@@ -15,7 +15,7 @@ import asyncio
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -89,7 +89,12 @@ class Engine:
         return self._slots.uses(adapter_name)
 
     async def generate(
-        self, ids: Sequence[int], weights: Mapping[str, float], sampling: Sampling, max_new_tokens: int
+        self,
+        ids: Sequence[int],
+        weights: Mapping[str, float],
+        sampling: Sampling,
+        max_new_tokens: int,
+        ends: Collection[int],
     ) -> AsyncIterator[list[int]]:
         """
         Yield new tokens when they are ready. Closing the iterator ends the request.
@@ -99,6 +104,7 @@ class Engine:
             weights (`dict[str, float]`): α of each adapter. Empty for the base model.
             sampling ([`Sampling`]): How to choose tokens.
             max_new_tokens (`int`): Longest answer.
+            ends (`set[int]`): Tokens that end it.
 
         Raises:
             RequestError: The mixture is too large, the engine is dead, or the model computes values that are not
@@ -114,7 +120,7 @@ class Engine:
         self._requests[key] = _Request(slot, sampling, deliver)
         try:
             if self.failure or not self._manager.add_request(
-                list(ids), request_id=key, max_new_tokens=max_new_tokens, streaming=True, eos_token_id=[*self.ends]
+                list(ids), request_id=key, max_new_tokens=max_new_tokens, streaming=True, eos_token_id=[*ends]
             ):
                 raise unavailable("The engine has stopped.")
             while not finished:

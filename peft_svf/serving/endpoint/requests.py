@@ -51,6 +51,7 @@ class Request(BaseModel):
     top_p: Optional[float] = Field(None, gt=0, le=1, allow_inf_nan=False)
     top_k: Optional[int] = Field(None, ge=-1, le=2**31 - 1)
     seed: Optional[int] = None
+    ignore_eos: Optional[bool] = None  # of vLLM, for load tests
     stop: Union[str, list[str], None] = None
     n: Optional[int] = Field(None, ge=1, le=MOST_CHOICES)
     stream: Optional[bool] = None
