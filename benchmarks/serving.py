@@ -297,7 +297,10 @@ def cost(record: Record, server: Server, named: Sequence[tuple[str, str]], quick
             ["start, to the first answer", f"{server.start['wall']:.1f} s wall, {server.start['CPU']:.1f} CPU s"],
             ["`auto`: right expert", f"{right:.2f} of {len(named)}"],
             ["`auto`: first pass of a request's time, median", f"{median(shares):.0%}"],
-            ["`auto`: CPU seconds, then by name", f"{auto:.1f}, {explicit:.1f}: {1 - explicit / auto:.0%} more"],
+            [
+                "`auto`: CPU seconds, then by name",
+                f"{auto:.1f}, {explicit:.1f}: the first pass is {1 - explicit / auto:.0%}",
+            ],
             ["four experts mixed, then in turn", f"{mixed:.1f}, {in_turn:.1f} CPU s: {in_turn / mixed:.2f} times"],
         ],
     )
