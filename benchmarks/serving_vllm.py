@@ -1,10 +1,11 @@
 """Claim: an engine serves many experts in one batch for little more than one, and the base model as before.
 
-    python benchmarks/serving_vllm.py PYTHON_OF_VLLM [--output docs/results/serving-vllm.md]
+    python benchmarks/serving_vllm.py PYTHON_OF_VLLM [--quick] [--output docs/results/serving-vllm.md]
 
 `make test-vllm` makes that Python. The same requests go to an engine without experts and to engines with them: base
-rows, one expert, four experts in one batch and in turn, one folded expert, experts with r = k/4, and 256 resident
-experts. CPU seconds are those of all processes of the engine. Wall time is only comparable on an idle machine.
+rows, one expert, four experts in one batch and in turn, and one folded expert. Without --quick also experts with
+r = k/4, and 256 resident experts. CPU seconds are those of all processes of the engine. Wall time is only comparable on
+an idle machine.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from smollm2 import model_name
 
 ROOT = Path(__file__).parents[1]
 EXPERTS = ("sums", "lists", "letters", "retrieval")
-REQUESTS, TOKENS, TIMES = 32, 32, 3
+REQUESTS, TOKENS, TIMES = 32, 32, 2
 HIDDEN = 576
 ENGINE = {"enforce_eager": True, "max_num_seqs": 32, "enable_prefix_caching": False}
 
@@ -69,12 +70,12 @@ def engine(python: str, work: Path, steps: list[Any], serving: dict[str, Any] | 
     return found
 
 
-def measure(python: str, work: Path) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
+def measure(python: str, work: Path, quick: bool) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
     asked = prompts()
 
     def generate(*names: str, kind: str = "generate") -> dict[str, Any]:
         rows = [names[i % len(names)] for i in range(REQUESTS)]
-        times = {"times": TIMES} if kind == "generate" else {}
+        times = {"times": 1 if quick else TIMES} if kind == "generate" else {}
         return {"do": kind, "prompts": asked, "names": rows, "tokens": TOKENS, **times}
 
     shipped = {name: str(ROOT / "examples" / "experts" / name) for name in EXPERTS}
@@ -93,11 +94,6 @@ def measure(python: str, work: Path) -> tuple[dict[str, dict[str, float]], dict[
         generate("sums"),
     ]
     start, _, _, base, one, mixed, in_turn, fold_seconds, folded = engine(python, work, steps, {"slots": 8})
-    (work / "narrow").mkdir()
-    steps = [{"do": "add", "experts": narrow(work / "narrow", HIDDEN // 4)}, warm, generate(*EXPERTS)]
-    *_, quarter = engine(python, work, steps, {"slots": 8, "r": HIDDEN // 4})
-    steps = [add, {"do": "add", "experts": many}, warm, generate(*list(many)[:32]), {"do": "memory"}]
-    *_, residents, (memory,) = engine(python, work, steps, {"slots": 256})
     rows = {
         "engine without experts": plain,
         "base rows": base,
@@ -105,23 +101,32 @@ def measure(python: str, work: Path) -> tuple[dict[str, dict[str, float]], dict[
         "four experts in one batch": mixed,
         "four experts in turn": in_turn,
         "one expert, folded": folded,
-        "four experts in one batch, r = k/4": quarter,
-        "32 mixtures in one batch, 256 resident": residents,
     }
-    return rows, {"fold seconds": fold_seconds, "start seconds": start, **memory}
+    more = {"fold seconds": fold_seconds, "start seconds": start}
+    if quick:
+        return rows, more
+    (work / "narrow").mkdir()
+    steps = [{"do": "add", "experts": narrow(work / "narrow", HIDDEN // 4)}, warm, generate(*EXPERTS)]
+    *_, quarter = engine(python, work, steps, {"slots": 8, "r": HIDDEN // 4})
+    steps = [add, {"do": "add", "experts": many}, warm, generate(*list(many)[:32]), {"do": "memory"}]
+    *_, residents, (memory,) = engine(python, work, steps, {"slots": 256})
+    rows["four experts in one batch, r = k/4"] = quarter
+    rows["32 mixtures in one batch, 256 resident"] = residents
+    return rows, {**more, **memory}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("python")
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
-    load = os.getloadavg()[0]
+    load, times = os.getloadavg()[0], 1 if arguments.quick else TIMES
     with tempfile.TemporaryDirectory() as folder:
-        rows, more = measure(arguments.python, Path(folder))
+        rows, more = measure(arguments.python, Path(folder), arguments.quick)
     base = rows["engine without experts"]["cpu"]
     lines = [
-        f"{REQUESTS} requests of {TOKENS} tokens, mean of {TIMES} runs. {os.cpu_count()} CPU cores, load "
+        f"{REQUESTS} requests of {TOKENS} tokens, mean of {times} runs. {os.cpu_count()} CPU cores, load "
         f"{load:.1f} before and {os.getloadavg()[0]:.1f} after.",
         "",
         "| requests | CPU seconds | tokens per CPU second | relative to an engine without experts | wall seconds |",

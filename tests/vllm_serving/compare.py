@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-TIE = 1e-4
+TIE, BASE = 1e-4, "__base__"
 
 
 @torch.no_grad()
@@ -42,22 +42,45 @@ class Count:
 
 
 class Comparison:
-    """Compares answers with transformers, each only once: engines repeat each other's requests."""
+    """Compares answers with transformers, each only once: engines repeat each other's requests.
+
+    The answers of one expert are compared in one batch, with its merged weights, which is several times faster.
+    """
 
     def __init__(self, model: Any) -> None:
         self.model = model
         self._known: dict[Any, tuple[int, float | None]] = {}
 
     def count(self, names: Sequence[str], prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> Count:
+        keys = [(n, tuple(p), tuple(a)) for n, p, a in zip(names, prompts, answers, strict=True)]
+        for name in dict.fromkeys(names):
+            if new := [key for key in keys if key[0] == name and key not in self._known]:
+                self._known.update(zip(new, self._compare(name, new), strict=True))
         found = Count()
-        for name, prompt, answer in zip(names, prompts, answers, strict=True):
-            key = (name, *prompt, None, *answer)
-            if key not in self._known:
-                self._known[key] = compare(self.model, name, prompt, answer)
+        for key in keys:
             equal, gap = self._known[key]
             tied = gap is not None and gap <= TIE
             found.equal, found.ties = found.equal + equal, found.ties + tied
-            found.compared += equal if tied else len(answer)
+            found.compared += equal if tied else len(key[2])
             if gap is not None and not tied:
-                found.different.append(f"{name}: the token of transformers is better by {gap:.1e}")
+                found.different.append(f"{key[0]}: the token of transformers is better by {gap:.1e}")
+        return found
+
+    @torch.no_grad()
+    def _compare(self, name: str, keys: Sequence[Any]) -> list[tuple[int, float | None]]:
+        model = self.model
+        model.base_model.disable_adapter_layers() if name == BASE else model.base_model.merge_adapter([name])
+        texts = [[*prompt, *answer] for _, prompt, answer in keys]
+        longest = max(map(len, texts))
+        ids = torch.tensor([text + [0] * (longest - len(text)) for text in texts])
+        mask = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts])
+        llama = model.base_model.model
+        hidden = llama.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        found = []
+        for row, (_, prompt, answer) in zip(hidden, keys, strict=True):
+            logits = llama.lm_head(row[len(prompt) - 1 : len(prompt) + len(answer) - 1])
+            gaps = logits.max(dim=-1).values - logits[torch.arange(len(answer)), torch.tensor(answer)]
+            wrong = (logits.argmax(dim=-1) != torch.tensor(answer)).nonzero().flatten().tolist()
+            found.append((wrong[0], float(gaps[wrong[0]])) if wrong else (len(answer), None))
+        model.base_model.enable_adapter_layers() if name == BASE else model.base_model.unmerge_adapter()
         return found

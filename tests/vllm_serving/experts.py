@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare import Comparison
+from compare import BASE, Comparison
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
@@ -153,7 +153,7 @@ class Run:
         return {"do": "generate", "prompts": self.prompts[:count], "names": names[:count], "tokens": TOKENS, **more}
 
     def tokens(self, title: str, step: dict[str, Any], result: Any) -> None:
-        names = [name or "__base__" for name in step["names"]]
+        names = [name or BASE for name in step["names"]]
         count = self.comparison.count(names, step["prompts"], result["tokens"])
         self.check(title, not count.different, "; ".join([str(count), *count.different[:3]]))
 
@@ -232,7 +232,8 @@ class Run:
         """Three processes, as the model has three key and value heads."""
         whole, alone = self.generate(64), {**self.generate(16), "names": ["letters"] * 16}
         steps = [*self.add, whole, {"do": "fold", "name": "letters"}, alone]
-        results = self.engine(steps, serving={"slots": 16}, tensor_parallel_size=3)
+        environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # more processes than cores
+        results = self.engine(steps, serving={"slots": 16}, tensor_parallel_size=3, environment=environment)
         self.tokens("three processes", whole, results[2])
         self.tokens("three processes, folded", alone, results[4])
 
