@@ -88,8 +88,8 @@ def test_errors_come_before_the_model_is_loaded(world: Path, monkeypatch: pytest
         assert found.exit_code == 1
         assert f"Cannot listen at 127.0.0.1:{port}" in found.output
     cases = {
-        (model,): "no experts",
-        tuple(expert): "no base model",
+        (model,): "--expert: It is missing",
+        tuple(expert): "--model_name_or_path: It is missing",
         (model, "--model_name_or_path", model, *expert): "given twice",
         (model, *expert, "--engine", "vlm"): "Did you mean vllm?",
         (model, *expert, "--engine", "vllm", "--soft"): "--engine transformers",

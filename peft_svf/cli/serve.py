@@ -149,6 +149,11 @@ def _become_vllm(chosen: Any, options: dict[str, Any], **command: Any) -> None:
         for name, path in chosen.every.items():
             library.include(name, path)
     words, environment = server_command(
-        chosen.base_model, library.paths(), base_check=options["base_check"], dtype=options["dtype"], **command
+        chosen.base_model,
+        library.paths(),
+        base_check=options["base_check"],
+        dtype=options["dtype"],
+        **chosen.options,
+        **command,
     )
     os.execve(words[0], words, {**os.environ, **environment})

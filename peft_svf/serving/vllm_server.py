@@ -19,6 +19,7 @@ def server_command(
     root: Path | None = None,
     base_check: str = "error",
     dtype: str = "auto",
+    revision: str | None = None,
     api_key: str | None = None,
 ) -> tuple[list[str], dict[str, str]]:
     """
@@ -33,6 +34,7 @@ def server_command(
         root (`Path`, *optional*): The folder that clients may load other experts from. Without one they cannot.
         base_check (`str`): As of [`ServingOptions`].
         dtype (`str`): Of the base model.
+        revision (`str`, *optional*): Of the base model on the Hub.
         api_key (`str`, *optional*): The key that requests must have.
 
     Raises:
@@ -42,6 +44,7 @@ def server_command(
     roots = [*experts.values(), *([] if root is None else [str(root)])]
     words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
     words += ["--served-model-name", name, "--host", host, "--port", str(port), "--dtype", dtype]
+    words += [] if revision is None else ["--revision", revision]
     words += serve_arguments(roots=roots, base_check=base_check)
     words += ["--lora-modules", *(f"{expert}={path}" for expert, path in experts.items())]
     # The key is in the environment, because all users of a machine can read the arguments of a process.
