@@ -19,6 +19,7 @@ from .files import files
 from .library import library
 from .playground import playground
 from .search import search
+from .serve import serve
 from .train import train
 from .training_options import TrainCommand
 
@@ -53,7 +54,7 @@ app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     options_metavar="[--config RECIPE.yaml] [--OPTION VALUE]...",
 )(train)
-for command in (search, generate, chat, evaluate, playground):
+for command in (search, generate, chat, evaluate, playground, serve):
     app.command()(command)
 app.add_typer(library, name="library")
 app.add_typer(files)

@@ -12,6 +12,7 @@ from .errors import fail
 
 # Copies of names that live in modules which import torch. A test compares them.
 DISPATCHERS = ("prompt", "classifier", "nearest", "mixture")
+ENGINES = ("transformers", "vllm")
 CHOOSERS = ("prompt", "nearest", "classifier")
 OBJECTIVES = ("sft", "dpo", "grpo", "rloo", "reinforce")
 REWARDS = ("number", "exact", "choice", "contains", "regex", "math_verify")
