@@ -63,6 +63,8 @@ def test_files_in_16_bit_are_loaded_in_fp32(world: Path, monkeypatch: pytest.Mon
     assert load(world, "bf16").model.dtype == torch.float32
     assert load(world, "bf16", dtype="auto").model.dtype == torch.float32
     assert load(world, "bf16", dtype="bfloat16").model.dtype == torch.bfloat16
+    assert load(world, "bf16", torch_dtype=torch.bfloat16).model.dtype == torch.bfloat16
+    assert loading_dtype(world / "bf16", device_map="auto") == torch.float32
     for base in ("bf16", "fp32"):
         assert loading_dtype(world / base, torch.float16) == torch.float16
 
@@ -75,7 +77,9 @@ def test_other_devices_and_quantized_models_keep_the_dtype_of_the_files(
     assert loading_dtype(path, quantization_config=object()) == "auto"
     monkeypatch.setattr(torch.accelerator, "is_available", lambda *_: True)
     assert loading_dtype(path) == loading_dtype(path, device_map="auto") == "auto"
-    assert loading_dtype(path, device_map="cpu") == torch.float32
+    for device_map in ("cpu", torch.device("cpu"), {"": "cpu"}, {"model": torch.device("cpu"), "lm_head": "cpu"}):
+        assert loading_dtype(path, device_map=device_map) == torch.float32
+    assert loading_dtype(path, device_map={"model": 0, "lm_head": "cpu"}) == "auto"
 
 
 @pytest.mark.parametrize("given", [[], ["--dtype", "bfloat16"]])
