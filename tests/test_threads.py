@@ -191,6 +191,19 @@ def test_no_thread_inherits_the_disabled_adapters_of_one_that_has_ended() -> Non
     of_new_thread(named(model, "a", "b"))
 
 
+def test_two_threads_that_disable_the_adapters_at_once_leave_them_enabled() -> None:
+    model = experts()
+    call = torch.no_grad()(named(model, "b", BASE))
+    expected = call()
+    first, second = model.disable_adapter(), model.disable_adapter()
+    with ThreadPoolExecutor(1) as other:
+        first.__enter__()
+        other.submit(second.__enter__).result()
+        first.__exit__(None, None, None)
+        other.submit(second.__exit__, None, None, None).result()
+    torch.testing.assert_close(call(), expected, atol=1e-5, rtol=0)
+
+
 def test_a_task_that_outlives_a_mixed_batch_does_not_keep_its_rows() -> None:
     model = experts()
     model.set_adapter("b")
