@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from peft_svf import (
     RewardObjective,
     SelfAdaptiveModel,
     SVFConfig,
+    SVFLayer,
 )
 from peft_svf.scoring.prefix import last_logits, last_logits_of_generate, read_prefix
 from peft_svf.tuner.fold import Fold
@@ -61,6 +63,8 @@ def test_files_in_16_bit_are_loaded_in_fp32(world: Path, monkeypatch: pytest.Mon
     assert load(world, "bf16").model.dtype == torch.float32
     assert load(world, "bf16", dtype="auto").model.dtype == torch.float32
     assert load(world, "bf16", dtype="bfloat16").model.dtype == torch.bfloat16
+    assert load(world, "bf16", torch_dtype=torch.bfloat16).model.dtype == torch.bfloat16
+    assert loading_dtype(world / "bf16", device_map="auto") == torch.float32
     for base in ("bf16", "fp32"):
         assert loading_dtype(world / base, torch.float16) == torch.float16
 
@@ -73,7 +77,9 @@ def test_other_devices_and_quantized_models_keep_the_dtype_of_the_files(
     assert loading_dtype(path, quantization_config=object()) == "auto"
     monkeypatch.setattr(torch.accelerator, "is_available", lambda *_: True)
     assert loading_dtype(path) == loading_dtype(path, device_map="auto") == "auto"
-    assert loading_dtype(path, device_map="cpu") == torch.float32
+    for device_map in ("cpu", torch.device("cpu"), {"": "cpu"}, {"model": torch.device("cpu"), "lm_head": "cpu"}):
+        assert loading_dtype(path, device_map=device_map) == torch.float32
+    assert loading_dtype(path, device_map={"model": 0, "lm_head": "cpu"}) == "auto"
 
 
 @pytest.mark.parametrize("given", [[], ["--dtype", "bfloat16"]])
@@ -214,6 +220,27 @@ def test_layers_fold_before_a_long_generate(options: dict[str, Any]) -> None:
         generated(model, 100, eos_token_id=ANY, **options)  # of which the first ends it
     assert folded(model) == {True}
     assert present_forecast() is None
+
+
+@pytest.mark.parametrize("per_row", [True, False])
+def test_experts_that_take_turns_fold_once(per_row: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they do in a `generate` that switches adapters, and in two threads."""
+    model, folds, call = two_experts(), [], SVFLayer.effective_weight
+    monkeypatch.setattr(SVFLayer, "effective_weight", lambda *args: (folds.append(args[0]), call(*args))[1])
+
+    def switch(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        name = ["default", "other"][ids.shape[1] % 2]
+        if per_row:  # of a batch in another thread
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(torch.no_grad()(logits), model, adapter_names=[name] * 2).result()
+        else:
+            model.set_adapter(name)
+        return scores
+
+    options = {"adapter_names": ["default"] * 2} if per_row else {}
+    with torch.no_grad():
+        generated(model, 40, min_new_tokens=40, logits_processor=[switch], **options)
+    assert len(folds) == len(svf_layers(model))
 
 
 def test_the_generation_config_forecasts_too() -> None:

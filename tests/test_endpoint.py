@@ -204,7 +204,7 @@ def test_sampling(served: Served) -> None:
             assert other == hot
     assert answers(temperature=1.5, seed=4) != hot
     greedy = served.wanted({"math": 1.0}, "abc", 24)
-    for narrow in ({"top_k": 1}, {"top_p": 1e-6}, {"temperature": 0}):
+    for narrow in ({"top_k": 1}, {"top_p": 1e-6}, {"temperature": 0}, {"temperature": 1e-40}, {"temperature": 1e-300}):
         assert answers(**{"temperature": 1.5, "seed": 3, **narrow}) == [greedy] * 4
 
 
@@ -458,6 +458,23 @@ def test_experts_come_and_go_while_requests_run(served: Served) -> None:
     assert change("unload", lora_name="again").status_code == 404
 
 
+def test_an_expert_that_comes_leaves_another_adapter_alone(served: Served) -> None:
+    """Even if that one has the name that the new adapter would get."""
+    taken = f"new-{served.experts._loads + 1}"
+    with served.engine.changing():
+        served.model.load_adapter(served.root / "logic", adapter_name=taken)
+    other = served.wanted({taken: 1.0}, "abc")
+    for path, status in (("nothing", 400), ("math", 200)):
+        loaded = served.http.post("/v1/load_lora_adapter", json={"lora_name": "new", "lora_path": path})
+        assert loaded.status_code == status
+    assert served.text("new", "abc").json()["choices"][0]["text"] == served.wanted({"math": 1.0}, "abc") != other
+    assert served.wanted({taken: 1.0}, "abc") == other
+    served.http.post("/v1/unload_lora_adapter", json={"lora_name": "new"})
+    with served.engine.changing():
+        served.model.delete_adapter(taken)
+    assert list(served.model.peft_config) == ["math", "logic"]
+
+
 def test_damaged_experts_are_refused(served: Served) -> None:
     def damaged(name: str, change: Any) -> str:
         shutil.copytree(served.root / "late", served.root / name)
@@ -480,6 +497,7 @@ def test_damaged_experts_are_refused(served: Served) -> None:
         served.root / "foreign", SVFConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"), 3, base=base_model(7)
     )
     (served.root / "link").symlink_to("/")
+    (served.root / "circle").symlink_to(served.root / "circle")
     cases = {
         damaged("nan", values(float("nan"))): "adapter 'bad'",
         damaged("huge", values(1e20)): "damaged",
@@ -488,6 +506,9 @@ def test_damaged_experts_are_refused(served: Served) -> None:
         "nothing": "no folder",
         "..": "no folder",
         "link/etc": "no folder",
+        "circle": "no folder",
+        "a" * 300: "no folder",
+        "a\0b": "no folder",
         "/etc": "no folder",
         str(served.root.parent): "no folder",
     }

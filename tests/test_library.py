@@ -142,6 +142,19 @@ def test_adding_touches_no_file_of_the_others_and_keeps_their_answers(world: Pat
         assert torch.equal(answers(), first)
 
 
+def test_a_folder_of_two_experts_is_not_replaced(world: Path, library: Path) -> None:
+    with ExpertLibrary.edit(library) as edited:
+        edited.add("again", library / "sums")
+    before = contents(library)
+    with pytest.raises(ValueError, match=r"sums exists already"), ExpertLibrary.edit(library) as edited:
+        edited.add("sums", world / "classifier", overwrite=True)
+    assert contents(library) == before
+    with ExpertLibrary.edit(library) as edited:
+        edited.remove("again")
+        edited.add("sums", world / "classifier", overwrite=True)
+    assert (library / "sums" / WEIGHTS).read_bytes() == (world / "classifier" / WEIGHTS).read_bytes()
+
+
 def test_an_expert_is_replaced_and_removed(world: Path, library: Path) -> None:
     with pytest.raises(ValueError, match="already"), ExpertLibrary.edit(library) as edited:
         edited.add("sums", world / "lists")

@@ -106,6 +106,16 @@ def test_adapters_of_the_merged_model_fit_it(saved: tuple[Path, dict[str, Any]],
     assert torch.allclose(logits(PeftModel.from_pretrained(base, tmp_path)), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("std", [0.02, 0.3])
+def test_adapters_of_the_merged_model_fit_it_although_rounding_turned_its_vectors(std: float, tmp_path: Path) -> None:
+    base = adapted(tiny_llama(dtype=torch.bfloat16, hidden_size=64), std=std).merge_and_unload()
+    second = randomise(get_peft_model(base, SVFConfig(target_modules="all-linear")), seed=7).eval()
+    expected = logits(second)
+    second.save_pretrained(tmp_path)
+    base = second.unload()
+    assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path)), expected)
+
+
 def test_the_check_can_be_changed(saved: tuple[Path, dict[str, Any]]) -> None:
     folder, config = saved
     for policy in ("warn", "ignore"):

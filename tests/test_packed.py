@@ -168,3 +168,31 @@ def test_an_expert_of_a_mixture_of_experts_cannot_be_packed() -> None:
     model = adapted(Routed(), target_modules=["0"])
     with pytest.raises(ValueError, match=r"experts\.0.*selected tokens"):
         PackedRows(model.base_model).check(["default"])
+
+
+def test_a_slot_that_changes_during_a_step_is_read_anew_in_the_next(model: Any) -> None:
+    """A new request can take the slot of one that left, while another thread runs the step."""
+    rows = PackedRows(model.base_model)
+    slots = [rows.add({"default": 1.0}), rows.add({"low": 1.0})]
+    layer, table = next(iter(rows._tables.items()))
+    values = table.values
+
+    class Changing:
+        """The values of a table, which another thread changes when they have just been read."""
+
+        device = values.device
+
+        def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
+            found = values[index]
+            table.values = values
+            rows.remove(slots[1])
+            assert rows.add({"few": 1.0, "default": 2.0}) == slots[1]
+            return found
+
+    table.values = Changing()  # type: ignore[assignment]
+    found = []
+    for _ in range(2):
+        with rows.opened(slots, [1, 1]):
+            found.append(layer.rows(torch.zeros(1, 2, layer.in_features)))  # type: ignore[misc]
+    assert torch.equal(found[1][0], values[slots])
+    assert not torch.equal(found[0], found[1])

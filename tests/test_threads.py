@@ -160,6 +160,50 @@ def test_a_thread_cannot_disable_the_adapters_of_a_mixed_batch() -> None:
         torch.testing.assert_close(model(ids(0, 2), adapter_names=["a", "b"]).logits, expected)
 
 
+def test_the_adapters_stay_those_of_the_thread_that_disabled_them_first() -> None:
+    model = experts()
+    with torch.no_grad(), model.disable_adapter():
+        base = model(ids(0, 2)).logits
+
+        def disabled() -> Any:
+            with model.disable_adapter():
+                return model(ids(0, 2)).logits
+
+        with ThreadPoolExecutor(1) as other:
+            assert torch.equal(other.submit(torch.no_grad()(disabled)).result(), base)
+            assert torch.equal(model(ids(0, 2), adapter_names=["a", "b"]).logits, base)
+            with pytest.raises(RuntimeError, match="Another thread has disabled the adapters"):
+                other.submit(named(model, "a", "b")).result()
+
+
+def test_no_thread_inherits_the_disabled_adapters_of_one_that_has_ended() -> None:
+    model = experts()
+
+    def of_new_thread(work: Any) -> Any:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(work).result()
+
+    of_new_thread(model.base_model.disable_adapter_layers)
+    for _ in range(3):  # Python gives the identifier of the ended thread again
+        with pytest.raises(RuntimeError, match="Another thread has disabled the adapters"):
+            of_new_thread(named(model, "a", "b"))
+    model.base_model.enable_adapter_layers()
+    of_new_thread(named(model, "a", "b"))
+
+
+def test_two_threads_that_disable_the_adapters_at_once_leave_them_enabled() -> None:
+    model = experts()
+    call = torch.no_grad()(named(model, "b", BASE))
+    expected = call()
+    first, second = model.disable_adapter(), model.disable_adapter()
+    with ThreadPoolExecutor(1) as other:
+        first.__enter__()
+        other.submit(second.__enter__).result()
+        first.__exit__(None, None, None)
+        other.submit(second.__exit__, None, None, None).result()
+    torch.testing.assert_close(call(), expected, atol=1e-5, rtol=0)
+
+
 def test_a_task_that_outlives_a_mixed_batch_does_not_keep_its_rows() -> None:
     model = experts()
     model.set_adapter("b")

@@ -330,7 +330,7 @@ class ExpertLibrary(Mapping[str, LibraryExpert]):
         """
         if source.path is None or source.linked or source.path.is_relative_to(target.parent.resolve()):
             return source
-        if target.exists() and target.resolve() not in self._replaced:
+        if target.exists() and (target.resolve() not in self._replaced or target.resolve() in self._used()):
             raise ValueError(f"{target} exists already. Remove it, or add {source.path} under another name.")
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
             new = Path(scratch, "new")
@@ -342,6 +342,11 @@ class ExpertLibrary(Mapping[str, LibraryExpert]):
                 os.replace(target, Path(scratch, "old"))
             os.replace(new, target)
         return Source(path=target.resolve())
+
+    def _used(self) -> set[Path | None]:
+        """Return the folders of all adapters. One can have been added again under another name."""
+        every = {expert.source.path for expert in self._experts.values()}
+        return every if self.dispatch.classifier is None else {*every, self.dispatch.classifier.path}
 
     @staticmethod
     def _folder(name: str, source: Source) -> Path:

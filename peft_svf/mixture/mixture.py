@@ -178,6 +178,8 @@ class AdaptiveMixture:
         configs = {name: expert_config(name, path, base_check, runtime_config) for name, path in experts.items()}
         if isinstance(base_model, (str, os.PathLike)):
             tokenizer = AutoTokenizer.from_pretrained(base_model) if tokenizer is None else tokenizer
+            if "torch_dtype" in kwargs:  # the old name, which transformers still takes
+                kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
             kwargs["dtype"] = loading_dtype(base_model, **kwargs)
             base_model = AutoModelForCausalLM.from_pretrained(base_model, **kwargs)
 

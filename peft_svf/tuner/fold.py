@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..spectral.arithmetic import fold_cost, gate_cost, products_cost
 from ..spectral.function import invertible
-from .forecast import Forecast, present_forecast
+from .forecast import present_forecast
 from .parameters import BASIS_NAME, Delta
 from .protocol import AdaptedLayer
 
@@ -105,15 +105,6 @@ class _Folding:
         self.spent = 0  # cost of the gate for this value of δ, had it been used for all tokens
         self.spent_before = spent_before  # the same for the value before this one
         self.exact_enough: bool | None = None
-        self._forecast: Forecast | None = None  # the last one that was counted
-
-    def cost_ahead(self, k: int, r: int) -> int:
-        """Return what the gate is going to cost in the rest of this `generate`; 0 after its first call."""
-        forecast = present_forecast()
-        if forecast is None or forecast is self._forecast:
-            return 0
-        self._forecast = forecast
-        return forecast.calls * gate_cost(k, r, forecast.tokens)
 
     def is_current(self, names: tuple[str, ...], dtype: torch.dtype) -> bool:
         return self.names == names and self.dtype == dtype and self.snapshot.holds()
@@ -212,13 +203,21 @@ class Fold:
                 if training:
                     state.weight = None  # out of date after the next step, and training is short of memory
                 return None
-        elif state.weight is None and (state.spent + state.cost_ahead(k, r) < cost or not state.is_exact_enough(layer)):
+        elif state.weight is None and (state.spent + self._cost_ahead(k, r) < cost or not state.is_exact_enough(layer)):
             return None
         folded = state.weight
         if folded is None:
             with torch.inference_mode(False), torch.no_grad():  # training cannot use a tensor made in inference mode
                 folded = state.weight = layer.effective_weight(layer.summed_delta(names)).to(dtype)
         return folded
+
+    def _cost_ahead(self, k: int, r: int) -> int:
+        """Return what the gate is going to cost in the rest of this `generate`; 0 after its first call."""
+        forecast = present_forecast()
+        if forecast is None or self in forecast.counted:
+            return 0
+        forecast.counted.add(self)
+        return forecast.calls * gate_cost(k, r, forecast.tokens)
 
     def _restart(self, layer: AdaptedLayer, names: tuple[str, ...], dtype: torch.dtype) -> _Folding:
         self._state = state = _Folding(layer, names, dtype, 0 if self._state is None else self._state.spent)

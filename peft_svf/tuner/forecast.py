@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -16,10 +16,12 @@ class Forecast:
     Attributes:
         calls: Their number.
         tokens: Tokens of each call.
+        counted: What has counted them. Each counts once, even if other δ take turns in the meantime.
     """
 
     calls: int
     tokens: int
+    counted: set[Any] = field(default_factory=set)
 
 
 _present: ContextVar[Forecast | None] = ContextVar("peft_svf_forecast", default=None)

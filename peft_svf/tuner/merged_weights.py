@@ -23,7 +23,8 @@ from .protocol import AdaptedLayer
 class _Merged:
     names: tuple[str, ...]
     sums: tuple[torch.Tensor, ...]  # of the merged weight
-    fingerprints: dict[int, list[float]]  # of the merged weight, by r
+    before: dict[int, list[float]]  # fingerprints of the weight before, by r
+    fingerprints: dict[int, list[float]]  # of the merged weight, but for rounding, by r
 
 
 _merged: weakref.WeakKeyDictionary[nn.Module, _Merged] = weakref.WeakKeyDictionary()
@@ -36,11 +37,13 @@ def remember_merged(layers: Iterable[AdaptedLayer]) -> None:
         base_layer = layer.get_base_layer()
         sums = bit_sums(base_layer.weight) if layer.merged_adapters and layer.quantization_backend is None else None
         if sums is not None and (found := _fingerprints(layer)):
-            _merged[base_layer] = _Merged(tuple(layer.merged_adapters), sums, found)
+            before = {r: numbers for r, (numbers, _) in found.items()}
+            after = {r: numbers for r, (_, numbers) in found.items()}
+            _merged[base_layer] = _Merged(tuple(layer.merged_adapters), sums, before, after)
 
 
-def _fingerprints(layer: AdaptedLayer) -> dict[int, list[float]]:
-    """Return the fingerprints of `W(z)` for the r of each adapter. Its singular values are |σ (1 + δ)|."""
+def _fingerprints(layer: AdaptedLayer) -> dict[int, tuple[list[float], list[float]]]:
+    """Return the fingerprints of W and of `W(z)` for the r of each adapter. Its singular values are |σ (1 + δ)|."""
     Q, spectrum = layer.basis, layer.base_spectrum
     if Q is None or spectrum is None or Q.is_meta or type(Q) not in (torch.Tensor, nn.Parameter):
         return {}
@@ -49,7 +52,8 @@ def _fingerprints(layer: AdaptedLayer) -> dict[int, list[float]]:
     found = {}
     for r in {layer.rank(name) for name in layer.svf_delta}:
         leading = order[:r].to(Q.device)  # a narrow Q can lack columns that are among the first now
-        found[r] = fingerprint(values, Q[:, leading] if leading.max() < Q.shape[1] else None)
+        after = fingerprint(values, Q[:, leading] if leading.max() < Q.shape[1] else None)
+        found[r] = fingerprint(spectrum, Q[:, :r] if r <= Q.shape[1] else None), after
     return found
 
 
@@ -65,7 +69,8 @@ def refuse_merged(adapter_name: str, layers: Sequence[AdaptedLayer]) -> None:
     if not config.expected_fingerprint or config.runtime_config.base_check != "error" or config.r != config.expected_r:
         return
     names: list[str] = []
-    found = {}
+    before: dict[str, tuple[list[float], tuple[int, int]]] = {}
+    found: dict[str, tuple[list[float], tuple[int, int]]] = {}
     for layer in layers:
         merged = _merged.get(layer.get_base_layer())
         if merged is None or layer.rank(adapter_name) not in merged.fingerprints:
@@ -75,9 +80,12 @@ def refuse_merged(adapter_name: str, layers: Sequence[AdaptedLayer]) -> None:
             del _merged[layer.get_base_layer()]
             continue
         names += merged.names
-        numbers = merged.fingerprints[layer.rank(adapter_name)]
-        unknown = config.expected_fingerprint.get(layer.module_name, [])[len(numbers) :]  # count as equal
-        found[layer.module_name] = [*numbers, *unknown], layer.shape
+        for each, by_r in ((before, merged.before), (found, merged.fingerprints)):
+            numbers = by_r[layer.rank(adapter_name)]
+            unknown = config.expected_fingerprint.get(layer.module_name, [])[len(numbers) :]  # count as equal
+            each[layer.module_name] = [*numbers, *unknown], layer.shape
+    if base_differences(config.expected_fingerprint, before, whole_model=False)[0]:
+        return  # made for another one, or for the merged weights, whose vectors rounding has turned
     differences, count = base_differences(config.expected_fingerprint, found, whole_model=False)
     if differences:
         refuse_base(

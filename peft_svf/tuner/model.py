@@ -401,7 +401,7 @@ class SVFModel(BaseTuner):
         check_enabled(self, adapter_names)
 
     open_calls = 0  # mixed batches that run in any thread
-    disabled_by: int | None = None  # the thread that has disabled the adapters
+    disabled_by: int | None = None  # the thread that has disabled the adapters, by its number in rows.py
     _layout: Layout | None = None
 
     def release_folded(self) -> None:

@@ -180,7 +180,8 @@ class _Table:
         self.is_output = is_output
         self.values = torch.zeros(0, 0)
         self.holds: set[int] = set()
-        self._last: tuple[tuple[int, ...], torch.Tensor] | None = None
+        self._last: tuple[tuple[int, ...], int, torch.Tensor] | None = None
+        self._changes = 0
 
     def resize(self, slots: int, r: int, like: torch.Tensor | None = None) -> None:
         """Make room. A new tensor replaces a small one, which another thread may be reading."""
@@ -194,22 +195,22 @@ class _Table:
         """Write δ `[r]` into an empty slot."""
         self.values[slot, : len(delta)] = delta
         self.holds.add(slot)
-        self._last = None
+        self._changes += 1
 
     def clear(self, slot: int) -> None:
         """Make a slot empty: δ = 0."""
         if slot in self.holds:
             self.values[slot] = 0
             self.holds.discard(slot)
-            self._last = None
+            self._changes += 1
 
     def of(self, batch: _Batch) -> torch.Tensor:
         """δ of each token, `[tokens, r]`. It is kept for the next step of decoding, which repeats the same rows."""
-        last = self._last
-        if batch.repeats is not None and last is not None and last[0] == batch.repeats:
-            return last[1]
+        last, changes = self._last, self._changes  # before the values, which other threads change
+        if batch.repeats is not None and last is not None and last[:2] == (batch.repeats, changes):
+            return last[2]
         deltas = self.values[batch.on(self.values.device)]
-        self._last = None if batch.repeats is None else (batch.repeats, deltas)
+        self._last = None if batch.repeats is None else (batch.repeats, changes, deltas)
         return deltas
 
 

@@ -77,7 +77,10 @@ def _ask_before_a_call(model_cls: type) -> None:
 
     @functools.wraps(enable_hooks)
     def _enable_peft_forward_hooks(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(self.base_model, model_cls) and not self.has_active_enabled_adapter:
+        if isinstance(self.base_model, model_cls):
+            # PEFT's own flag is read later, and stays set after two threads have disabled the adapters at once
+            if self.base_model.disabled_by is None:  # type: ignore[attr-defined]
+                return self.base_model._enable_peft_forward_hooks(*args, **kwargs)  # type: ignore[attr-defined]
             self.base_model.check_enabled(kwargs.get("adapter_names"))  # type: ignore[attr-defined]
         return enable_hooks(self, *args, **kwargs)
 

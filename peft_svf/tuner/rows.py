@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from threading import Lock, get_ident
+from itertools import count
+from threading import Lock, local
 from typing import Any, Literal, Union
 
 import torch
@@ -123,7 +124,7 @@ def opened(call: RowCall) -> Iterator[None]:
     """
     modules = [call.model, *call.deltas]
     with _opening:
-        if call.model.disabled_by not in (None, get_ident()):
+        if _is_disabled_elsewhere(call.model):
             raise _disabled(call.what)
         for module in modules:
             module.open_calls += 1
@@ -139,7 +140,7 @@ def opened(call: RowCall) -> Iterator[None]:
 
 
 def check_may_disable(model: Any) -> None:
-    """Remember that this thread disables the adapters of a model.
+    """Remember that this thread disables the adapters of a model, if no other thread has before.
 
     Raises:
         RuntimeError: Another thread runs a mixed batch, which would go on with the base model.
@@ -151,7 +152,8 @@ def check_may_disable(model: Any) -> None:
                 "Another thread runs a mixed batch, so the adapters cannot be disabled. For batches of the base model, "
                 'pass `adapter_names=["__base__", ...]` instead.'
             )
-        model.disabled_by = get_ident()
+        if model.disabled_by is None:
+            model.disabled_by = _thread.number
 
 
 def check_enabled(model: Any, adapter_names: Sequence[str] | None) -> None:
@@ -162,8 +164,23 @@ def check_enabled(model: Any, adapter_names: Sequence[str] | None) -> None:
     Raises:
         RuntimeError: A row names an expert.
     """
-    if any(name != BASE for name in adapter_names or ()) and model.disabled_by not in (None, get_ident()):
+    if any(name != BASE for name in adapter_names or ()) and _is_disabled_elsewhere(model):
         raise _disabled("`adapter_names`")
+
+
+class _Thread(local):
+    """A number for this thread. Unlike an identifier of Python, no later thread gets it again."""
+
+    def __init__(self) -> None:
+        self.number = next(_numbers)
+
+
+_numbers = count()
+_thread = _Thread()
+
+
+def _is_disabled_elsewhere(model: Any) -> bool:
+    return model.disabled_by is not None and model.disabled_by != _thread.number
 
 
 def _disabled(what: str) -> RuntimeError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,7 +29,9 @@ def loading_dtype(model_name_or_path: str | os.PathLike[str], dtype: Any = "auto
         OSError: The model has no config.
     """
     placed = kwargs.get("device_map")
-    on_cpu = placed == "cpu" or (placed is None and not torch.accelerator.is_available())
+    places = placed.values() if isinstance(placed, Mapping) else [placed]
+    anywhere = placed in (None, "auto")
+    on_cpu = not torch.accelerator.is_available() if anywhere else all(str(place) == "cpu" for place in places)
     if dtype != "auto" or not on_cpu or any(kwargs.get(name) is not None for name in _OTHERWISE_DECIDED):
         return dtype
     config = AutoConfig.from_pretrained(

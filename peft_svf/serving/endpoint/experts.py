@@ -168,8 +168,7 @@ class Experts:
         """
         folder = self._folder(path)
         with self._changing:
-            self._loads += 1
-            adapter = f"{name}-{self._loads}"
+            adapter = self._unused_adapter(name)
             try:
                 self._check_name(name)
                 config = expert_config(name, folder, self._base_check)
@@ -178,6 +177,13 @@ class Experts:
                 message = str(error).replace(str(self.root), "").replace(adapter, name)
                 raise RequestError(400, message) from error
             self._experts[name] = Expert(adapter, loaded_by_client=True)
+
+    def _unused_adapter(self, name: str) -> str:
+        adapter = name
+        while adapter == name or adapter in self.engine.model.peft_config:  # PEFT would overwrite the other one
+            self._loads += 1
+            adapter = f"{name}-{self._loads}"
+        return adapter
 
     def _attach(self, adapter: str, folder: Path, config: Any) -> None:
         model = self.engine.model
@@ -224,8 +230,12 @@ class Experts:
     def _folder(self, path: str) -> Path:
         if self.root is None:
             raise RequestError(404, "This server loads no experts. Start it with --expert_root.")
-        folder = (self.root / path).resolve()  # also follows links out of the root
-        if not folder.is_relative_to(self.root) or not folder.is_dir():
+        try:
+            folder = (self.root / path).resolve()  # also follows links out of the root
+            allowed = folder.is_relative_to(self.root) and folder.is_dir()
+        except (OSError, ValueError, RuntimeError):  # too long, a null byte, a circle of links
+            allowed = False
+        if not allowed:
             raise RequestError(400, f"There is no folder {path!r} in the folder of experts.", param="lora_path")
         return folder
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+LOWEST_TEMPERATURE = 1e-5  # below, dividing by it overflows; vLLM draws the line here, too
+
 
 @dataclass
 class Sampling:
@@ -21,7 +23,7 @@ class Sampling:
     How one request chooses its tokens.
 
     Args:
-        temperature (`float`): 0 takes the most probable token.
+        temperature (`float`): 0, or less than 1e-5, takes the most probable token.
         top_p (`float`): Sample from the most probable tokens that together have this probability.
         top_k (`int`): Sample from so many tokens. 0 is no limit.
         seed (`int`, *optional*): Same seed, same answer. It does not depend on other requests.
@@ -68,6 +70,6 @@ def choose(logits: torch.Tensor, each: Sequence[Sampling]) -> tuple[torch.Tensor
     largest, tokens = logits.max(-1)
     sane: list[bool] = largest.isfinite().tolist()
     for i, sampling in enumerate(each):
-        if sampling.temperature > 0 and sane[i]:
+        if sampling.temperature >= LOWEST_TEMPERATURE and sane[i]:
             tokens[i] = sampling.draw(logits[i : i + 1])[0]
     return tokens, sane
