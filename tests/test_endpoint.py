@@ -9,6 +9,7 @@ import socket
 import subprocess
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,12 +23,14 @@ import torch
 from helpers import base_model, make_tokenizer, save_expert
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig
 
 from peft_svf import SVFConfig
 from peft_svf.routing.dispatch import Dispatch
 from peft_svf.serving.endpoint.app import Endpoint
 from peft_svf.serving.endpoint.engine import Engine
 from peft_svf.serving.endpoint.experts import Experts
+from peft_svf.serving.endpoint.sampling import warn_of_unsupported
 from peft_svf.serving.endpoint.server import Server, bound
 
 KEY = "secret"
@@ -404,6 +407,7 @@ def test_metrics(served: Served) -> None:
     served.text("logic", "abcde", 1)
     served.text("math=0.1,logic=0.9", "a", 1)
     served.text("nobody", "a", 1)
+    served.text("auto", "m", 1)
     assert [value(line) for line in (prompts, done, unknown)] == [before[0] + 5, before[1] + 1, before[2] + 1]
     assert value("peft_svf_running_requests") == 0
     assert 'peft_svf_first_pass_seconds_count{expert="math"}' in httpx.get(f"{served.url}/metrics").text
@@ -572,3 +576,11 @@ def test_mixtures_that_overflow_are_refused(served: Served) -> None:
     with pytest.raises(Exception, match="too large"):
         asyncio.run(anext(served.engine.generate([5], {"math": 1e6}, Any, 1, [])))  # type: ignore[arg-type]
     assert served.engine.running == 0
+
+
+def test_settings_of_the_model_that_the_endpoint_does_not_apply_are_said() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_unsupported(GenerationConfig())
+    with pytest.warns(UserWarning, match=r"has repetition_penalty=1\.2, min_p=0\.1, which the server does not apply"):
+        warn_of_unsupported(GenerationConfig(repetition_penalty=1.2, min_p=0.1))

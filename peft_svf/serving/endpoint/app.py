@@ -291,7 +291,7 @@ class Endpoint:
         yield _event("[DONE]")
 
     def _sampling(self, asked: Request, index: int) -> Sampling:
-        """What a request leaves out comes from the generation config of the model, as in `generate`."""
+        """The temperature and the limits that a request leaves out come from the model's generation config."""
         config = self.engine.model.generation_config
         usual = config if config.do_sample else None
 

@@ -28,7 +28,7 @@ from transformers import GenerationConfig
 from ...scoring.tokens import context_length, end_tokens
 from ...tuner.packed import BASE_SLOT, PackedRows
 from .errors import RequestError, unavailable
-from .sampling import Sampling, choose
+from .sampling import Sampling, choose, warn_of_unsupported
 
 LARGEST_DELTA = 1e3  # more overflows, and a value that is not finite spreads to all requests through attention
 _CPU_CACHE, _CPU_STEP, _PAGE = 16384, 1024, 64  # tokens; a GPU takes what its memory holds
@@ -60,6 +60,7 @@ class Engine:
     def __init__(
         self, model: Any, tokenizer: Any, *, cache_tokens: int | None = None, step_tokens: int | None = None
     ) -> None:
+        warn_of_unsupported(model.generation_config)
         self.model, self.rows = model.eval(), PackedRows(model.base_model)
         self.ends = end_tokens(model, tokenizer, {})
         self._slots = _Slots(self.rows)

@@ -6,6 +6,7 @@ greedy, and this module chooses the tokens.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
@@ -14,7 +15,31 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+# what `generate` would do besides, with the values that do nothing
+NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "repetition_penalty": (None, 1.0),
+    "no_repeat_ngram_size": (None, 0),
+    "min_p": (None, 0.0),
+    "typical_p": (None, 1.0),
+    "num_beams": (None, 1),
+    "bad_words_ids": (None,),
+    "sequence_bias": (None,),
+    "suppress_tokens": (None,),
+    "begin_suppress_tokens": (None,),
+    "min_new_tokens": (None, 0),
+}
 LOWEST_TEMPERATURE = 1e-5  # below, dividing by it overflows; vLLM draws the line here, too
+
+
+def warn_of_unsupported(generation_config: Any) -> None:
+    """Warn about settings of a model's generation config that `generate` follows and the endpoint does not."""
+    values = {name: getattr(generation_config, name, None) for name in NOT_SUPPORTED}
+    if found := [f"{name}={value}" for name, value in values.items() if value not in NOT_SUPPORTED[name]]:
+        warnings.warn(
+            f"The generation config of the model has {', '.join(found)}, which the server does not apply. Its answers "
+            "differ from those of `generate`.",
+            stacklevel=2,
+        )
 
 
 @dataclass
