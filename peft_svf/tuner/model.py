@@ -47,7 +47,6 @@ from .rows import (
     RowCall,
     RowDeltas,
     batch_size,
-    check_enabled,
     check_may_disable,
     checked_weights,
     expansion_of,
@@ -56,6 +55,7 @@ from .rows import (
     names_hook,
     open_call,
     opened,
+    uses_rows,
     wrong_length,
 )
 from .sharing import WholeModel, check_groups, check_no_other_tuner, check_only_owner, first_owners, link, regroup
@@ -375,7 +375,7 @@ class SVFModel(BaseTuner):
             raise ValueError(f"Cannot pass {what} when there are merged adapters, please call `unmerge_adapter` first.")
         if self._layout is None:
             self._layout = Layout(self.model)
-        call = RowCall(self, what, of_rows, self._layout)
+        call = RowCall(self, what, of_rows, self._layout, only_base=not names)
         call.deltas = {layer: RowDeltas(call, layer, names, weights(layer)) for layer in layers}
 
         def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
@@ -392,15 +392,16 @@ class SVFModel(BaseTuner):
             stack.enter_context(opened(call))
             yield call
 
-    def check_enabled(self, adapter_names: Sequence[str] | None) -> None:
-        """Refuse experts for rows while another thread has disabled the adapters.
+    def uses_rows(self, adapter_names: Sequence[str] | None) -> bool:
+        """Return whether the rows of a call count. They do not in the thread that has disabled the adapters.
 
         Raises:
-            RuntimeError: A row names an expert.
+            RuntimeError: A row names an expert, and another thread has disabled the adapters.
         """
-        check_enabled(self, adapter_names)
+        return uses_rows(self, adapter_names)
 
     open_calls = 0  # mixed batches that run in any thread
+    expert_calls = 0  # those of them that need the adapters
     disabled_by: int | None = None  # the thread that has disabled the adapters, by its number in rows.py
     _layout: Layout | None = None
 

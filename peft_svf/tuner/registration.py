@@ -53,7 +53,7 @@ def register(config_cls: type, model_cls: type) -> None:
         )
 
 
-def _print_adapted_fraction(model_cls: type) -> None:
+def _print_adapted_fraction(model_cls: type[Any]) -> None:
     """Let `PeftModel.print_trainable_parameters` add a line for SVF. PEFT has no hook for it."""
     from peft import PeftModel
 
@@ -63,13 +63,13 @@ def _print_adapted_fraction(model_cls: type) -> None:
     def print_trainable_parameters(self: Any) -> None:
         printed(self)
         if isinstance(self.base_model, model_cls):
-            fraction = self.base_model.adapted_fraction()  # type: ignore[attr-defined]
+            fraction = self.base_model.adapted_fraction()
             print(f"adapted linear weights: {fraction:.1%} (without the output layer)")
 
     PeftModel.print_trainable_parameters = print_trainable_parameters
 
 
-def _ask_before_a_call(model_cls: type) -> None:
+def _ask_before_a_call(model_cls: type[Any]) -> None:
     """Let SVF see the `adapter_names` of every call. PEFT asks no method while the adapters are disabled."""
     from peft import PeftModel
 
@@ -77,11 +77,10 @@ def _ask_before_a_call(model_cls: type) -> None:
 
     @functools.wraps(enable_hooks)
     def _enable_peft_forward_hooks(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(self.base_model, model_cls):
-            # PEFT's own flag is read later, and stays set after two threads have disabled the adapters at once
-            if self.base_model.disabled_by is None:  # type: ignore[attr-defined]
-                return self.base_model._enable_peft_forward_hooks(*args, **kwargs)  # type: ignore[attr-defined]
-            self.base_model.check_enabled(kwargs.get("adapter_names"))  # type: ignore[attr-defined]
+        # PEFT's own flag can stay set when several threads disable the adapters
+        base = self.base_model
+        if isinstance(base, model_cls) and base.uses_rows(kwargs.get("adapter_names")):
+            return base._enable_peft_forward_hooks(*args, **kwargs)
         return enable_hooks(self, *args, **kwargs)
 
     PeftModel._enable_peft_forward_hooks = _enable_peft_forward_hooks

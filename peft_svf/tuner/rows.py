@@ -36,6 +36,7 @@ class RowCall:
         expansion (`int`): How many rows `generate` makes of one, for beams or returned sequences.
         tokens (`set[int]`): Lengths of the model's current inputs.
         deltas: The δ of the rows in each layer.
+        only_base (`bool`): Whether all rows use the base model. Then the adapters may be disabled.
         ended (`bool`): Whether the call is over.
     """
 
@@ -46,6 +47,7 @@ class RowCall:
     expansion: int = 1
     tokens: set[int] = field(default_factory=set)
     deltas: dict[Any, RowDeltas] = field(default_factory=dict)
+    only_base: bool = False
     ended: bool = False
     _token_ids: torch.Tensor | None = None
 
@@ -120,12 +122,13 @@ def opened(call: RowCall) -> Iterator[None]:
     """Run the layers of a call with the δ of its rows, in this thread only.
 
     Raises:
-        RuntimeError: Another thread has disabled the adapters of the model.
+        RuntimeError: Another thread has disabled the adapters of the model, which a row needs.
     """
     modules = [call.model, *call.deltas]
     with _opening:
-        if _is_disabled_elsewhere(call.model):
+        if _is_disabled_elsewhere(call.model) and not call.only_base:
             raise _disabled(call.what)
+        call.model.expert_calls += not call.only_base
         for module in modules:
             module.open_calls += 1
     token = _calls.set((call, *_calls.get()))
@@ -135,37 +138,42 @@ def opened(call: RowCall) -> Iterator[None]:
         _calls.reset(token)
         call.ended = True
         with _opening:
+            call.model.expert_calls -= not call.only_base
             for module in modules:
                 module.open_calls -= 1
 
 
 def check_may_disable(model: Any) -> None:
-    """Remember that this thread disables the adapters of a model, if no other thread has before.
+    """Remember that this thread disables the adapters of a model.
 
     Raises:
-        RuntimeError: Another thread runs a mixed batch, which would go on with the base model.
+        RuntimeError: Another thread runs a mixed batch, which would go on with the base model. Or it has disabled the
+            adapters itself, and would enable them while this thread still needs the base model.
     """
-    own = open_call(model) is not None
+    own = open_call(model)
     with _opening:
-        if model.open_calls > own:
-            raise RuntimeError(
-                "Another thread runs a mixed batch, so the adapters cannot be disabled. For batches of the base model, "
-                'pass `adapter_names=["__base__", ...]` instead.'
-            )
-        if model.disabled_by is None:
-            model.disabled_by = _thread.number
+        if model.expert_calls > (own is not None and not own.only_base):
+            raise _cannot_disable("runs a mixed batch")
+        if _is_disabled_elsewhere(model):
+            raise _cannot_disable("has disabled them and may enable them again")
+        model.disabled_by = _thread.number
 
 
-def check_enabled(model: Any, adapter_names: Sequence[str] | None) -> None:
-    """Refuse experts for rows while another thread has disabled the adapters of a model.
+def uses_rows(model: Any, adapter_names: Sequence[str] | None) -> bool:
+    """Return whether the rows of a call count, although PEFT ignores `adapter_names` while the adapters are disabled.
 
-    In the thread that has disabled them, the rows use the base model, as PEFT does it.
+    In the thread that has disabled them, all rows use the base model, as PEFT does it.
 
     Raises:
-        RuntimeError: A row names an expert.
+        RuntimeError: A row names an expert, and another thread has disabled the adapters.
     """
-    if any(name != BASE for name in adapter_names or ()) and _is_disabled_elsewhere(model):
+    if model.disabled_by is None:
+        return True
+    if adapter_names is None or not _is_disabled_elsewhere(model):
+        return False
+    if any(name != BASE for name in adapter_names):
         raise _disabled("`adapter_names`")
+    return True
 
 
 class _Thread(local):
@@ -181,6 +189,13 @@ _thread = _Thread()
 
 def _is_disabled_elsewhere(model: Any) -> bool:
     return model.disabled_by is not None and model.disabled_by != _thread.number
+
+
+def _cannot_disable(why: str) -> RuntimeError:
+    return RuntimeError(
+        f"The adapters of this model cannot be disabled: another thread {why}. For batches of the base model, pass "
+        '`adapter_names=["__base__", ...]` instead.'
+    )
 
 
 def _disabled(what: str) -> RuntimeError:
