@@ -176,7 +176,7 @@ def report(tasks: list[str]) -> None:
         "",
         "## Exact match",
         "",
-        "Mean ± standard error over seeds (number of seeds), each with pairs of its own.",
+        "Mean ± standard error over seeds (number of seeds), each with other pairs.",
         "",
         "| | trained numbers | " + " | ".join(tasks) + " | CPU s per run |",
         "|" + "---|" * (3 + len(tasks)),

@@ -3,7 +3,7 @@
     python benchmarks/search_memory.py [--experts N] [--shots N] [--new-tokens N]
 
 Two experts with random δ on a model of Qwen2.5-0.5B's shape, 16 examples: the baselines and one generation of a search
-by the reward of generated answers. Each dtype has a process of its own. The peak is the resident set, model included,
+by the reward of generated answers. Each dtype has a separate process. The peak is the resident set, model included,
 and the time that of the processor.
 """
 

@@ -2,7 +2,7 @@
 
     python benchmarks/serving.py [--part load | cost]    # writes docs/results/serving.md
 
-The server is the command line, in a process of its own, with SmolLM2 and the shipped experts.
+The server is the command line, in a separate process, with SmolLM2 and the shipped experts.
 
 - Load: requests with random experts, mixtures, or the base model, half of them as streams. One in ten clients leaves
   before the end. Meanwhile an expert is loaded and unloaded again and again. Each answer is compared with that of

@@ -76,7 +76,7 @@ def change(file: Path, **fields: Any) -> None:
 
 @pytest.fixture
 def library(world: Path, tmp_path: Path) -> Path:
-    """A library of two experts in a folder of its own."""
+    """A library of two experts in a separate folder."""
     with ExpertLibrary.edit(tmp_path / "library") as edited:
         for name in ("sums", "lists"):
             edited.add(name, world / name, description=f"about {name}", examples=EXAMPLES[name])

@@ -39,7 +39,7 @@ class ExpertLibrary(Mapping[str, LibraryExpert]):
     """
     The experts of one base model by name, and the dispatcher to use.
 
-    A library is a folder, or a repository on the Hub, with a file `library.json`. Each expert is a folder of its own in
+    A library is a folder, or a repository on the Hub, with a file `library.json`. Each expert is a folder in
     it, a repository on the Hub, or a linked folder. Adding an expert changes no file of the others, so their answers
     stay the same, bit for bit.
 

@@ -27,7 +27,7 @@ def add_experts(llm: Any, experts: Mapping[str, str | Mapping[str, float] | None
             come before it. `None` for zeros, to be replaced by [`update_expert`].
 
     Raises:
-        Exception: An expert cannot be served. vLLM passes on the message in an exception of its own.
+        Exception: An expert cannot be served. vLLM wraps the message in another exception.
     """
     from vllm.lora.request import LoRARequest
 

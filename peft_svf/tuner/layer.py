@@ -36,8 +36,9 @@ from .fold import Fold
 from .frozen import watch_training
 from .merge import Merge
 from .parameters import BASIS_NAME, Delta
+from .protocol import DeltasOfRows
 from .quantized import Original, dequantized, kept_fraction
-from .rows import RowDeltas, row_deltas
+from .rows import row_deltas
 from .sharing import WholeModel, check_only_owner
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ class SVFLayer(BaseTunerLayer):
         return delta
 
     @property
-    def rows(self) -> RowDeltas | None:
+    def rows(self) -> DeltasOfRows | None:
         """The δ of the batch rows, during a mixed batch of this thread."""
         return row_deltas(self) if self.open_calls else None
 

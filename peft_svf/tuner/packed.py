@@ -138,8 +138,7 @@ class PackedRows:
         call = RowCall(self.model, _WHAT, of_token, self._layout)
         # in a batch of the base model, all layers need to know that their active adapters do not count
         call.deltas = {
-            layer: _TokenDeltas(batch, layer, self._tables.get(layer))  # type: ignore[misc]
-            for layer in svf_layers(self.model.model)
+            layer: _TokenDeltas(batch, layer, self._tables.get(layer)) for layer in svf_layers(self.model.model)
         }
         with opened(call):
             yield
@@ -217,7 +216,7 @@ class _Table:
 class _TokenDeltas:
     """δ of each token in one layer during a packed batch; what [`RowDeltas`] is for other batches."""
 
-    same: tuple[str, ...] = ()
+    same: tuple[str, ...] = ()  # a packed batch is never folded
 
     def __init__(self, batch: _Batch, layer: SVFLayer, table: _Table | None) -> None:
         self._batch, self._layer, self._table = batch, layer, table

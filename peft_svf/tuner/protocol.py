@@ -79,3 +79,24 @@ class AdaptedLayer(Protocol):
     def effective_weight(self, delta: torch.Tensor) -> torch.Tensor: ...
 
     def surviving_fraction(self, delta: torch.Tensor, dtype: torch.dtype) -> float: ...
+
+
+class DeltasOfRows(Protocol):
+    """δ of the rows of a mixed batch in one layer. The layer does not know where they come from.
+
+    Attributes:
+        same: The adapter if all rows use the same one, so that the layer may fold; otherwise empty.
+    """
+
+    @property
+    def same(self) -> tuple[str, ...]: ...
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Return δ for an input of the layer, `[..., r]`; `None` if it is 0."""
+
+    def check(self, x: torch.Tensor) -> object:
+        """Check an input that is computed without `__call__`.
+
+        Raises:
+            ValueError: The input has another number of rows.
+        """

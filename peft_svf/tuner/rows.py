@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from .batch_layout import Layout
 from .fold import Snapshot, can_fold
-from .protocol import AdaptedLayer
+from .protocol import AdaptedLayer, DeltasOfRows
 
 BASE = "__base__"  # PEFT's name for the base model in `adapter_names`
 
@@ -46,7 +46,7 @@ class RowCall:
     layout: Layout
     expansion: int = 1
     tokens: set[int] = field(default_factory=set)
-    deltas: dict[Any, RowDeltas] = field(default_factory=dict)
+    deltas: dict[Any, DeltasOfRows] = field(default_factory=dict)
     only_base: bool = False
     ended: bool = False
     _token_ids: torch.Tensor | None = None
@@ -217,7 +217,7 @@ def _open_calls() -> Iterator[RowCall]:
     return (call for call in _calls.get() if not call.ended)
 
 
-def row_deltas(layer: Any) -> RowDeltas | None:
+def row_deltas(layer: Any) -> DeltasOfRows | None:
     """Return the δ of the rows in a layer, if this thread runs a mixed batch in it. Slow if no thread does.
 
     Raises:

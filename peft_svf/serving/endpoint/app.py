@@ -7,7 +7,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -239,7 +239,7 @@ class Endpoint:
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
         return text
 
-    async def _pieces(self, asked: Request, answer: Answer, index: int = 0) -> AsyncIterator[str]:
+    async def _pieces(self, asked: Request, answer: Answer, index: int = 0) -> AsyncGenerator[str, None]:
         """Yield the text of an answer piece by piece, and count it."""
         text = TextStream(self.tokenizer, asked.stops)
         longest = asked.longest or self.engine.context - len(answer.ids)
@@ -248,7 +248,7 @@ class Endpoint:
         status, ended = "499", False  # until it is done: the client has left, as nginx calls it
         try:
             generated = self.engine.generate(answer.ids, answer.choice.weights, sampling, longest, ends)
-            async with aclosing(generated):  # type: ignore[type-var]
+            async with aclosing(generated):
                 async for tokens in generated:
                     answer.tokens += len(tokens)
                     ended = tokens[-1] in ends
@@ -258,8 +258,8 @@ class Endpoint:
             yield text.flush()
             answer.finish = "stop" if ended or text.stopped else "length"
             status = "200"
-        except RequestError as error:
-            status = str(error.status)
+        except Exception as error:
+            status = str(error.status) if isinstance(error, RequestError) else "500"
             raise
         finally:
             self.metrics.tokens.labels(label, "prompt").inc(len(answer.ids))
@@ -269,14 +269,14 @@ class Endpoint:
                 self._beside.submit(self.experts.delete_unused)
 
     async def _whole(self, asked: Request, answer: Answer, index: int) -> str:
-        async with aclosing(self._pieces(asked, answer, index)) as pieces:  # type: ignore[type-var]
+        async with aclosing(self._pieces(asked, answer, index)) as pieces:
             return "".join([piece async for piece in pieces])
 
-    async def _events(self, asked: Request, answer: Answer, form: _Form) -> AsyncIterator[str]:
+    async def _events(self, asked: Request, answer: Answer, form: _Form) -> AsyncGenerator[str, None]:
         """Yield the events of a stream."""
         try:
             yield form.event("", first=True)
-            async with aclosing(self._pieces(asked, answer)) as pieces:  # type: ignore[type-var]
+            async with aclosing(self._pieces(asked, answer)) as pieces:
                 async for piece in pieces:
                     if piece:
                         yield form.event(piece)
@@ -371,11 +371,12 @@ class _Form:
 class _Events(StreamingResponse):
     """A stream of events, whose request ends with the connection."""
 
-    def __init__(self, events: AsyncIterator[str], headers: dict[str, str]) -> None:
+    def __init__(self, events: AsyncGenerator[str, None], headers: dict[str, str]) -> None:
+        self._events = events
         super().__init__(events, headers={**headers, "cache-control": "no-cache"}, media_type="text/event-stream")
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        async with aclosing(self.body_iterator):  # type: ignore[type-var]
+        async with aclosing(self._events):
             await super().__call__(scope, receive, send)
 
 
